@@ -1,0 +1,47 @@
+# Two commands from a bare clone: `make demo` and `make test`. Both install what they need into .venv/.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INPUTS := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test soak lint bench clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/.runtime ## start a local cluster on the shipped model and ask it about the shipped images
+	$(BIN)/tandem demo
+
+test: $(VENV)/.development ## lint, types and the whole test suite
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+soak: $(VENV)/.development ## the suite with its full counts (long)
+	TANDEM_TEST_PROFILE=soak $(BIN)/python -m pytest
+
+lint: $(VENV)/.development ## format and repair what can be repaired
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/mypy
+
+bench: $(VENV)/.development ## the CPU benchmarks; JSON goes to benchmarks/results/
+	$(BIN)/python -m benchmarks.bench_serving --json benchmarks/results/serving.json
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: $(INPUTS) | $(BIN)/python
+	$(PIP) install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.development: $(INPUTS) | $(BIN)/python
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@ $(VENV)/.runtime

@@ -1,0 +1,42 @@
+"""What every vision model offers to the runner. Knows tensors and checkpoints, not requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, Self
+
+import torch
+
+from transfer.checkpoint import Checkpoint
+
+Grid = tuple[int, int, int]
+"""Patches of one medium: frames (already merged in time), rows, columns."""
+
+
+class VisionModel(Protocol):
+    """The vision half of a checkpoint, loaded and ready.
+
+    embedding_dim: width of one output row. patch_dim: width of one input patch. fingerprint: digest of the loaded
+    weights and configuration, part of every content key.
+    """
+
+    embedding_dim: int
+    patch_dim: int
+    fingerprint: str
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Self:
+        """Read the vision half only. Raises ValueError on an unusable configuration, CheckpointError on tensors."""
+        ...
+
+    def num_rows(self, grid: Grid) -> int:
+        """Embedding rows of a medium of this grid."""
+        ...
+
+    def encode(self, patches: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
+        """Encode media packed one after the other.
+
+        patches: [sum(t * h * w), patch_dim] float32 on any device. Returns [sum(num_rows), embedding_dim] in the
+        model's dtype, on its device.
+        """
+        ...

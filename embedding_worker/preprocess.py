@@ -1,0 +1,234 @@
+"""Encoded images to patches, as the published Qwen2-VL processor does it: bit for bit, in bounded memory.
+
+Everything that can be refused is refused from the header, before any pixel is decoded. Orientation from EXIF is
+applied, any mode becomes RGB (of an animation, the first frame), bicubic resize to multiples of the merged patch,
+normalise, cut into patches. The only file that imports PIL. Knows nothing of models beyond `ImageSettings`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+
+from embedding_worker.errors import BadImage, ImageAspect, ImageTooLarge
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_ASPECT = 200
+
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ImageSettings:
+    """What the checkpoint's preprocessor_config.json says. min_pixels, max_pixels: area after resizing."""
+
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    min_pixels: int = 56 * 56
+    max_pixels: int = 28 * 28 * 1280
+    mean: tuple[float, ...] = _CLIP_MEAN
+    std: tuple[float, ...] = _CLIP_STD
+    rescale_factor: float = 1 / 255
+    resample: int = int(Image.Resampling.BICUBIC)
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], *, min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> ImageSettings:
+        """Read a preprocessor_config.json; `min_pixels` and `max_pixels` override it.
+
+        Raises ValueError naming a field that is malformed, or a step that the file switches off.
+        """
+        for step in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+            if not config.get(step, True):
+                raise ValueError(f"preprocessor_config.json: {step}=false is not supported")
+        default = cls()
+        size = config.get("size") or {}
+        low = [min_pixels, config.get("min_pixels"), size.get("shortest_edge"), size.get("min_pixels")]
+        high = [max_pixels, config.get("max_pixels"), size.get("longest_edge"), size.get("max_pixels")]
+        settings = cls(
+            min_pixels=_first(low, default.min_pixels),
+            max_pixels=_first(high, default.max_pixels),
+            patch_size=config.get("patch_size", default.patch_size),
+            temporal_patch_size=config.get("temporal_patch_size", default.temporal_patch_size),
+            merge_size=config.get("merge_size", default.merge_size),
+            mean=tuple(config.get("image_mean", default.mean)),
+            std=tuple(config.get("image_std", default.std)),
+            rescale_factor=config.get("rescale_factor", default.rescale_factor),
+            resample=config.get("resample", default.resample),
+        )
+        settings.validate()
+        return settings
+
+    def validate(self) -> None:
+        """Raise ValueError on sizes that are not positive integers, or colour statistics not per channel."""
+        for field in ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"preprocessor_config.json: {field} must be a positive integer, got {value!r}")
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(f"preprocessor: min_pixels {self.min_pixels} exceeds max_pixels {self.max_pixels}")
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(self.std):
+            raise ValueError("preprocessor_config.json: image_mean and image_std must hold 3 numbers, std not 0")
+
+    def grid(self, height: int, width: int) -> tuple[int, int, int]:
+        """(1, rows, columns) of patches after resizing. Raises ValueError beyond the aspect limit."""
+        resized = smart_resize(height, width, self.patch_size * self.merge_size, self.min_pixels, self.max_pixels)
+        return 1, resized[0] // self.patch_size, resized[1] // self.patch_size
+
+    def digest(self) -> str:
+        """Stable text of all settings, for content keys."""
+        return repr(dataclasses.astuple(self))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PreparedImage:
+    """patches: [t * h * w, 3 * temporal * patch^2] float32, merged patches together; grid: (t, h, w) in patches."""
+
+    patches: torch.Tensor
+    grid: tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ImageLimits:
+    """What is refused before decoding."""
+
+    max_bytes: int
+    max_pixels: int
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Height and width as multiples of `factor`, area within bounds, aspect kept as well as that allows.
+
+    The published rule, Python's round-half-even included. Raises ValueError beyond an aspect ratio of 200.
+    """
+    ratio = max(height, width) / min(height, width)
+    if ratio > MAX_ASPECT:
+        raise ValueError(f"{width}x{height} pixels have an aspect ratio of {ratio:.1f}, the model allows {MAX_ASPECT}")
+    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
+    if new_height * new_width > max_pixels:
+        beta = math.sqrt((height * width) / max_pixels)
+        new_height = max(factor, math.floor(height / beta / factor) * factor)
+        new_width = max(factor, math.floor(width / beta / factor) * factor)
+    elif new_height * new_width < min_pixels:
+        beta = math.sqrt(min_pixels / (height * width))
+        new_height = math.ceil(height * beta / factor) * factor
+        new_width = math.ceil(width * beta / factor) * factor
+    return new_height, new_width
+
+
+def inspect_image(
+    media: bytes | memoryview, index: int, settings: ImageSettings, limits: ImageLimits
+) -> tuple[int, int, int]:
+    """The grid that `prepare_image` will give, from the header alone; `index` is the image's place, for messages.
+
+    Raises BadImage, ImageTooLarge or ImageAspect. Pixels that turn out to be corrupt are found by `prepare_image`.
+    """
+    image = _open_checked(media, index, limits)
+    try:
+        width, height = (image.height, image.width) if _is_turned(image, media) else (image.width, image.height)
+        return settings.grid(height, width)
+    except ValueError as error:
+        raise ImageAspect(index, str(error)) from error
+
+
+def prepare_image(media: bytes | memoryview, index: int, settings: ImageSettings, limits: ImageLimits) -> PreparedImage:
+    """Decode, resize, normalise and cut one encoded image; `index` is its place in the request, for messages.
+
+    Peak memory is about 8 bytes per decoded pixel. Raises BadImage, ImageTooLarge or ImageAspect.
+    """
+    grid = inspect_image(media, index, settings, limits)
+    try:
+        image = _open_checked(media, index, limits)
+        ImageOps.exif_transpose(image, in_place=True)
+        colour = image if image.mode == "RGB" else image.convert("RGB")
+        if settings.grid(colour.height, colour.width) != grid:
+            raise ValueError("the pixels do not have the size that the header says")
+        size = (grid[2] * settings.patch_size, grid[1] * settings.patch_size)
+        pixels = np.asarray(colour.resize(size, resample=Image.Resampling(settings.resample)))
+    except Exception as error:  # decoders raise anything at all on hostile bytes
+        raise BadImage(index, f"the image data are truncated or corrupt ({_reason(error)})") from error
+    return PreparedImage(patches=_cut(pixels, settings), grid=grid)
+
+
+def content_key(media: bytes | memoryview, settings: ImageSettings, fingerprint: str, dtype: str) -> str:
+    """Hex name of an embedding: equal exactly when media, preprocessing, model and dtype are equal."""
+    hasher = hashlib.blake2b(digest_size=16)
+    for part in (settings.digest(), fingerprint, dtype):
+        hasher.update(f"{len(part)}:{part}".encode())
+    hasher.update(media)
+    return hasher.hexdigest()
+
+
+def _open_checked(media: bytes | memoryview, index: int, limits: ImageLimits) -> Image.Image:
+    """Read the header only, and refuse what is too large."""
+    if len(media) > limits.max_bytes:
+        raise ImageTooLarge(index, f"{len(media)} bytes, at most {limits.max_bytes} are allowed")
+    try:
+        image = Image.open(io.BytesIO(media), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageTooLarge(index, f"at most {limits.max_pixels} pixels are allowed ({_reason(error)})") from error
+    except Exception as error:  # decoders raise anything at all on hostile bytes
+        formats = ", ".join(FORMATS)
+        raise BadImage(index, f"not an image this server can read ({formats}): {_reason(error)}") from error
+    if image.width * image.height > limits.max_pixels:
+        size = f"{image.width}x{image.height} pixels"
+        raise ImageTooLarge(index, f"{size}, at most {limits.max_pixels} pixels are allowed")
+    if not image.width or not image.height:
+        raise BadImage(index, "the image has no pixels")
+    return image
+
+
+def _is_turned(image: Image.Image, media: bytes | memoryview) -> bool:
+    """Whether EXIF orientation swaps width and height.
+
+    PNG may carry it behind the pixels, and PIL decodes them all to look; so look for its traces in the bytes first.
+    Of TIFF, PIL gives the turned size at once.
+    """
+    if image.format == "TIFF":
+        return False
+    if image.format == "PNG" and "exif" not in image.info:
+        raw = bytes(media)
+        if not any(trace in raw for trace in (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")):
+            return False
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # unreadable metadata: the pixels may be fine, and decoding will tell
+        return False
+    return orientation in (5, 6, 7, 8)
+
+
+def _cut(pixels: np.ndarray[Any, np.dtype[np.uint8]], settings: ImageSettings) -> torch.Tensor:
+    """[H, W, 3] bytes to [patches, 3 * temporal * patch^2] float32, patches of one merged token side by side.
+
+    A byte has 256 values, so rescaling and normalising is a table per channel, computed as the reference computes it.
+    """
+    patch, merge = settings.patch_size, settings.merge_size
+    rows, columns = pixels.shape[0] // patch, pixels.shape[1] // patch
+    blocks = pixels.reshape(rows // merge, merge, patch, columns // merge, merge, patch, 3)
+    blocks = blocks.transpose(6, 0, 3, 1, 4, 2, 5).reshape(3, rows * columns, 1, patch, patch)
+    scaled = (np.arange(256, dtype=np.float64) * settings.rescale_factor).astype(np.float32)
+    out = np.empty((rows * columns, 3, settings.temporal_patch_size, patch, patch), dtype=np.float32)
+    for channel, (mean, std) in enumerate(zip(settings.mean, settings.std, strict=True)):
+        table = (scaled - np.float32(mean)) / np.float32(std)
+        out[:, channel] = table[blocks[channel]]
+    return torch.from_numpy(out.reshape(rows * columns, -1))
+
+
+def _first(candidates: list[int | None], default: int) -> int:
+    return next((value for value in candidates if value is not None), default)
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

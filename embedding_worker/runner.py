@@ -1,0 +1,105 @@
+"""The model step: prepared images in, embedding rows out. Owns the model, its device and dtype; knows no requests."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from embedding_worker.config import EmbedConfig
+from embedding_worker.errors import UnsupportedModel
+from embedding_worker.models import VISION_MODELS, resolve_vision_model
+from embedding_worker.models.base import VisionModel
+from embedding_worker.preprocess import ImageSettings, PreparedImage, content_key
+from transfer.checkpoint import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class VisionRunner:
+    """A loaded vision model with its image settings.
+
+    Thread-safe as far as it is used here: `encode` on one thread, everything else reads constants.
+    """
+
+    def __init__(self, model: VisionModel, settings: ImageSettings, dtype: torch.dtype, device: torch.device) -> None:
+        self.settings = settings
+        self.dtype = dtype
+        self.device = device
+        self._model = model
+
+    @classmethod
+    def load(cls, model_path: str | Path, config: EmbedConfig) -> VisionRunner:
+        """Load the vision half of a model folder.
+
+        Raises UnsupportedModel on an architecture or configuration that cannot be run, CheckpointError on its tensors.
+        """
+        checkpoint = Checkpoint.open(model_path)
+        model_config = checkpoint.config()
+        architectures = model_config.get("architectures") or ["none"]
+        if architectures[0] not in VISION_MODELS:
+            known = ", ".join(VISION_MODELS)
+            raise UnsupportedModel(str(model_path), f"no vision half for {architectures[0]}; there is one for {known}")
+        device = _device(config.device)
+        dtype = _dtype(config.dtype, model_config, str(model_path))
+        try:
+            settings = ImageSettings.from_config(
+                checkpoint.read_json("preprocessor_config.json"),
+                min_pixels=config.min_pixels,
+                max_pixels=config.max_pixels,
+            )
+            model = resolve_vision_model(architectures[0]).load(checkpoint, dtype, device)
+        except ValueError as error:
+            raise UnsupportedModel(str(model_path), str(error)) from error
+        patch_dim = 3 * settings.temporal_patch_size * settings.patch_size**2
+        if patch_dim != model.patch_dim:
+            reason = f"preprocessor_config.json makes patches of {patch_dim} numbers, the model takes {model.patch_dim}"
+            raise UnsupportedModel(str(model_path), reason)
+        logger.info("vision half of %s loaded: %s on %s", architectures[0], dtype, device)
+        return cls(model, settings, dtype, device)
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width of one row."""
+        return self._model.embedding_dim
+
+    @property
+    def dtype_name(self) -> str:
+        """The rows' dtype as the wire spells it."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def num_rows(self, grid: tuple[int, int, int]) -> int:
+        """Embedding rows of an image of this grid."""
+        return self._model.num_rows(grid)
+
+    def content_key(self, media: bytes | memoryview) -> str:
+        """Name of the embedding of these bytes under this model, dtype and device class."""
+        return content_key(media, self.settings, self._model.fingerprint, f"{self.dtype_name}@{self.device.type}")
+
+    def encode(self, images: Sequence[PreparedImage]) -> list[torch.Tensor]:
+        """Encode images in one pass. Returns per image [num_rows, embedding_dim], on the CPU, contiguous.
+
+        Raises what the model raises (out of memory, for instance).
+        """
+        grids = [image.grid for image in images]
+        patches = images[0].patches if len(images) == 1 else torch.cat([image.patches for image in images])
+        rows = self._model.encode(patches, grids).cpu()
+        return [part.clone() for part in torch.split(rows, [self.num_rows(grid) for grid in grids])]
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def _dtype(name: str, model_config: dict[str, object], model_path: str) -> torch.dtype:
+    if name == "auto":
+        name = str(model_config.get("torch_dtype") or model_config.get("dtype") or "float32")
+    if name not in _DTYPES:
+        raise UnsupportedModel(model_path, f"dtype {name!r} is not one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]

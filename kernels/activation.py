@@ -1,0 +1,28 @@
+"""Activations and gated activations, elementwise over any leading shape. Knows tensors only."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """`silu(gate) * up` of a fused projection.
+
+    gate_up: [..., 2 * I], gate first, up second. Returns [..., I] of the same dtype.
+    Raises ValueError when the last dimension is odd.
+    """
+    if gate_up.shape[-1] % 2:
+        raise ValueError(f"swiglu: the last dimension holds gate and up and must be even, got {tuple(gate_up.shape)}")
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """Exact (erf) GELU. x: any shape; returns a new tensor like `x`."""
+    return F.gelu(x)
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GELU in its tanh approximation. x: any shape; returns a new tensor like `x`."""
+    return F.gelu(x, approximate="tanh")

@@ -1,0 +1,37 @@
+"""Normalisation over the last dimension.
+
+Statistics are always taken in float32; the result has the input's dtype. Weights have the input's dtype.
+Knows tensors only; which norm a model uses is the model's business.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
+
+    x: [..., D], weight: [D], same floating dtype. Returns a new tensor like `x`.
+    """
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add `x` onto the residual stream, then normalise it: returns `(rms_norm(residual + x), residual + x)`.
+
+    x, residual: [..., D] of equal dtype. The sum is written into `residual`, which is also what comes back second.
+    """
+    residual.add_(x)
+    return F.rms_norm(residual, weight.shape, weight, eps), residual
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """`(x - mean) / sqrt(var + eps) * weight + bias` over the last dimension, biased variance.
+
+    x: [..., D], weight and bias: [D]. Returns a new tensor like `x`.
+    """
+    return F.layer_norm(x, weight.shape, weight, bias, eps)

@@ -1,0 +1,234 @@
+"""Causal attention of query windows over a paged cache.
+
+Each sequence of a step asks with its last `query_len` positions, and sees all its `kv_len` positions up to its own.
+Short windows (decode, small drafts) of equal length are answered together over gathered slots; a long window (prefill)
+alone. What is the same for all layers of a step (gather indices, masks) is computed once and kept in the batch.
+Slots that no sequence owns are never read, whatever they hold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from kernels.pages import kv_slots
+
+SHORT_WINDOW = 16  # longest window that is answered in a padded group
+PADDING_RATIO = 2  # in a group, no key length exceeds the shortest by more than this factor...
+PADDING_FLOOR = 64  # ...except below this length, where padding costs less than another call
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class AttentionBatch:
+    """Who asks for what in one step: page_table [S, P] integer on the CPU, and per sequence the number of query
+    tokens, the number of positions with keys and values (this step's included), and the first row in `q`.
+
+    `prepare` is called by the first layer if the engine did not.
+    """
+
+    page_table: torch.Tensor
+    query_lens: Sequence[int]
+    kv_lens: Sequence[int]
+    query_start: Sequence[int]
+    _plan: tuple[_Group, ...] | None = None
+
+    def prepare(
+        self, *, page_size: int, heads_per_key: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[_Group, ...]:
+        """Compute gather indices and masks for all layers. `heads_per_key`: query heads per key head.
+
+        Raises ValueError when the lengths contradict each other or the page table.
+        """
+        if self._plan is None:
+            self._check(page_size)
+            groups = _group(self.query_lens, self.kv_lens)
+            self._plan = tuple(
+                _Group.build(self, members, page_size, heads_per_key, dtype, device) for members in groups
+            )
+        return self._plan
+
+    def _check(self, page_size: int) -> None:
+        room = self.page_table.shape[1] * page_size
+        if not len(self.query_lens) == len(self.kv_lens) == len(self.query_start) == self.page_table.shape[0]:
+            raise ValueError("attention batch: page_table, query_lens, kv_lens and query_start differ in length")
+        for i, (queries, kv) in enumerate(zip(self.query_lens, self.kv_lens, strict=True)):
+            if not 0 < queries <= kv <= room:
+                raise ValueError(
+                    f"attention batch: sequence {i} asks {queries} positions of {kv}, its page table row holds {room}"
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Group:
+    """Sequences answered in one call.
+
+    rows: query rows, a slice when they are neighbours, else [n * query_len]; slots: [n * max_kv], or a slice when the
+    only sequence lies in neighbouring pages; mask: additive, in the query's dtype, None when all see everything.
+    """
+
+    rows: slice | torch.Tensor
+    slots: slice | torch.Tensor
+    count: int
+    query_len: int
+    max_kv: int
+    mask: torch.Tensor | None
+
+    @classmethod
+    def build(
+        cls,
+        batch: AttentionBatch,
+        members: list[int],
+        page_size: int,
+        heads_per_key: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> _Group:
+        query_len = batch.query_lens[members[0]]
+        kv_lens = [batch.kv_lens[i] for i in members]
+        max_kv = max(kv_lens)
+        if query_len > SHORT_WINDOW:
+            mask = None if query_len == max_kv else _sliding_mask(query_len, max_kv, dtype)
+        else:
+            mask = _padded_mask(query_len, kv_lens, heads_per_key, dtype)
+        slots = _gather_slots(batch.page_table, members, kv_lens, page_size)
+        rows = _query_rows([batch.query_start[i] for i in members], query_len)
+        return cls(
+            rows=rows if isinstance(rows, slice) else rows.to(device),
+            slots=slots if isinstance(slots, slice) else slots.to(device),
+            count=len(members),
+            query_len=query_len,
+            max_kv=max_kv,
+            mask=None if mask is None else mask.to(device),
+        )
+
+
+def paged_attention(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: AttentionBatch, scale: float | None = None
+) -> torch.Tensor:
+    """Causal attention of every window over its sequence's pages.
+
+    q: [T, H, D]; k_cache, v_cache: [num_pages, page_size, Hk, D] contiguous, H a multiple of Hk; this step's keys and
+    values are already written. scale: default `1 / sqrt(D)`. Returns [T, H, D] like `q`.
+    Raises ValueError when the batch is inconsistent (first layer only).
+    """
+    num_pages, page_size, num_kv_heads, head_dim = k_cache.shape
+    groups = batch.prepare(
+        page_size=page_size, heads_per_key=q.shape[1] // num_kv_heads, dtype=q.dtype, device=q.device
+    )
+    k_flat = k_cache.view(num_pages * page_size, num_kv_heads, head_dim)
+    v_flat = v_cache.view(num_pages * page_size, num_kv_heads, head_dim)
+    if len(groups) == 1 and isinstance(groups[0].rows, slice):
+        return _answer(q, k_flat, v_flat, groups[0], scale)
+    out = torch.empty_like(q)
+    for group in groups:
+        out[group.rows] = _answer(q[group.rows], k_flat, v_flat, group, scale)
+    return out
+
+
+def _answer(
+    q: torch.Tensor, k_flat: torch.Tensor, v_flat: torch.Tensor, group: _Group, scale: float | None
+) -> torch.Tensor:
+    if isinstance(group.slots, slice):
+        k, v = k_flat[group.slots], v_flat[group.slots]
+    else:
+        k, v = k_flat.index_select(0, group.slots), v_flat.index_select(0, group.slots)
+    if group.query_len > SHORT_WINDOW:
+        return _long_window(q, k, v, group, scale)
+    return _short_windows(q, k, v, group, scale)
+
+
+def _short_windows(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: _Group, scale: float | None
+) -> torch.Tensor:
+    """Equal short windows: the query heads of a key head become rows of one attention problem per key head."""
+    num_heads, head_dim = q.shape[1:]
+    num_kv_heads = k.shape[1]
+    rows = q.view(group.count, group.query_len, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    rows = rows.transpose(1, 2).reshape(group.count, num_kv_heads, -1, head_dim)
+    k = k.view(group.count, group.max_kv, num_kv_heads, head_dim).transpose(1, 2)
+    v = v.view(group.count, group.max_kv, num_kv_heads, head_dim).transpose(1, 2)
+    out = F.scaled_dot_product_attention(rows, k, v, attn_mask=group.mask, scale=scale)
+    out = out.view(group.count, num_kv_heads, group.query_len, -1, head_dim).transpose(1, 2)
+    return out.reshape(q.shape)
+
+
+def _long_window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: _Group, scale: float | None) -> torch.Tensor:
+    """One long window: key heads as the batch, their query heads share keys and values through a zero stride."""
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    shape = (num_kv_heads, num_heads // num_kv_heads, k.shape[0], head_dim)
+    k, v = (x.transpose(0, 1)[:, None].expand(shape) for x in (k, v))
+    q = q.view(num_tokens, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+    if group.mask is None:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    else:  # the mask is made for queries in reverse order, see _sliding_mask
+        out = F.scaled_dot_product_attention(q.flip(2), k, v, attn_mask=group.mask, scale=scale).flip(2)
+    return out.permute(2, 0, 1, 3).reshape(num_tokens, num_heads, head_dim)
+
+
+def _group(query_lens: Sequence[int], kv_lens: Sequence[int]) -> list[list[int]]:
+    """Indices of sequences to answer together: long windows alone, short ones with their like in both lengths."""
+    long = [[i] for i, length in enumerate(query_lens) if length > SHORT_WINDOW]
+    short = sorted((i for i, length in enumerate(query_lens) if length <= SHORT_WINDOW), key=lambda i: kv_lens[i])
+    groups: list[list[int]] = []
+    open_groups: dict[int, list[int]] = {}
+    for i in short:
+        group = open_groups.get(query_lens[i])
+        if group is None or kv_lens[i] > max(PADDING_FLOOR, PADDING_RATIO * kv_lens[group[0]]):
+            group = open_groups[query_lens[i]] = []
+            groups.append(group)
+        group.append(i)
+    return [sorted(group) for group in groups] + long
+
+
+def _query_rows(starts: Sequence[int], query_len: int) -> slice | torch.Tensor:
+    if all(start == starts[0] + i * query_len for i, start in enumerate(starts)):
+        return slice(starts[0], starts[0] + len(starts) * query_len)
+    return (torch.tensor(starts)[:, None] + torch.arange(query_len)).flatten()
+
+
+def _gather_slots(
+    page_table: torch.Tensor, members: Sequence[int], kv_lens: Sequence[int], page_size: int
+) -> slice | torch.Tensor:
+    """Slots of all positions of all members, each padded to the longest with its own first slot (which is valid)."""
+    if len(members) == 1:
+        listed: list[int] = page_table[members[0], : -(-kv_lens[0] // page_size)].tolist()
+        if listed == list(range(listed[0], listed[0] + len(listed))):
+            return slice(listed[0] * page_size, listed[0] * page_size + kv_lens[0])
+        return kv_slots(page_table[members[0]], kv_lens[0], page_size)
+    lens = torch.tensor(kv_lens)[:, None]
+    positions = torch.arange(max(kv_lens))[None]
+    positions = torch.where(positions < lens, positions, 0)
+    pages = page_table[list(members)].to(torch.int64).gather(1, positions // page_size)
+    return (pages * page_size + positions % page_size).flatten()
+
+
+def _padded_mask(query_len: int, kv_lens: Sequence[int], heads_per_key: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """[n, 1, query_len * heads_per_key, max_kv] (rows ordered as `_short_windows` has them), or None if all is seen."""
+    max_kv = max(kv_lens)
+    if query_len == 1 and all(length == max_kv for length in kv_lens):
+        return None
+    last_seen = torch.tensor(kv_lens)[:, None] - query_len + torch.arange(query_len)
+    hidden = torch.arange(max_kv) > last_seen[:, :, None]
+    mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -math.inf)
+    return mask.repeat_interleave(heads_per_key, dim=1)[:, None]
+
+
+def _sliding_mask(query_len: int, kv_len: int, dtype: torch.dtype) -> torch.Tensor:
+    """Causal mask [query_len, kv_len] of a window at the end of its keys, for queries in reverse order.
+
+    Reversed row r is query `query_len - 1 - r`, which sees `kv_len - r` keys. Every row is then the row above moved
+    one to the left: all are windows of one vector, so the mask costs query_len + kv_len elements, not their product.
+
+        vector   0 0 0 0 0 . . .        (kv_len zeros, then -inf)
+        row 0    0 0 0 0 0
+        row 1      0 0 0 0 .
+        row 2        0 0 0 . .
+    """
+    vector = torch.zeros(kv_len + query_len, dtype=dtype)
+    vector[kv_len:] = -math.inf
+    return vector.as_strided((query_len, kv_len), (1, 1))

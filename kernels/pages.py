@@ -1,0 +1,47 @@
+"""Writing keys and values into a paged cache, and the arithmetic of slots.
+
+A cache is [num_pages, page_size, Hk, D]. A *slot* is a token's place in it: `page * page_size + offset`. A page table
+row lists the pages of one sequence in order. Which page belongs to whom is the engine's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def write_pages(
+    k_cache: torch.Tensor, v_cache: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor
+) -> None:
+    """Store keys and values [T, Hk, D] at `slots` [T] int64 of both caches [num_pages, page_size, Hk, D], in place.
+
+    Caches must be contiguous; slots must be distinct and on the cache's device.
+    """
+    num_slots = k_cache.shape[0] * k_cache.shape[1]
+    k_cache.view(num_slots, -1).index_copy_(0, slots, k.reshape(k.shape[0], -1))
+    v_cache.view(num_slots, -1).index_copy_(0, slots, v.reshape(v.shape[0], -1))
+
+
+def query_slots(
+    page_table: torch.Tensor, query_lens: Sequence[int], kv_lens: Sequence[int], page_size: int
+) -> torch.Tensor:
+    """Slots of every query token of a step, sequences one after the other: [sum(query_lens)] int64, like page_table.
+
+    page_table: [S, P] integer. A sequence's queries are the last `query_lens[i]` of its `kv_lens[i]` positions.
+    """
+    counts = torch.tensor(query_lens, dtype=torch.int64)
+    starts = torch.tensor(kv_lens, dtype=torch.int64) - counts
+    rows = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    within = torch.arange(rows.shape[0]) - (counts.cumsum(0) - counts)[rows]
+    positions = starts[rows] + within
+    rows, positions = rows.to(page_table.device), positions.to(page_table.device)
+    pages = page_table[rows, positions // page_size].to(torch.int64)
+    return pages * page_size + positions % page_size
+
+
+def kv_slots(page_table_row: torch.Tensor, kv_len: int, page_size: int) -> torch.Tensor:
+    """Slots of positions `0 .. kv_len - 1` of one sequence: [kv_len] int64. page_table_row: [P] integer."""
+    pages = page_table_row[: -(-kv_len // page_size)].to(torch.int64)
+    offsets = torch.arange(page_size, device=pages.device)
+    return (pages[:, None] * page_size + offsets).reshape(-1)[:kv_len]

@@ -1,0 +1,74 @@
+"""Bidirectional attention inside segments of one packed sequence.
+
+Neighbouring segments of equal length form a *run*, which is one batched call without copies: windows of a vision
+tower sorted by length cost a handful of calls. `Segments` holds the runs, so that all layers share them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Segments:
+    """Runs of equal neighbouring segments: (first token, number of segments, tokens per segment)."""
+
+    runs: tuple[tuple[int, int, int], ...]
+    num_tokens: int
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[int]) -> Segments:
+        """Segments of these lengths, one after the other. Raises ValueError when a length is not positive."""
+        if any(length <= 0 for length in lengths):
+            raise ValueError(f"segments must not be empty, got lengths {list(lengths)}")
+        runs, first = [], 0
+        for length, group in itertools.groupby(lengths):
+            count = sum(1 for _ in group)
+            runs.append((first, count, length))
+            first += count * length
+        return cls(runs=tuple(runs), num_tokens=first)
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: Sequence[int] | torch.Tensor) -> Segments:
+        """Segments between neighbouring bounds, the first of which is 0: [num_segments + 1] rising integers."""
+        bounds = cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else list(cu_seqlens)
+        if not bounds or bounds[0] != 0:
+            raise ValueError(f"cumulative lengths must begin with 0, got {bounds[:4]}")
+        return cls.from_lengths([end - start for start, end in itertools.pairwise(bounds)])
+
+
+def varlen_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: Segments | Sequence[int] | torch.Tensor,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Softmax attention of every token over all tokens of its own segment.
+
+    q, k, v: [N, H, D] (any strides, last dimension contiguous). cu_seqlens: `Segments`, or cumulative lengths.
+    scale: default `1 / sqrt(D)`. Returns [N, H, D]. Raises ValueError when the segments do not cover all N tokens.
+    """
+    segments = cu_seqlens if isinstance(cu_seqlens, Segments) else Segments.from_cu_seqlens(cu_seqlens)
+    if segments.num_tokens != q.shape[0]:
+        raise ValueError(f"segments cover {segments.num_tokens} tokens, the queries are {q.shape[0]}")
+    parts = [_run_attention(q, k, v, run, scale) for run in segments.runs]
+    if not parts:
+        return torch.empty_like(q)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _run_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, run: tuple[int, int, int], scale: float | None
+) -> torch.Tensor:
+    first, count, length = run
+    batch_q, batch_k, batch_v = (
+        x[first : first + count * length].view(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)
+    )
+    out = F.scaled_dot_product_attention(batch_q, batch_k, batch_v, scale=scale)
+    return out.transpose(1, 2).reshape(count * length, *q.shape[1:])

@@ -1,0 +1,61 @@
+"""EngineConfig: what an operator may set about one language worker.
+
+Owns ranges and defaults; knows nothing of checkpoints. "auto" and 0 are filled in by `engine_builder.py`
+once the model's shape is known, into a new object.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from language_worker.errors import InvalidRequest
+
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Settings of one engine.
+
+    dtype: "auto" takes the checkpoint's. device: "auto" takes CUDA where there is one.
+    num_threads: torch threads of the engine, 0 leaves torch's default.
+    page_size: tokens per KV page. kv_cache_tokens: capacity in tokens; 0 derives it from kv_cache_bytes,
+    which itself is 0 for "512 MiB on CPU, gpu_memory_fraction of the free memory on a GPU".
+    max_model_len: prompt + generated tokens of one sequence; 0 takes the checkpoint's limit capped by the cache.
+    max_step_tokens: query tokens in one step; max_prefill_chunk: of one sequence in one step (0: max_step_tokens).
+    max_waiting: requests that may wait before QueueFull. max_logits_bytes: cap on one request's returned logits.
+    """
+
+    dtype: DTypeName = "auto"
+    device: str = "auto"
+    num_threads: int = 0
+    page_size: int = 32
+    kv_cache_tokens: int = 0
+    kv_cache_bytes: int = 0
+    gpu_memory_fraction: float = 0.85
+    max_model_len: int = 0
+    max_num_seqs: int = 64
+    max_step_tokens: int = 2048
+    max_prefill_chunk: int = 0
+    max_waiting: int = 1024
+    max_logits_bytes: int = 1 << 30
+
+    def __post_init__(self) -> None:
+        """Raises InvalidRequest naming the first field that is out of range."""
+        if self.dtype not in get_args(DTypeName):
+            raise InvalidRequest(f"dtype is {self.dtype!r}; use one of {', '.join(get_args(DTypeName))}")
+        for name in ("num_threads", "kv_cache_tokens", "kv_cache_bytes", "max_model_len", "max_prefill_chunk"):
+            self._require_int(name, 0)
+        for name in ("page_size", "max_num_seqs", "max_step_tokens", "max_waiting", "max_logits_bytes"):
+            self._require_int(name, 1)
+        if not 0.0 < self.gpu_memory_fraction <= 1.0:
+            raise InvalidRequest(f"gpu_memory_fraction is {self.gpu_memory_fraction}; use a value in (0, 1]")
+        if self.max_step_tokens < self.max_num_seqs:
+            raise InvalidRequest(
+                f"max_step_tokens ({self.max_step_tokens}) is smaller than max_num_seqs ({self.max_num_seqs}); "
+                "every running sequence needs one token of the step, so raise the first or lower the second"
+            )
+
+    def _require_int(self, name: str, low: int) -> None:
+        value = getattr(self, name)
+        if type(value) is not int or value < low:
+            raise InvalidRequest(f"{name} is {value!r}; use an integer of at least {low}")

@@ -1,0 +1,27 @@
+"""DecodeStrategy: how a sequence's next window is cut and what its result does to the sequence.
+
+The scheduler sees only token counts and pages through it. A strategy keeps no state of its own per sequence beyond
+what `Sequence` holds, so that preemption (`kv_len = 0`) needs no help from it.
+"""
+
+from collections.abc import Sequence as SequenceOf
+from typing import Protocol
+
+from language_worker.plan import Window
+from language_worker.request import Sequence
+
+
+class DecodeStrategy(Protocol):
+    """alignment: prefill chunks end on a multiple of it (the last chunk excepted).
+    lookahead: provisional positions past the known tokens that need pages."""
+
+    alignment: int
+    lookahead: int
+
+    def window(self, seq: Sequence, budget: int) -> Window | None:
+        """Next query window of at most `budget` positions, or None when nothing can be computed now."""
+        ...
+
+    def advance(self, window: Window, tokens: SequenceOf[int]) -> None:
+        """Record that the window ran: `kv_len` moves by its final positions, then `tokens` are appended."""
+        ...

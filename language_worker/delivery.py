@@ -1,0 +1,102 @@
+"""Delivery: engine outputs become answers to the calls that wait for them.
+
+Owns the open "generate" calls. One `reply_many` per step carries every token of the step; ends follow. Called from the
+I/O thread (add) and the engine's thread (deliver) only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from language_worker.api import RequestDone, RequestFailed, TokenChunk
+from language_worker.media_stream import MediaStreams
+from language_worker.outputs import MediaAdmitted, Output, PromptLogits
+from transfer.buffers import tensor_bytes
+from transfer.calls import IncomingCall
+from transfer.service import Service
+
+
+class Delivery:
+    """Open calls by request id. `max_frame_bytes`: returned logits are cut into frames of at most that size."""
+
+    def __init__(self, service: Service, streams: MediaStreams, *, max_frame_bytes: int) -> None:
+        self._service = service
+        self._streams = streams
+        self._max_frame_bytes = max_frame_bytes
+        self._calls: dict[str, IncomingCall] = {}
+        self._told: set[str] = set()  # requests whose first part is out
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._calls
+
+    def add(self, request_id: str, call: IncomingCall) -> None:
+        """Answer `call` with the outputs of `request_id`."""
+        self._calls[request_id] = call
+
+    def deliver(self, outputs: Sequence[Output]) -> None:
+        """Send a step's outputs. A call whose peer is gone swallows its answers and cancels itself."""
+        parts: list[tuple[IncomingCall, dict[str, Any]]] = []
+        for output in outputs:
+            if isinstance(output, TokenChunk):
+                call = self._calls.get(output.request_id)
+                if call is not None:
+                    parts.append((call, self._body(output)))
+            elif isinstance(output, PromptLogits):
+                self._send_logits(output)
+            elif isinstance(output, MediaAdmitted):
+                self._streams.admit(output.request_id)
+        if parts:
+            self._service.reply_many(parts)
+        for output in outputs:
+            if isinstance(output, RequestDone):
+                self._finish(output)
+            elif isinstance(output, RequestFailed):
+                self._fail(output)
+
+    def _body(self, chunk: TokenChunk) -> dict[str, Any]:
+        body = chunk.to_body()
+        if chunk.request_id not in self._told:
+            self._told.add(chunk.request_id)
+            body["num_prompt_tokens"] = chunk.num_prompt_tokens
+        return body
+
+    def _send_logits(self, output: PromptLogits) -> None:
+        call = self._calls.get(output.request_id)
+        if call is None:
+            return
+        for first_row, rows in logit_frames(output.logits, self._max_frame_bytes):
+            body = {"logits_shape": list(rows.shape), "first_row": first_row, "num_rows": output.logits.shape[0]}
+            call.reply(body, [tensor_bytes(rows)])
+
+    def _finish(self, done: RequestDone) -> None:
+        call = self._take(done.request_id)
+        body: dict[str, Any] = {
+            "num_prompt_tokens": done.num_prompt_tokens,
+            "num_generated_tokens": done.num_generated_tokens,
+            "ttft_ms": done.ttft_ms,
+            "total_ms": done.total_ms,
+            "num_preemptions": done.num_preemptions,
+            "grant_rounds": self._streams.end(done.request_id),
+        }
+        if call is not None:
+            call.end(body)
+
+    def _fail(self, failed: RequestFailed) -> None:
+        call = self._take(failed.request_id)
+        self._streams.end(failed.request_id, failed.error)
+        if call is not None:
+            call.fail(failed.error.code, failed.error.message)
+
+    def _take(self, request_id: str) -> IncomingCall | None:
+        self._told.discard(request_id)
+        return self._calls.pop(request_id, None)
+
+
+def logit_frames(logits: torch.Tensor, max_bytes: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first row, contiguous rows) slices of logits [n, vocab] float32, each at most `max_bytes` (one row at least)."""
+    rows_per_frame = max(1, max_bytes // (logits.shape[1] * logits.element_size()))
+    for first in range(0, logits.shape[0], rows_per_frame):
+        yield first, logits[first : first + rows_per_frame]

@@ -1,0 +1,142 @@
+"""From a model folder and an EngineConfig to a running Engine: devices, dtypes, cache sizes, and the parts joined.
+
+The only place that resolves "auto". Knows no transport.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from language_worker.config import EngineConfig
+from language_worker.decode import create_strategy
+from language_worker.engine import Engine
+from language_worker.errors import ModelNotSupported
+from language_worker.kv_cache import KVCache
+from language_worker.models import resolve_model
+from language_worker.models.base import ModelSpec
+from language_worker.page_pool import PagePool
+from language_worker.roster import EngineLimits
+from language_worker.runner import ModelRunner
+from language_worker.scheduler import Scheduler
+from language_worker.tokenizer import Tokenizer
+from transfer.checkpoint import Checkpoint
+
+CPU_CACHE_BYTES = 512 << 20
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheSize:
+    """num_pages of the KV cache, and the longest sequence that is served with it."""
+
+    num_pages: int
+    max_model_len: int
+
+
+def build_engine(
+    model_path: str | Path,
+    config: EngineConfig,
+    *,
+    input_buffer_tokens: int = 262144,
+    clock: Callable[[], float] = time.monotonic,
+) -> Engine:
+    """Load the text half of the checkpoint and join the parts.
+
+    Raises ModelNotSupported, transfer.checkpoint.CheckpointError, or InvalidRequest for a config that cannot hold.
+    """
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    checkpoint = Checkpoint.open(model_path)
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, checkpoint)
+    with torch.inference_mode():
+        model = resolve_model(checkpoint.config()).load(checkpoint, dtype=dtype, device=device)
+    size = resolve_cache(config, model.spec, dtype, device)
+    model.reserve_positions(size.max_model_len)
+    cache = KVCache(
+        model.spec.kv, num_pages=size.num_pages, page_size=config.page_size, dtype=dtype, device=device
+    )
+    scheduler = Scheduler(
+        pool=PagePool(size.num_pages),
+        strategy=create_strategy(model.spec.decode_strategy),
+        page_size=config.page_size,
+        max_num_seqs=config.max_num_seqs,
+        max_step_tokens=config.max_step_tokens,
+        max_prefill_chunk=config.max_prefill_chunk,
+    )
+    return Engine(
+        runner=ModelRunner(model, cache, device),
+        scheduler=scheduler,
+        tokenizer=Tokenizer(model_path),
+        limits=EngineLimits(
+            max_model_len=size.max_model_len,
+            max_waiting=config.max_waiting,
+            input_buffer_tokens=input_buffer_tokens,
+            max_logits_bytes=config.max_logits_bytes,
+        ),
+        dtype=dtype,
+        clock=clock,
+    )
+
+
+def resolve_device(name: str) -> torch.device:
+    """ "auto": the first CUDA device, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ModelNotSupported(f"device {name!r} is unknown to torch: {error}") from error
+
+
+def resolve_dtype(name: str, checkpoint: Checkpoint) -> torch.dtype:
+    """ "auto": the config's dtype (top level or text_config), else that of the stored text weights' majority."""
+    if name == "auto":
+        config = checkpoint.config()
+        text = config.get("text_config") or {}
+        stated = [c.get(key) for c in (config, text) for key in ("dtype", "torch_dtype")]
+        name = next((str(value).removeprefix("torch.") for value in stated if value), "")
+        if not name:
+            stored = [t.dtype for t in checkpoint.tensors.values()]
+            name = str(max(set(stored), key=stored.count)).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ModelNotSupported(f"dtype {name!r} is not served; choose one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def resolve_cache(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> CacheSize:
+    """Pages of the cache: what was asked for, or what the memory budget gives, at most what all seats could use."""
+    wanted_len = min(config.max_model_len or spec.max_position_embeddings, spec.max_position_embeddings)
+    if config.max_model_len > spec.max_position_embeddings:
+        raise ModelNotSupported(
+            f"max_model_len {config.max_model_len} exceeds the checkpoint's {spec.max_position_embeddings} positions"
+        )
+    tokens = config.kv_cache_tokens
+    if not tokens:
+        num_bytes = config.kv_cache_bytes or _default_bytes(config, device)
+        seats = config.max_num_seqs * (wanted_len + config.page_size)
+        tokens = min(num_bytes // spec.kv.bytes_per_token(dtype), seats)
+    num_pages = tokens // config.page_size if not config.kv_cache_tokens else -(-tokens // config.page_size)
+    if num_pages * config.page_size < 2:
+        raise ModelNotSupported(
+            f"the KV cache would hold {num_pages} pages of {config.page_size} tokens; raise kv_cache_bytes"
+        )
+    max_model_len = min(wanted_len, num_pages * config.page_size)
+    if config.max_model_len > max_model_len:
+        raise ModelNotSupported(
+            f"max_model_len {config.max_model_len} does not fit the KV cache of {num_pages * config.page_size} tokens; "
+            "raise kv_cache_tokens or kv_cache_bytes, or lower max_model_len"
+        )
+    return CacheSize(num_pages=num_pages, max_model_len=max_model_len)
+
+
+def _default_bytes(config: EngineConfig, device: torch.device) -> int:
+    if device.type != "cuda":
+        return CPU_CACHE_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free * config.gpu_memory_fraction)
+
+

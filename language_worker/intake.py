@@ -1,0 +1,53 @@
+"""Intake: checks on a request that need the model's sizes, before it costs anything.
+
+Pure functions; each raises the typed error that names the field, what it holds and what would be accepted.
+"""
+
+from language_worker.api import GenerateRequest
+from language_worker.errors import InvalidRequest, MediaMismatch, PromptTooLong
+from language_worker.media import MediaItem, count_placeholders
+from language_worker.models.base import LanguageModel, ModelSpec
+
+
+def check_request(request: GenerateRequest, spec: ModelSpec, max_model_len: int) -> None:
+    """Token ids within the vocabulary, placeholders equal to media, and a prompt that could fit."""
+    vocab = spec.vocab_size
+    for name, ids in (
+        ("prompt_token_ids", request.prompt_token_ids),
+        ("logit_bias", tuple(request.sampling.logit_bias)),
+        ("stop_token_ids", tuple(request.sampling.stop_token_ids)),
+    ):
+        if ids and max(ids) >= vocab:
+            raise InvalidRequest(f"{name} holds token id {max(ids)}; the model's ids are 0..{vocab - 1}")
+    count_placeholders(request.prompt_token_ids, spec.media_token_id, request.num_media)
+    check_prompt_length(len(request.prompt_token_ids), max_model_len)
+
+
+def check_items(items: tuple[MediaItem, ...], num_media: int, total_rows: int, model: LanguageModel) -> None:
+    """Announced items agree with the request and, by their grids, with the rows they promise."""
+    if len(items) != num_media:
+        raise MediaMismatch(f"{len(items)} media items were announced for a request of {num_media}")
+    for i, item in enumerate(items):
+        expected = model.media_rows(item.grid)
+        if item.rows != expected:
+            raise MediaMismatch(f"media item {i} announces {item.rows} rows; grid {item.grid} makes {expected}")
+    if sum(item.rows for item in items) != total_rows:
+        raise MediaMismatch(f"{total_rows} rows were announced and the items add up to {sum(i.rows for i in items)}")
+
+
+def check_prompt_length(num_tokens: int, max_model_len: int) -> None:
+    """PromptTooLong unless one generated token still fits."""
+    if num_tokens + 1 > max_model_len:
+        raise PromptTooLong(
+            f"the prompt has {num_tokens} tokens (media included) and with one generated token exceeds the maximum "
+            f"length of {max_model_len}; shorten it or use fewer or smaller images"
+        )
+
+
+def check_logits_size(num_tokens: int, vocab_size: int, max_bytes: int) -> None:
+    """InvalidRequest when the returned logits would exceed the cap."""
+    if num_tokens * vocab_size * 4 > max_bytes:
+        raise InvalidRequest(
+            f"return_logits would take {num_tokens} x {vocab_size} float32 = {num_tokens * vocab_size * 4} bytes; "
+            f"the cap is {max_bytes} (max_logits_bytes)"
+        )

@@ -1,0 +1,111 @@
+"""MediaStreams: the embedding streams of a worker's requests, between the receiver's I/O thread and the engine.
+
+Announcements and failures become engine commands; rows are copied straight into the request's input buffer. Owns which
+stream belongs to which request. Knows nothing of calls and sampling.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from language_worker.engine import Engine
+from language_worker.errors import EngineError, MediaFailed
+from transfer.buffers import dtype_name
+from transfer.config import TransferConfig
+from transfer.errors import EndpointClosed, TransferError, error_code
+from transfer.service import Service
+from transfer.stream_receiver import StreamReceiver
+from transfer.tensors import PlaneSpec
+from transfer.ticket import Ticket
+
+logger = logging.getLogger(__name__)
+
+PLANE = "embeddings"
+
+
+class MediaStreams:
+    """One StreamReceiver and the requests its streams feed."""
+
+    def __init__(self, service: Service, engine: Engine, config: TransferConfig) -> None:
+        self._engine = engine
+        plane = PlaneSpec(name=PLANE, dtype=dtype_name(engine.dtype), row_shape=(engine.spec.hidden_size,))
+        self._receiver = StreamReceiver(service, config, (plane,), device=str(engine.runner.device))
+        self._streams: dict[str, str] = {}  # request id -> stream id, while the stream may still be open
+        self.grant_rounds: dict[str, int] = {}
+
+    def open(self, request_id: str, ticket: Ticket) -> None:
+        """Expect the request's stream; raises TransferError when the receiver cannot take it."""
+        self._streams[request_id] = ticket.stream_id
+        try:
+            self._receiver.open(ticket, _Listener(self, self._engine, request_id))
+        except BaseException:
+            del self._streams[request_id]
+            raise
+
+    def admit(self, request_id: str) -> None:
+        """The request's input buffer is reserved: let its rows come."""
+        stream_id = self._streams.get(request_id)
+        if stream_id is not None:
+            with suppress(EndpointClosed):  # every stream fails then, and says so
+                self._receiver.admit(stream_id)
+
+    def end(self, request_id: str, error: EngineError | None = None) -> int:
+        """The request is over: end its stream if it is open. Returns the stream's grant rounds (0: none known)."""
+        stream_id = self._streams.pop(request_id, None)
+        if stream_id is not None:
+            with suppress(EndpointClosed):
+                if error is None:
+                    self._receiver.close(stream_id)
+                else:
+                    self._receiver.abort(stream_id, error.code, error.message)
+        return self.grant_rounds.pop(request_id, 0)
+
+    def completed(self, request_id: str, grant_rounds: int) -> None:
+        """All rows arrived; the stream has ended by itself."""
+        if self._streams.pop(request_id, None) is not None:
+            self.grant_rounds[request_id] = grant_rounds
+
+    def failed(self, request_id: str) -> None:
+        """The stream has ended by itself, without all its rows."""
+        self._streams.pop(request_id, None)
+
+    def stats(self) -> dict[str, float]:
+        """The receiver's ledger and counters."""
+        return dict(self._receiver.stats())
+
+
+class _Listener:
+    """Callbacks of one stream, on the I/O thread."""
+
+    __slots__ = ("_engine", "_owner", "_request_id")
+
+    def __init__(self, owner: MediaStreams, engine: Engine, request_id: str) -> None:
+        self._owner = owner
+        self._engine = engine
+        self._request_id = request_id
+
+    def on_announce(self, total_rows: int, items: Sequence[Mapping[str, Any]]) -> None:
+        self._engine.announce(self._request_id, total_rows, items)
+
+    def on_rows(self, first_row: int, planes: Mapping[str, torch.Tensor]) -> None:
+        buffer = self._engine.media_buffer(self._request_id)
+        if buffer is None:
+            return  # the request ended; its stream is being aborted
+        try:
+            buffer.write(first_row, planes[PLANE])
+        except MediaFailed as error:
+            self._engine.fail(self._request_id, error)
+        self._engine.wake()
+
+    def on_complete(self, stats: Any) -> None:
+        self._owner.completed(self._request_id, int(getattr(stats, "grant_rounds", 0)))
+
+    def on_failed(self, error: TransferError) -> None:
+        self._owner.failed(self._request_id)
+        reason = f"the embedding stream of request {self._request_id} failed ({error_code(error)}): {error}"
+        self._engine.fail(self._request_id, MediaFailed(reason))

@@ -1,0 +1,106 @@
+"""What every language model offers the runner, and what a step hands to it.
+
+Tensors live here, in the models, in the runner and in `kv_cache.py` only. A model knows positions and weights; it does
+not know sequences, pages' owners or sampling.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kernels.paged_attention import AttentionBatch
+from transfer.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KVSpec:
+    """What one token leaves in the cache: keys and values [num_kv_heads, head_dim] in every layer."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+
+    def bytes_per_token(self, dtype: torch.dtype) -> int:
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec:
+    """Sizes and ids the engine needs. media_token_id: the placeholder that media rows replace (None: text only)."""
+
+    vocab_size: int
+    hidden_size: int
+    max_position_embeddings: int
+    kv: KVSpec
+    media_token_id: int | None
+    decode_strategy: str = "autoregressive"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptPositions:
+    """Positions of a prompt with media: ids [3, L] int64; a later token at index i has position i + delta."""
+
+    ids: torch.Tensor
+    delta: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MediaSpan:
+    """Rows [n, hidden] that replace the embeddings at step indices `targets` [n] int64."""
+
+    targets: torch.Tensor
+    rows: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepInputs:
+    """One step: token_ids [T] int64; positions [T] or [3, T] int64; slots [T] int64; logit_rows [R] int64 or None
+    for all T rows. Sequences lie one after the other."""
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    attention: AttentionBatch
+    media: tuple[MediaSpan, ...]
+    logit_rows: torch.Tensor | None
+
+
+class LanguageModel(ABC):
+    """A loaded model. `caches` passed to `forward`: per layer (keys, values), each
+    [num_pages, page_size, num_kv_heads, head_dim]."""
+
+    spec: ModelSpec
+
+    @classmethod
+    @abstractmethod
+    def load(cls, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> LanguageModel:
+        """Read the text half of a checkpoint; ModelNotSupported or CheckpointError name what is wrong."""
+
+    @classmethod
+    @abstractmethod
+    def read_spec(cls, config: Mapping[str, Any]) -> ModelSpec:
+        """Sizes from config.json alone; ModelNotSupported names an option that is not served."""
+
+    @abstractmethod
+    def reserve_positions(self, max_len: int) -> None:
+        """Precompute what depends on positions below `max_len`."""
+
+    @abstractmethod
+    def prompt_positions(
+        self, length: int, media: Sequence[tuple[int, tuple[int, int, int]]]
+    ) -> PromptPositions | None:
+        """Positions of an expanded prompt whose media items start at `media[i][0]` with grid `media[i][1]`
+        (temporal, height, width in patches); None when they are just 0, 1, 2, ..."""
+
+    @abstractmethod
+    def media_rows(self, grid: tuple[int, int, int]) -> int:
+        """Tokens that one media item of this grid takes."""
+
+    @abstractmethod
+    def forward(self, inputs: StepInputs, caches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        """Write this step's keys and values, return logits [R, vocab] in the model's dtype."""

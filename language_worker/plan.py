@@ -1,0 +1,42 @@
+"""What the scheduler and the runner share: a window of query positions per sequence, and the plan of one step.
+
+Values only; no behaviour, no tensors.
+
+    tokens   0 ........ kv_len ........ start+length ........ len(tokens)
+                        └── window: queries of this step ──┘
+    the first `num_final` positions of the window leave final KV behind; the rest is provisional
+"""
+
+from dataclasses import dataclass
+
+from language_worker.request import Sequence
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Window:
+    """Query positions [start, start + length) of one sequence.
+
+    num_final: how many leading positions leave final KV. samples: the logits of the last position choose a token.
+    """
+
+    seq: Sequence
+    start: int
+    length: int
+    num_final: int
+    samples: bool
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepPlan:
+    """Windows of one step (decodes first, then prefill chunks) and who was preempted to make it possible."""
+
+    windows: tuple[Window, ...]
+    preempted: tuple[Sequence, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(window.length for window in self.windows)

@@ -1,0 +1,130 @@
+"""Sequence: the tokens of one sample, how many have final KV, and what state it is in.
+
+Owns the one rule's two numbers (`kv_len` chases `len(tokens)`) and the status table. Knows no tensors, models or
+transport; the text side of a sequence (`output`) and its media buffer are opaque here.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence as SequenceOf
+from enum import Enum
+from typing import Protocol
+
+from language_worker.errors import IllegalTransition
+
+
+class Status(Enum):
+    WAITING = "waiting"  # holds no pages
+    RUNNING = "running"  # holds pages, takes part in steps
+    FINISHED = "finished"  # holds nothing, never comes back
+
+
+class Event(Enum):
+    ADMITTED = "admitted"
+    PREEMPTED = "preempted"
+    ENDED = "ended"
+
+
+TRANSITIONS: dict[tuple[Status, Event], Status] = {
+    (Status.WAITING, Event.ADMITTED): Status.RUNNING,
+    (Status.WAITING, Event.ENDED): Status.FINISHED,
+    (Status.RUNNING, Event.PREEMPTED): Status.WAITING,
+    (Status.RUNNING, Event.ENDED): Status.FINISHED,
+}
+
+
+class MediaProgress(Protocol):
+    """How many rows of a request's media have arrived, in prompt order."""
+
+    @property
+    def num_filled(self) -> int: ...
+
+
+class Sequence:
+    """One sample of one request.
+
+    key: (request order, sample index): age first, so sorting by key is sorting by age. tokens: expanded prompt
+    followed by generated ids. kv_len: leading tokens whose KV is final. media_positions: where the prompt's media
+    tokens are, ascending; the n-th takes media row n. positions: the model's own description of the prompt's
+    positions (None: 0, 1, 2, ...). wants_prompt_logits: someone asked for the logits of every prompt position.
+    """
+
+    __slots__ = (
+        "key",
+        "kv_len",
+        "max_len",
+        "media",
+        "media_positions",
+        "num_preemptions",
+        "pages",
+        "positions",
+        "prompt_len",
+        "status",
+        "tokens",
+        "wants_prompt_logits",
+    )
+
+    def __init__(
+        self,
+        *,
+        key: tuple[int, int],
+        prompt: SequenceOf[int],
+        max_len: int,
+        media_positions: SequenceOf[int] = (),
+        media: MediaProgress | None = None,
+        positions: object = None,
+        wants_prompt_logits: bool = False,
+    ) -> None:
+        self.key = key
+        self.tokens: list[int] = list(prompt)
+        self.prompt_len = len(self.tokens)
+        self.max_len = max_len
+        self.media_positions = media_positions
+        self.media = media
+        self.positions = positions
+        self.wants_prompt_logits = wants_prompt_logits
+        self.kv_len = 0
+        self.status = Status.WAITING
+        self.pages: list[int] = []
+        self.num_preemptions = 0
+
+    def __repr__(self) -> str:
+        progress = f"kv {self.kv_len}/{len(self.tokens)}, {len(self.pages)} pages"
+        return f"Sequence({self.key}, {self.status.value}, {progress})"
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def missing(self) -> int:
+        """Known tokens that have no final KV yet."""
+        return len(self.tokens) - self.kv_len
+
+    @property
+    def ready_len(self) -> int:
+        """Leading tokens whose inputs are known: up to the first media token whose row has not arrived."""
+        if self.media is None:
+            return len(self.tokens)
+        filled = self.media.num_filled
+        return len(self.tokens) if filled >= len(self.media_positions) else self.media_positions[filled]
+
+    @property
+    def is_ready(self) -> bool:
+        """Every input of the known tokens has arrived."""
+        return self.media is None or self.media.num_filled >= len(self.media_positions)
+
+    def media_rows(self, start: int, end: int) -> tuple[int, int]:
+        """Range of media rows that belong to token positions [start, end)."""
+        return bisect_left(self.media_positions, start), bisect_left(self.media_positions, end)
+
+    def apply(self, event: Event) -> None:
+        """Move by the table; IllegalTransition leaves everything as it was."""
+        target = TRANSITIONS.get((self.status, event))
+        if target is None:
+            raise IllegalTransition(f"sequence {self.key} is {self.status.value} and cannot be {event.value}")
+        self.status = target
+        if target is not Status.RUNNING:
+            self.kv_len = 0
+            self.pages = []
+        if event is Event.PREEMPTED:
+            self.num_preemptions += 1

@@ -1,0 +1,238 @@
+"""Roster: every request inside the engine, from submission to its one RequestDone or RequestFailed.
+
+Owns intake, deadlines, the input-buffer budget and the outputs that wait to be handed out. Runs on the engine's thread
+only; knows no tensors but the media buffers it allocates, and nothing of steps.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from language_worker import intake
+from language_worker.active import ActiveRequest, Sample
+from language_worker.api import GenerateRequest, RequestDone, RequestFailed
+from language_worker.errors import (
+    DeadlineExceeded,
+    EngineError,
+    EngineStopped,
+    InvalidRequest,
+    QueueFull,
+    StepFailed,
+)
+from language_worker.media import InputBudget, MediaItem, MediaRows, expand_prompt
+from language_worker.models.base import LanguageModel
+from language_worker.outputs import MediaAdmitted, Output
+from language_worker.scheduler import Scheduler
+from language_worker.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineLimits:
+    """Bounds of one engine, all resolved: tokens of a sequence, waiting requests, media rows, returned logits."""
+
+    max_model_len: int
+    max_waiting: int
+    input_buffer_tokens: int
+    max_logits_bytes: int
+
+
+class Roster:
+    """See the module. `clock` gives monotonic seconds; `new_seed` gives the seed of a request without one."""
+
+    def __init__(
+        self,
+        *,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        scheduler: Scheduler,
+        limits: EngineLimits,
+        dtype: torch.dtype,
+        device: torch.device,
+        clock: Callable[[], float],
+        new_seed: Callable[[], int],
+    ) -> None:
+        self._model = model
+        self._spec = model.spec
+        self._tokenizer = tokenizer
+        self._scheduler = scheduler
+        self._limits = limits
+        self._dtype = dtype
+        self._device = device
+        self._clock = clock
+        self._new_seed = new_seed
+        self._budget = InputBudget(limits.input_buffer_tokens)
+        self._requests: dict[str, ActiveRequest] = {}
+        self._by_order: dict[int, ActiveRequest] = {}
+        self._next_order = 0
+        self.outputs: list[Output] = []
+        self.counters: Counter[str] = Counter()
+        self.is_closed = False
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests none of whose samples is running."""
+        return len(self._requests) - self.num_running
+
+    @property
+    def num_running(self) -> int:
+        return len({seq.key[0] for seq in self._scheduler.running})
+
+    @property
+    def num_rows_reserved(self) -> int:
+        return self._budget.num_reserved
+
+    @property
+    def next_deadline(self) -> float | None:
+        return min((a.deadline for a in self._requests.values() if a.deadline is not None), default=None)
+
+    def active_of(self, key: tuple[int, int]) -> ActiveRequest:
+        """The request that a sequence key belongs to."""
+        return self._by_order[key[0]]
+
+    def sample_of(self, key: tuple[int, int]) -> Sample:
+        return self._by_order[key[0]].samples[key[1]]
+
+    def media_buffer(self, request_id: str) -> MediaRows | None:
+        """The input buffer of an admitted request (None before, and after its end)."""
+        active = self._requests.get(request_id)
+        return None if active is None else active.media
+
+    def drain(self) -> tuple[Output, ...]:
+        """The outputs since the last drain."""
+        outputs, self.outputs = tuple(self.outputs), []
+        return outputs
+
+    def close(self) -> None:
+        """Fail everything that is left and refuse whatever comes later."""
+        self.is_closed = True
+        for request_id in list(self._requests):
+            self.on_fail(request_id, EngineStopped(f"the engine closed while request {request_id} was running"))
+
+    def on_submit(self, request: GenerateRequest, now: float) -> None:
+        """Take a request in, or fail it; one without media is queued at once."""
+        try:
+            if self.is_closed:
+                raise EngineStopped("the engine is closed")
+            if request.request_id in self._requests:
+                raise InvalidRequest(f"request_id {request.request_id!r} is already running")
+            if self.num_waiting >= self._limits.max_waiting:
+                raise QueueFull(f"{self.num_waiting} requests wait already (max_waiting); try again later")
+            intake.check_request(request, self._spec, self._limits.max_model_len)
+        except EngineError as error:
+            self.outputs.append(RequestFailed(request_id=request.request_id, error=error))
+            self.counters["request_failure_total"] += 1
+            return
+        seed = request.sampling.seed
+        active = ActiveRequest(
+            request=request,
+            order=self._next_order,
+            seed=self._new_seed() if seed is None else seed,
+            submitted_at=now,
+            deadline=None if request.deadline_ms is None else now + request.deadline_ms / 1000,
+        )
+        self._next_order += 1
+        self._requests[request.request_id] = active
+        self._by_order[active.order] = active
+        if request.num_media == 0:
+            self._guarded(active, lambda: self._schedule(active))
+
+    def on_announce(self, request_id: str, total_rows: int, items: Sequence[Any]) -> None:
+        """The sizes of a request's media are known; later announcements change nothing."""
+        active = self._requests.get(request_id)
+        if active is not None and active.items is None:
+            self._guarded(active, lambda: self._expand(active, total_rows, items))
+
+    def _expand(self, active: ActiveRequest, total_rows: int, bodies: Sequence[Any]) -> None:
+        request = active.request
+        items = tuple(MediaItem.from_body(body, i) for i, body in enumerate(bodies))
+        intake.check_items(items, request.num_media, total_rows, self._model)
+        intake.check_prompt_length(
+            len(request.prompt_token_ids) + total_rows - len(items), self._limits.max_model_len
+        )
+        self._budget.request(active.order, total_rows)
+        active.items = items
+
+    def grant_media(self) -> None:
+        """Reserve input buffers, oldest first, and queue the requests that got theirs."""
+        for order in self._budget.grant():
+            active = self._by_order[order]
+            rows = sum(item.rows for item in active.items or ())
+            active.media = MediaRows(rows, self._spec.hidden_size, dtype=self._dtype, device=self._device)
+            self.outputs.append(MediaAdmitted(request_id=active.request.request_id, num_rows=rows))
+            self._guarded(active, lambda active=active: self._schedule(active))  # type: ignore[misc]
+
+    def _schedule(self, active: ActiveRequest) -> None:
+        """The prompt is known and its rows are reserved: build the samples and queue them."""
+        items = active.items or ()
+        expanded = expand_prompt(active.request.prompt_token_ids, self._spec.media_token_id, items)
+        active.prompt, active.starts = expanded.token_ids, expanded.starts
+        active.media_positions = expanded.media_positions
+        if active.request.return_logits:
+            intake.check_logits_size(len(active.prompt), self._spec.vocab_size, self._limits.max_logits_bytes)
+        grids = [(start, item.grid) for start, item in zip(active.starts, items, strict=True)]
+        positions = self._model.prompt_positions(len(active.prompt), grids)
+        for seq in active.build_samples(
+            self._tokenizer, positions, max_model_len=self._limits.max_model_len, vocab_size=self._spec.vocab_size
+        ):
+            self._scheduler.add(seq)
+        self.counters["prompt_tokens_total"] += len(active.prompt)
+
+    def _guarded(self, active: ActiveRequest, action: Callable[[], None]) -> None:
+        """Run `action`; a typed error ends the request, and so does any other, logged."""
+        try:
+            action()
+        except EngineError as error:
+            self.on_fail(active.request.request_id, error)
+        except Exception as error:
+            logger.exception("request %s failed", active.request.request_id)
+            self.on_fail(active.request.request_id, StepFailed(f"internal error: {type(error).__name__}: {error}"))
+
+    def expire(self) -> None:
+        """Fail every request whose deadline has passed."""
+        now = self._clock()
+        late = [a for a in self._requests.values() if a.deadline is not None and a.deadline <= now]
+        for active in late:
+            request_id = active.request.request_id
+            waited = round((now - active.submitted_at) * 1000)
+            self.on_fail(request_id, DeadlineExceeded(f"request {request_id} was not finished after {waited} ms"))
+
+    def on_fail(self, request_id: str, error: EngineError) -> None:
+        """End a request with `error`; one that is over already stays as it was."""
+        active = self._requests.get(request_id)
+        if active is None:
+            return
+        self._forget(active)
+        self.outputs.append(RequestFailed(request_id=request_id, error=error))
+        self.counters["request_failure_total"] += 1
+
+    def _forget(self, active: ActiveRequest) -> None:
+        """Give back everything the request holds."""
+        for item in active.samples:
+            self._scheduler.end(item.seq)
+        self._budget.release(active.order)
+        del self._requests[active.request.request_id]
+        del self._by_order[active.order]
+
+    def finish(self, active: ActiveRequest, now: float) -> None:
+        """Every sample has ended: report and forget the request."""
+        self._forget(active)
+        self.counters["request_success_total"] += 1
+        first = now if active.first_token_at is None else active.first_token_at
+        self.outputs.append(
+            RequestDone(
+                request_id=active.request.request_id,
+                num_prompt_tokens=len(active.prompt),
+                num_generated_tokens=active.num_generated,
+                ttft_ms=(first - active.submitted_at) * 1000,
+                total_ms=(now - active.submitted_at) * 1000,
+                num_preemptions=sum(item.seq.num_preemptions for item in active.samples),
+            )
+        )

@@ -1,0 +1,153 @@
+"""ModelRunner: a StepPlan becomes tensors, the model runs once, logits come back.
+
+The only place where token lists turn into device tensors. Keeps no state between steps but the model and its cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kernels.paged_attention import AttentionBatch
+from language_worker.kv_cache import KVCache
+from language_worker.media import MediaRows
+from language_worker.models.base import LanguageModel, MediaSpan, PromptPositions, StepInputs
+from language_worker.plan import StepPlan, Window
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptSlice:
+    """Logits rows [first_row, first_row + length) belong to prompt positions window.start + 0..length-1."""
+
+    window: Window
+    first_row: int
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepLogits:
+    """Logits [R, vocab] of a step: row `sample_rows[i]` for the i-th sampling window, and whole prompt slices."""
+
+    logits: torch.Tensor
+    sampling: tuple[Window, ...]
+    sample_rows: list[int]
+    prompt_slices: tuple[PromptSlice, ...]
+
+    def sampled(self) -> torch.Tensor:
+        """Rows of the sampling windows, in their order."""
+        if len(self.sample_rows) == self.logits.shape[0]:
+            return self.logits
+        return self.logits[self.sample_rows]
+
+
+class ModelRunner:
+    """Runs steps of one model over one cache on one device."""
+
+    def __init__(self, model: LanguageModel, cache: KVCache, device: torch.device) -> None:
+        self.model = model
+        self.cache = cache
+        self.device = device
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepLogits:
+        """Run one non-empty plan. KV of every window is written; provisional positions too."""
+        windows = plan.windows
+        rows, sampling, sample_rows, slices = _logit_rows(windows)
+        inputs = StepInputs(
+            token_ids=torch.tensor([t for w in windows for t in w.seq.tokens[w.start : w.end]]).to(self.device),
+            positions=self._positions(windows).to(self.device),
+            slots=torch.tensor(self._slots(windows)).to(self.device),
+            attention=self._attention(windows),
+            media=self._media(windows),
+            logit_rows=None if rows is None else torch.tensor(rows, dtype=torch.int64).to(self.device),
+        )
+        logits = self.model.forward(inputs, self.cache.layers)
+        return StepLogits(logits=logits, sampling=sampling, sample_rows=sample_rows, prompt_slices=slices)
+
+    def _slots(self, windows: tuple[Window, ...]) -> list[int]:
+        size = self.cache.page_size
+        slots: list[int] = []
+        for w in windows:
+            pages, position = w.seq.pages, w.start
+            while position < w.end:  # page by page: [position, stop) lies in one page
+                stop = min(w.end, (position // size + 1) * size)
+                first = pages[position // size] * size + position % size
+                slots.extend(range(first, first + stop - position))
+                position = stop
+        return slots
+
+    def _attention(self, windows: tuple[Window, ...]) -> AttentionBatch:
+        size = self.cache.page_size
+        tables = [w.seq.pages[: -(-w.end // size)] for w in windows]
+        width = max(map(len, tables))
+        starts, total = [], 0
+        for w in windows:
+            starts.append(total)
+            total += w.length
+        return AttentionBatch(
+            page_table=torch.tensor([table + [0] * (width - len(table)) for table in tables]),
+            query_lens=[w.length for w in windows],
+            kv_lens=[w.end for w in windows],
+            query_start=starts,
+        )
+
+    def _positions(self, windows: tuple[Window, ...]) -> torch.Tensor:
+        """[T] when every token's three positions are equal, else [3, T]."""
+        if all(_is_text(w) for w in windows):
+            return torch.tensor([p for w in windows for p in range(w.start + _delta(w), w.end + _delta(w))])
+        return torch.cat([_window_positions(w) for w in windows], dim=1)
+
+    def _media(self, windows: tuple[Window, ...]) -> tuple[MediaSpan, ...]:
+        spans: list[MediaSpan] = []
+        offset = 0
+        for w in windows:
+            media = w.seq.media
+            if isinstance(media, MediaRows) and w.start < w.seq.prompt_len:
+                first, last = w.seq.media_rows(w.start, w.end)
+                if first < last:
+                    targets = torch.tensor(w.seq.media_positions[first:last]) + (offset - w.start)
+                    spans.append(MediaSpan(targets=targets.to(self.device), rows=media.rows[first:last]))
+            offset += w.length
+        return tuple(spans)
+
+
+def _delta(window: Window) -> int:
+    positions = window.seq.positions
+    return positions.delta if isinstance(positions, PromptPositions) else 0
+
+
+def _is_text(window: Window) -> bool:
+    return window.seq.positions is None or window.start >= window.seq.prompt_len
+
+
+def _window_positions(window: Window) -> torch.Tensor:
+    """[3, length] of a window that may cross from the prompt into generated tokens."""
+    positions, prompt_len = window.seq.positions, window.seq.prompt_len
+    if not isinstance(positions, PromptPositions):
+        return torch.arange(window.start, window.end).expand(3, -1)
+    prompt = positions.ids[:, window.start : min(window.end, prompt_len)]
+    later = torch.arange(max(window.start, prompt_len), max(window.end, prompt_len)) + positions.delta
+    return torch.cat([prompt, later.expand(3, -1)], dim=1)
+
+
+def _logit_rows(
+    windows: tuple[Window, ...],
+) -> tuple[list[int] | None, tuple[Window, ...], list[int], tuple[PromptSlice, ...]]:
+    """(rows to compute or None for all, sampling windows, their rows in the result, prompt slices in the result)."""
+    rows: list[int] = []
+    sampling: list[Window] = []
+    sample_rows: list[int] = []
+    slices: list[PromptSlice] = []
+    offset = 0
+    for w in windows:
+        if w.seq.wants_prompt_logits and w.start < w.seq.prompt_len:
+            slices.append(PromptSlice(window=w, first_row=len(rows), length=min(w.end, w.seq.prompt_len) - w.start))
+            rows.extend(range(offset, offset + w.length))
+        elif w.samples:
+            rows.append(offset + w.length - 1)
+        offset += w.length
+        if w.samples:
+            sampling.append(w)
+            sample_rows.append(len(rows) - 1)
+    return (None if len(rows) == offset else rows), tuple(sampling), sample_rows, tuple(slices)

@@ -1,0 +1,126 @@
+"""LanguageWorker: an engine on its own thread behind a service endpoint.
+
+Threads: the endpoint's I/O thread takes calls and embedding rows, the engine thread steps and answers. Owns the life
+cycle; answers the methods "generate" and "stats". Knows nothing of Ray, HTTP and who its peers are.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from language_worker.api import GenerateRequest
+from language_worker.config import EngineConfig
+from language_worker.delivery import Delivery
+from language_worker.engine_builder import build_engine
+from language_worker.errors import EngineError, EngineStopped, InvalidRequest
+from language_worker.media_stream import MediaStreams
+from transfer.calls import IncomingCall
+from transfer.config import TransferConfig
+from transfer.connection import Endpoint
+from transfer.errors import TransferError, error_code
+from transfer.service import Service
+from transfer.ticket import Ticket
+
+logger = logging.getLogger(__name__)
+
+
+class LanguageWorker:
+    """Loads the model on construction (typed errors), serves between `start` and `close`."""
+
+    def __init__(
+        self, model_path: str | Path, config: EngineConfig, transfer: TransferConfig, endpoint: Endpoint
+    ) -> None:
+        self._endpoint = endpoint
+        self._engine = build_engine(model_path, config, input_buffer_tokens=transfer.input_buffer_tokens)
+        self._service = Service(endpoint, transfer)
+        self._streams = MediaStreams(self._service, self._engine, transfer)
+        self._delivery = Delivery(self._service, self._streams, max_frame_bytes=transfer.max_message_bytes // 2)
+        self._service.register("generate", self._on_generate)
+        self._service.register("stats", lambda call: call.end(self.stats()))
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="language-engine", daemon=True)
+        self._failure: str | None = None
+
+    @property
+    def address(self) -> str:
+        """Where the worker's endpoint listens."""
+        return self._endpoint.address
+
+    @property
+    def public_key(self) -> str | None:
+        return self._endpoint.public_key
+
+    @property
+    def max_model_len(self) -> int:
+        """Prompt and generated tokens of one sequence at most."""
+        return self._engine.limits.max_model_len
+
+    @property
+    def is_healthy(self) -> bool:
+        """The engine thread is alive and has not failed."""
+        return self._failure is None and self._thread.is_alive()
+
+    def start(self) -> None:
+        """Start the engine and I/O threads."""
+        self._thread.start()
+        self._service.start()
+
+    def close(self) -> None:
+        """Fail what is running with EngineStopped, stop both threads; closing twice does nothing."""
+        if self._stopping.is_set():
+            return
+        self._stopping.set()
+        self._engine.wake()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._service.close()
+
+    def stats(self) -> dict[str, Any]:
+        """Gauges and counters of the engine, the stream ledger and the service."""
+        return {**self._service.stats(), **self._streams.stats(), **self._engine.stats()}
+
+    def _on_generate(self, call: IncomingCall) -> None:
+        """On the I/O thread: check the form, open the stream, hand over to the engine."""
+        try:
+            request = GenerateRequest.from_body(call.body)
+            ticket = _ticket(call.body, request)
+            if request.request_id in self._delivery:
+                raise InvalidRequest(f"request_id {request.request_id!r} is already running on this worker")
+            if self._stopping.is_set() or self._failure is not None:
+                raise EngineStopped(self._failure or "the worker is closing")
+            if ticket is not None:
+                self._streams.open(request.request_id, ticket)
+        except EngineError as error:
+            call.fail(error.code, error.message)
+            return
+        except TransferError as error:
+            call.fail(error_code(error), str(error))
+            return
+        self._delivery.add(request.request_id, call)
+        self._engine.submit(request)
+        call.on_cancel(lambda: self._engine.cancel(request.request_id))
+
+    def _run(self) -> None:
+        """The engine thread."""
+        try:
+            while not self._stopping.is_set():
+                report = self._engine.step()
+                self._delivery.deliver(report.outputs)
+                if not report.did_run and not self._stopping.is_set():
+                    self._engine.wait()
+        except Exception as error:
+            self._failure = f"the engine failed: {type(error).__name__}: {error}"
+            logger.exception("the engine thread failed; everything on this worker fails with it")
+        self._delivery.deliver(self._engine.close())
+
+
+def _ticket(body: Mapping[str, Any], request: GenerateRequest) -> Ticket | None:
+    """The ticket of a request with media; InvalidRequest when it is missing, malformed, or there are no media."""
+    value = body.get("ticket")
+    if (value is not None) != (request.num_media > 0):
+        raise InvalidRequest(f"num_media is {request.num_media} and a ticket is {'' if value else 'not '}given")
+    return None if value is None else Ticket.from_body(value)

@@ -1,0 +1,156 @@
+"""Segment and paged attention against a query-by-query float64 oracle; pages that nobody owns are full of NaN."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.paged_attention import AttentionBatch, paged_attention
+from kernels.pages import query_slots, write_pages
+from kernels.varlen_attention import Segments, varlen_attention
+from tests import oracles
+from tests.tolerances import assert_matches
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _draw(seed: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.sampled_from([1, 2, 4, 4, 4, 7, 16, 23]), min_size=1, max_size=12),
+    heads=st.integers(1, 4),
+    head_dim=st.sampled_from([1, 4, 20, 33]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_segments_attend_within_themselves(lengths: list[int], heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    qkv = _draw(0, sum(lengths), 3, heads, head_dim, dtype=dtype)
+    q, k, v = qkv.unbind(1)
+    actual = varlen_attention(q, k, v, Segments.from_lengths(lengths))
+    assert_matches(actual, oracles.segment_attention(q, k, v, lengths), reduced=4)
+    bounds = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    assert torch.equal(actual, varlen_attention(q, k, v, bounds))
+    assert torch.equal(actual, varlen_attention(q, k, v, torch.tensor(bounds, dtype=torch.int32)))
+
+
+def test_segments_that_do_not_cover_the_tokens_are_refused() -> None:
+    x = torch.zeros(5, 1, 4)
+    for bounds, message in (([0, 3], "cover 3 tokens"), ([1, 5], "begin with 0"), ([0, 5, 5], "must not be empty")):
+        with pytest.raises(ValueError, match=message):
+            varlen_attention(x, x, x, bounds)
+
+
+@dataclasses.dataclass
+class _Cache:
+    """A cache of NaN whose pages are handed out in a random order, and the plain history of every sequence."""
+
+    page_size: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    histories: list[tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=list)
+
+    def fill(self, kv_lens: list[int], seed: int, neighbours: bool) -> None:
+        counts = [-(-length // self.page_size) for length in kv_lens]
+        num_pages = sum(counts) + 3
+        ids = list(range(1, num_pages))
+        if not neighbours:
+            random.Random(seed).shuffle(ids)
+        shape = (num_pages, self.page_size, self.kv_heads, self.head_dim)
+        self.k, self.v = (torch.full(shape, float("nan"), dtype=self.dtype) for _ in range(2))
+        self.table = torch.full((len(kv_lens), max(counts) + 2), num_pages - 1, dtype=torch.int32)
+        for row, (length, count) in enumerate(zip(kv_lens, counts, strict=True)):
+            self.table[row, :count] = torch.tensor([ids.pop(0) for _ in range(count)])
+            k, v = (_draw(seed + 7 * row + i, length, self.kv_heads, self.head_dim, dtype=self.dtype) for i in (0, 1))
+            self.histories.append((k, v))
+            slots = query_slots(self.table[row : row + 1], [length], [length], self.page_size)
+            write_pages(self.k, self.v, k, v, slots)
+
+
+@st.composite
+def _steps(draw: st.DrawFn) -> tuple[list[int], list[int]]:
+    query_lens, kv_lens = [], []
+    for _ in range(draw(st.integers(1, 6))):
+        query = draw(st.sampled_from([1, 1, 1, 2, 5, 16, 17, 40]))
+        query_lens.append(query)
+        kv_lens.append(query + draw(st.sampled_from([0, 0, 1, 3, 30, 64, 150])))
+    return query_lens, kv_lens
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(
+    step=_steps(),
+    heads=st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 3])),
+    head_dim=st.sampled_from([4, 16, 24]),
+    page_size=st.sampled_from([1, 4, 16, 32]),
+    neighbours=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+def test_paged_attention(
+    step: tuple[list[int], list[int]],
+    heads: tuple[int, int],
+    head_dim: int,
+    page_size: int,
+    neighbours: bool,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    query_lens, kv_lens = step
+    kv_heads, group = heads
+    cache = _Cache(page_size=page_size, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
+    cache.fill(kv_lens, seed, neighbours)
+    q = _draw(seed, sum(query_lens), kv_heads * group, head_dim, dtype=dtype)
+    starts = [sum(query_lens[:i]) for i in range(len(query_lens))]
+    batch = AttentionBatch(page_table=cache.table, query_lens=query_lens, kv_lens=kv_lens, query_start=starts)
+    actual = paged_attention(q, cache.k, cache.v, batch)
+    for start, length, (k, v) in zip(starts, query_lens, cache.histories, strict=True):
+        window = slice(start, start + length)
+        assert_matches(actual[window], oracles.attention(q[window], k, v, causal_end=True), reduced=4)
+    assert torch.equal(actual, paged_attention(q, cache.k, cache.v, batch)), "a batch serves every layer of a step"
+
+
+def test_rows_may_lie_in_any_order_and_scale_is_honoured() -> None:
+    cache = _Cache(page_size=4, kv_heads=1, head_dim=8, dtype=torch.float32)
+    cache.fill([9, 20, 9], seed=1, neighbours=False)
+    q = _draw(5, 3 + 20, 2, 8, dtype=torch.float32)
+    batch = AttentionBatch(page_table=cache.table, query_lens=[1, 20, 1], kv_lens=[9, 20, 9], query_start=[22, 1, 0])
+    actual = paged_attention(q[:23], cache.k, cache.v, batch, 0.25)
+    for rows, (k, v) in zip((slice(22, 23), slice(1, 21), slice(0, 1)), cache.histories, strict=True):
+        assert_matches(actual[rows], oracles.attention(q[rows], k, v, scale=0.25, causal_end=True), reduced=4)
+
+
+def test_written_pages_hold_the_rows_and_nothing_else_changes() -> None:
+    cache = _Cache(page_size=4, kv_heads=2, head_dim=3, dtype=torch.float32)
+    cache.fill([6, 3, 4], seed=3, neighbours=False)
+    for row, (k, v) in enumerate(cache.histories):
+        pages = cache.table[row].tolist()
+        assert torch.equal(oracles.gather_pages(cache.k, pages, k.shape[0]), k)
+        assert torch.equal(oracles.gather_pages(cache.v, pages, v.shape[0]), v)
+    assert int(cache.k.isfinite().sum()) == int(cache.v.isfinite().sum()) == (6 + 3 + 4) * 2 * 3
+
+
+def test_query_slots_are_the_last_positions() -> None:
+    table = torch.tensor([[5, 2, 9], [1, 0, 3]], dtype=torch.int32)
+    slots = query_slots(table, [3, 1], [9, 5], 4)
+    assert slots.tolist() == [2 * 4 + 2, 2 * 4 + 3, 9 * 4 + 0, 0 * 4 + 0]
+    assert slots.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("query_lens", "kv_lens", "message"),
+    [([3], [2], "asks 3 positions of 2"), ([0], [2], "asks 0"), ([1], [99], "holds 8"), ([1, 1], [2, 2], "differ")],
+)
+def test_inconsistent_batches_are_refused(query_lens: list[int], kv_lens: list[int], message: str) -> None:
+    batch = AttentionBatch(
+        page_table=torch.zeros(1, 2, dtype=torch.int32), query_lens=query_lens, kv_lens=kv_lens, query_start=[0]
+    )
+    with pytest.raises(ValueError, match=message):
+        paged_attention(torch.zeros(3, 1, 4), torch.zeros(2, 4, 1, 4), torch.zeros(2, 4, 1, 4), batch)

@@ -1,0 +1,218 @@
+"""Random traffic against the pure scheduler: invariants after every step, and every sequence ends right."""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from language_worker.decode.autoregressive import Autoregressive
+from language_worker.errors import InvalidRequest
+from language_worker.page_pool import PagePool
+from language_worker.request import Sequence, Status
+from language_worker.scheduler import Scheduler
+
+PAGE = 4
+
+
+class Rows:
+    """A media buffer that only counts."""
+
+    def __init__(self) -> None:
+        self.num_filled = 0
+
+
+class ToyKV:
+    """What a model would see: per physical slot, the token written there last."""
+
+    def __init__(self) -> None:
+        self.slots: dict[tuple[int, int], int] = {}
+
+    def run(self, window) -> None:
+        """Write the window's tokens into the sequence's pages; then the whole prefix must read back."""
+        seq = window.seq
+        for p in range(window.start, window.end):
+            self.slots[seq.pages[p // PAGE], p % PAGE] = seq.tokens[p]
+        read = [self.slots.get((seq.pages[p // PAGE], p % PAGE)) for p in range(window.end)]
+        assert read == seq.tokens[: window.end], f"{seq} sees another's or stale KV"
+
+
+class Aligned(Autoregressive):
+    alignment = 3
+
+
+class Traffic(RuleBasedStateMachine):
+    """Adds, steps, row arrivals and aborts in any order."""
+
+    @initialize(
+        pages=st.integers(6, 20), seats=st.integers(1, 5), budget=st.integers(5, 24), chunk=st.integers(3, 24)
+    )
+    def start(self, pages: int, seats: int, budget: int, chunk: int) -> None:
+        self.strategy = Aligned() if chunk % 2 else Autoregressive()
+        self.scheduler = Scheduler(
+            pool=PagePool(pages),
+            strategy=self.strategy,
+            page_size=PAGE,
+            max_num_seqs=seats,
+            max_step_tokens=budget,
+            max_prefill_chunk=chunk,
+        )
+        self.kv, self.live, self.order = ToyKV(), [], 0
+
+    @rule(prompt=st.integers(1, 16), new=st.integers(1, 8), media=st.integers(0, 5))
+    def add(self, prompt: int, new: int, media: int) -> None:
+        self.order += 1
+        positions = tuple(range(prompt))[1 : 1 + media]
+        seq = Sequence(
+            key=(self.order, 0),
+            prompt=[self.order * 1000 + i for i in range(prompt)],
+            max_len=prompt + new,
+            media_positions=positions,
+            media=Rows() if positions else None,
+        )
+        try:
+            self.scheduler.add(seq)
+        except InvalidRequest:
+            assert -(-seq.max_len // PAGE) > self.scheduler.pool.num_pages
+        else:
+            self.live.append(seq)
+
+    @rule()
+    def step(self) -> None:
+        self._step()
+
+    def _step(self) -> int:
+        plan = self.scheduler.plan()
+        assert plan.num_tokens <= self.scheduler.max_step_tokens
+        assert len({w.seq.key for w in plan.windows}) == len(plan.windows), "a sequence is planned twice"
+        for window in plan.windows:
+            seq = window.seq
+            assert seq.status is Status.RUNNING and window.start == seq.kv_len < window.end <= seq.ready_len
+            assert window.length <= self.scheduler.max_prefill_chunk
+            assert window.end == len(seq.tokens) or window.end % self.strategy.alignment == 0 or seq.media is not None
+            self.kv.run(window)
+        for window in plan.windows:
+            seq = window.seq
+            self.scheduler.commit(window, [seq.key[0] * 1000 + len(seq.tokens)] if window.samples else [])
+            if len(seq.tokens) == seq.max_len:
+                self._end(seq)
+        for seq in plan.preempted:
+            older = [s for s in self.scheduler.running if s.key > seq.key and s not in [w.seq for w in plan.windows]]
+            assert not older or seq.status is Status.WAITING
+        return len(plan.windows)
+
+    def _end(self, seq: Sequence) -> None:
+        assert seq.tokens == [seq.key[0] * 1000 + i for i in range(len(seq.tokens))]
+        self.scheduler.end(seq)
+        self.live.remove(seq)
+
+    @precondition(lambda self: self.live)
+    @rule(pick=st.integers(0, 99))
+    def rows_arrive(self, pick: int) -> None:
+        seq = self.live[pick % len(self.live)]
+        if seq.media is not None and seq.media.num_filled < len(seq.media_positions):
+            seq.media.num_filled += 1
+
+    @precondition(lambda self: self.live)
+    @rule(pick=st.integers(0, 99))
+    def abort(self, pick: int) -> None:
+        seq = self.live.pop(pick % len(self.live))
+        self.scheduler.end(seq)
+        self.scheduler.end(seq)
+
+    @invariant()
+    def consistent(self) -> None:
+        if hasattr(self, "scheduler"):
+            self.scheduler.check_invariants()
+
+    def teardown(self) -> None:
+        """No livelock: with all rows there, everything ends within a bound of steps."""
+        if not hasattr(self, "scheduler"):
+            return
+        for seq in self.live:
+            if seq.media is not None:
+                seq.media.num_filled = len(seq.media_positions)
+        bound = 50 + 40 * sum(seq.max_len for seq in self.live)
+        while self.live and bound:
+            bound -= 1
+            assert self._step() or not self.live, "nothing runs while sequences wait"
+            self.scheduler.check_invariants()
+        assert not self.live, "sequences did not finish"
+        assert self.scheduler.pool.num_in_use == 0
+
+
+TestTraffic = Traffic.TestCase
+TestTraffic.settings = settings(max_examples=120, stateful_step_count=40, deadline=None, derandomize=True)
+
+
+def _scheduler(pages: int, **values) -> Scheduler:
+    settings_ = {"page_size": PAGE, "max_num_seqs": 8, "max_step_tokens": 64, **values}
+    return Scheduler(pool=PagePool(pages), strategy=Autoregressive(), **settings_)
+
+
+def _seq(order: int, prompt: int, new: int) -> Sequence:
+    return Sequence(key=(order, 0), prompt=range(prompt), max_len=prompt + new)
+
+
+def _run(scheduler: Scheduler) -> list[tuple[int, int]]:
+    plan = scheduler.plan()
+    for window in plan.windows:
+        scheduler.commit(window, [1] if window.samples else [])
+    return [(w.seq.key[0], w.length) for w in plan.windows]
+
+
+def test_a_step_mixes_decodes_and_prefill_chunks() -> None:
+    scheduler = _scheduler(100, max_step_tokens=16)
+    scheduler.add(_seq(1, 4, 20))
+    assert _run(scheduler) == [(1, 4)]
+    scheduler.add(_seq(2, 40, 5))
+    assert _run(scheduler) == [(1, 1), (2, 15)]
+    assert _run(scheduler) == [(1, 1), (2, 15)]
+    assert _run(scheduler) == [(1, 1), (2, 10)]
+    assert _run(scheduler) == [(1, 1), (2, 1)]
+
+
+def test_the_youngest_gives_way_and_comes_back() -> None:
+    scheduler = _scheduler(5)
+    old, young = _seq(1, 7, 12), _seq(2, 7, 12)
+    scheduler.add(old)
+    scheduler.add(young)
+    while young.num_preemptions == 0:
+        _run(scheduler)
+    assert old.num_preemptions == 0 and young.status is Status.WAITING and young.kv_len == 0
+    tokens = len(young.tokens)
+    assert tokens > 7, "it had generated before it gave way"
+    while len(old.tokens) < old.max_len:
+        _run(scheduler)
+    scheduler.end(old)
+    assert _run(scheduler) == [(2, tokens)], "recomputed in one go, prompt and output together"
+
+
+def test_nobody_overtakes_a_waiting_older_request() -> None:
+    scheduler = _scheduler(6)
+    scheduler.add(_seq(1, 12, 4))
+    _run(scheduler)
+    scheduler.add(_seq(2, 15, 4))
+    scheduler.add(_seq(3, 2, 2))
+    assert [key for key, _ in _run(scheduler)] == [1]
+
+
+def test_a_sequence_that_waits_for_rows_gives_way_to_one_that_can_run() -> None:
+    scheduler = _scheduler(4, max_num_seqs=1)
+    rows = Rows()
+    slow = Sequence(key=(1, 0), prompt=range(8), max_len=12, media_positions=(3,), media=rows)
+    scheduler.add(slow)
+    assert _run(scheduler) == [(1, 3)]
+    scheduler.add(_seq(2, 5, 2))
+    assert _run(scheduler) == [(2, 5)] and slow.status is Status.WAITING
+    assert _run(scheduler) == [(2, 1)]
+    scheduler.end(scheduler.running[0])
+    assert _run(scheduler) == [(1, 3)], "with nobody else ready it may begin again"
+    rows.num_filled = 1
+    assert _run(scheduler) == [(1, 5)]
+
+
+def test_a_sequence_that_still_computes_gives_way_to_nobody() -> None:
+    scheduler = _scheduler(4, max_num_seqs=1)
+    scheduler.add(_seq(2, 5, 4))
+    _run(scheduler)
+    scheduler.add(_seq(1, 5, 2))
+    assert [key for key, _ in _run(scheduler)] == [2]

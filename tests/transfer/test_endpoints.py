@@ -1,0 +1,592 @@
+"""One conformance suite for every transport, on real threads and sockets; then what is special to sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import pickle
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+import zmq
+
+from tests.transfer.virtual import PLANES, Consumer, assert_rows_equal, make_rows
+from transfer.calls import IncomingCall
+from transfer.config import TransferConfig
+from transfer.connection import Connection, Endpoint
+from transfer.endpoint import open_endpoint
+from transfer.errors import ConfigError, EndpointClosed, LocalProtocolError, MessageTooLarge, RemoteFailure
+from transfer.messages import Call
+from transfer.service import Service
+from transfer.stream_receiver import StreamReceiver
+from transfer.stream_sender import StreamSender
+from transfer.ticket import Ticket
+
+TRANSPORTS = ["inproc", "tcp", "ipc", "curve"]
+NAMES = itertools.count()
+WAIT_S = 20.0
+CONFIG = TransferConfig(
+    block_size=16, default_allocate_tokens=100, pool_tokens=16 * 4, ping_interval_s=0.1, peer_timeout_s=0.6, tick_s=0.01
+)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Poll until true; fails after WAIT_S."""
+    stop = threading.Event()
+    for _ in range(int(WAIT_S / 0.005)):
+        if condition():
+            return
+        stop.wait(0.005)
+    raise AssertionError("waited in vain")
+
+
+@dataclass
+class Workers:
+    """Makes services of one transport and closes them all."""
+
+    transport: str
+    folder: Path
+    made: list[Service] = field(default_factory=list)
+
+    def endpoint(self, config: TransferConfig = CONFIG) -> Endpoint:
+        address = {
+            "inproc": f"inproc://conformance-{next(NAMES)}",
+            "ipc": f"ipc://{self.folder}/s/{next(NAMES)}",
+        }.get(self.transport, "tcp://127.0.0.1:0")
+        return open_endpoint(address, config, curve=True if self.transport == "curve" else None)
+
+    def service(self, config: TransferConfig = CONFIG) -> Service:
+        service = Service(self.endpoint(config), config)
+        for other in self.made:
+            for one, two in ((service, other), (other, service)):
+                if two.endpoint.public_key is not None:
+                    one.endpoint.allow([two.endpoint.public_key])
+        self.made.append(service)
+        return service
+
+    def connect(self, source: Service, target: Service) -> Connection:
+        return source.endpoint.connect(target.endpoint.address, target.endpoint.public_key)
+
+
+@pytest.fixture(params=TRANSPORTS)
+def workers(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Workers]:
+    folder = Path(os.path.relpath(tmp_path)).resolve()
+    made = Workers(transport=request.param, folder=folder)
+    yield made
+    for service in made.made:
+        service.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("transfer ")], "a thread is left"
+
+
+class Answers:
+    """Collects what a call brings."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[dict[str, object], list[bytes]]] = []
+        self.ends: list[tuple[dict[str, object] | None, RemoteFailure | None]] = []
+        self.ended = threading.Event()
+
+    def on_part(self, body: dict[str, object], frames: list[memoryview]) -> None:
+        self.parts.append((body, [bytes(f) for f in frames]))
+
+    def on_end(self, body: dict[str, object] | None, failure: RemoteFailure | None) -> None:
+        self.ends.append((body, failure))
+        self.ended.set()
+
+    def failure(self) -> RemoteFailure:
+        assert self.ended.wait(WAIT_S)
+        (end,) = self.ends
+        assert end[1] is not None
+        return end[1]
+
+
+def call(workers: Workers, source: Service, target: Service, method: str, body: dict[str, object], frames=()):  # type: ignore[no-untyped-def]
+    answers = Answers()
+    handle = source.call(
+        workers.connect(source, target), method, body, frames, on_part=answers.on_part, on_end=answers.on_end
+    )
+    return answers, handle
+
+
+def assert_no_calls(*services: Service) -> None:
+    wait_for(lambda: all(s.stats()["calls_incoming"] + s.stats()["calls_outgoing"] == 0 for s in services))
+
+
+def test_calls_with_parts_and_frames(workers: Workers) -> None:
+    server, client = workers.service(), workers.service()
+    big = os.urandom(3_000_000)
+
+    def echo(incoming: IncomingCall) -> None:
+        for number, frame in enumerate(incoming.frames):
+            incoming.reply({"n": number}, [frame, b"", b"tail"])
+        incoming.end({"x": incoming.body["x"]})
+        incoming.end({"x": "late"})
+        incoming.reply({"x": "late"})
+
+    server.register("echo", echo)
+    server.start()
+    client.start()
+    answers, _ = call(workers, client, server, "echo", {"x": [1, "a", None, b"b", {"y": 2.5}]}, [b"small", big])
+    assert answers.ended.wait(WAIT_S)
+    assert answers.ends == [({"x": [1, "a", None, b"b", {"y": 2.5}]}, None)]
+    assert answers.parts == [({"n": 0}, [b"small", b"", b"tail"]), ({"n": 1}, [big, b"", b"tail"])]
+    assert_no_calls(server, client)
+
+
+def test_answers_of_one_step_go_out_together(workers: Workers) -> None:
+    server, client = workers.service(), workers.service()
+    waiting: list[IncomingCall] = []
+    server.register("wait", waiting.append)
+    server.start()
+    client.start()
+    calls = [call(workers, client, server, "wait", {"n": n})[0] for n in range(50)]
+    wait_for(lambda: len(waiting) == 50)
+    before = client.stats()["messages_received"]
+    server.reply_many([(incoming, {"token": incoming.body["n"]}) for incoming in waiting])
+    wait_for(lambda: all(answers.parts for answers in calls))
+    assert client.stats()["messages_received"] == before + 1
+    for number, answers in enumerate(calls):
+        assert answers.parts == [({"token": number}, [])]
+    for incoming in waiting:
+        incoming.end()
+    assert all(answers.ended.wait(WAIT_S) for answers in calls)
+    assert_no_calls(server, client)
+
+
+def test_failures_are_typed_and_a_bad_handler_hurts_nobody(workers: Workers) -> None:
+    server, client = workers.service(), workers.service()
+
+    def broken(incoming: IncomingCall) -> None:
+        raise ValueError(f"secret at {id(incoming):#x}")
+
+    server.register("broken", broken)
+    server.register("refuse", lambda incoming: incoming.fail("PromptTooLong", "9 tokens, 8 fit"))
+    with pytest.raises(LocalProtocolError, match="already"):
+        server.register("ping", broken)
+    server.start()
+    client.start()
+    failure = call(workers, client, server, "broken", {})[0].failure()
+    assert failure.code == "InternalError" and "0x" not in failure.message
+    assert call(workers, client, server, "refuse", {})[0].failure().args == ("PromptTooLong", "9 tokens, 8 fit")
+    assert call(workers, client, server, "nonsense", {})[0].failure().code == "UnknownMethod"
+    assert call(workers, client, server, "ping", {"x": {1}} if workers.transport != "inproc" else {})[0].ended.wait(
+        WAIT_S
+    )
+    answers, _ = call(workers, client, server, "ping", {})
+    assert answers.ended.wait(WAIT_S) and answers.ends == [({}, None)]
+    assert_no_calls(server, client)
+
+
+def test_cancel_reaches_the_far_end_and_ends_once(workers: Workers) -> None:
+    server, client = workers.service(), workers.service()
+    waiting: list[IncomingCall] = []
+    cancelled = threading.Event()
+
+    def wait(incoming: IncomingCall) -> None:
+        incoming.on_cancel(cancelled.set)
+        waiting.append(incoming)
+
+    server.register("wait", wait)
+    server.start()
+    client.start()
+    answers, handle = call(workers, client, server, "wait", {})
+    wait_for(lambda: bool(waiting))
+    handle.cancel()
+    handle.cancel()
+    assert answers.failure().code == "Cancelled"
+    assert cancelled.wait(WAIT_S) and waiting[0].cancelled
+    waiting[0].reply({"late": 1})
+    waiting[0].end({"late": 1})
+    call(workers, client, server, "ping", {})[0].ended.wait(WAIT_S)
+    assert len(answers.ends) == 1 and not answers.parts
+    assert_no_calls(server, client)
+
+
+def test_a_vanished_caller_cancels_its_calls(workers: Workers) -> None:
+    server, client = workers.service(), workers.service()
+    waiting: list[IncomingCall] = []
+    server.register("wait", waiting.append)
+    server.start()
+    client.start()
+    answers, _ = call(workers, client, server, "wait", {})
+    wait_for(lambda: bool(waiting))
+    client.endpoint.close()  # without a goodbye, as if killed
+    wait_for(lambda: waiting[0].cancelled)
+    assert_no_calls(server)
+    assert not answers.ends
+    client.close()
+    assert answers.failure().code == "EndpointClosed"
+
+
+def test_a_vanished_server_fails_calls_and_drop_peer_does_so_at_once(workers: Workers) -> None:
+    server, client = workers.service(), workers.service()
+    waiting: list[IncomingCall] = []
+    server.register("wait", waiting.append)
+    server.start()
+    client.start()
+    first, _ = call(workers, client, server, "wait", {})
+    wait_for(lambda: bool(waiting))
+    client.drop_peer(workers.connect(client, server), "its actor died")
+    assert first.failure().code == "PeerLost" and "its actor died" in first.failure().message
+    second, _ = call(workers, client, server, "wait", {})
+    wait_for(lambda: len(waiting) == 2)
+    server.endpoint.close()
+    assert second.failure().code == "PeerLost"
+    assert_no_calls(client)
+
+
+def test_a_long_call_survives_on_keep_alives(workers: Workers) -> None:
+    server, client = workers.service(), workers.service()
+    waiting: list[IncomingCall] = []
+    server.register("wait", waiting.append)
+    server.start()
+    client.start()
+    answers, _ = call(workers, client, server, "wait", {})
+    wait_for(lambda: bool(waiting))
+    start = client.stats()["messages_received"]
+    wait_for(lambda: client.stats()["messages_received"] - start > 15)  # more than peer_timeout_s of pings
+    assert not answers.ends and client.stats()["peers_lost"] == server.stats()["peers_lost"] == 0
+    waiting[0].end({"ok": 1})
+    assert answers.ended.wait(WAIT_S) and answers.ends == [({"ok": 1}, None)]
+
+
+def test_close_ends_everything_once_and_refuses_more(workers: Workers) -> None:
+    server, client = workers.service(), workers.service()
+    cancelled = threading.Event()
+    server.register("wait", lambda incoming: incoming.on_cancel(cancelled.set))
+    server.start()
+    client.start()
+    answers, _ = call(workers, client, server, "wait", {})
+    wait_for(lambda: server.stats()["calls_incoming"] == 1)
+    client.close()
+    client.close()
+    assert answers.failure().code == "EndpointClosed"
+    with pytest.raises(EndpointClosed):
+        call(workers, client, server, "wait", {})
+    server.close()
+    assert cancelled.is_set()
+
+
+def test_streams_both_ways_at_once(workers: Workers) -> None:
+    one, two = workers.service(), workers.service()
+    receivers = {s: StreamReceiver(s, CONFIG, PLANES) for s in (one, two)}
+    senders = {s: StreamSender(s, CONFIG) for s in (one, two)}
+    one.start()
+    two.start()
+    running = []
+    for number in range(12):
+        source, target = (one, two) if number % 2 else (two, one)
+        ticket, data = Ticket.issue("test"), make_rows(37 * number)
+        consumer = Consumer(receivers[target], ticket.stream_id)
+
+        def listen(target: Service = target, ticket: Ticket = ticket, consumer: Consumer = consumer) -> None:
+            receivers[target].open(ticket, consumer)
+
+        if number % 3:
+            listen()
+        stream = senders[source].open(ticket, target.endpoint.address, target.endpoint.public_key, PLANES)
+        if not number % 3:
+            listen()
+        stream.announce(37 * number)
+        stream.write(0, data)
+        running.append((stream, consumer, data))
+    for stream, consumer, data in running:
+        assert stream.result(WAIT_S).blocks == -(-len(data["token_ids"]) // 16)
+        wait_for(lambda c=consumer: bool(c.ends))  # type: ignore[misc]
+        assert_rows_equal(consumer, data)
+    for service in (one, two):
+        stats = receivers[service].stats()
+        assert stats["transfer_blocks_in_use"] == stats["transfer_streams_open"] == stats["transfer_tickets_open"] == 0
+        assert senders[service].stats()["transfer_streams_sending"] == 0
+
+
+def test_many_threads_may_send(workers: Workers) -> None:
+    server, client = workers.service(), workers.service()
+    server.register("echo", lambda incoming: incoming.end(incoming.body))
+    server.start()
+    client.start()
+    results: list[Answers] = []
+
+    def work(number: int) -> None:
+        for n in range(100):
+            results.append(call(workers, client, server, "echo", {"n": number * 1000 + n})[0])
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(answers.ended.wait(WAIT_S) for answers in results)
+    assert sorted(a.ends[0][0]["n"] for a in results) == sorted(t * 1000 + n for t in range(4) for n in range(100))  # type: ignore[index]
+    assert_no_calls(server, client)
+
+
+def test_a_name_or_socket_can_be_used_again(workers: Workers) -> None:
+    service = workers.service()
+    address = service.endpoint.address
+    service.start()
+    with pytest.raises(ConfigError):
+        open_endpoint(address, CONFIG, curve=True if workers.transport == "curve" else None)
+    service.close()
+    again = open_endpoint(address, CONFIG, curve=True if workers.transport == "curve" else None)
+    again.close()
+
+
+# -- sockets only --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server() -> Iterator[Service]:
+    config = TransferConfig(max_message_bytes=1 << 20, tick_s=0.01)
+    service = Service(open_endpoint("tcp://127.0.0.1:0", config), config)
+    service.start()
+    yield service
+    service.close()
+
+
+def answers_good_calls(server: Service) -> None:
+    client = Service(open_endpoint("tcp://127.0.0.1:0", CONFIG), CONFIG)
+    client.start()
+    answers = Answers()
+    client.call(client.endpoint.connect(server.endpoint.address), "ping", {}, on_end=answers.on_end)
+    try:
+        assert answers.ended.wait(WAIT_S) and answers.ends == [({}, None)]
+    finally:
+        client.close()
+
+
+class Bomb:
+    """Runs code when unpickled."""
+
+    fired: list[bool] = []  # noqa: RUF012
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return (Bomb.fired.append, (True,))
+
+
+def test_pickles_and_junk_are_dropped_and_counted(server: Service) -> None:
+    context = zmq.Context()
+    dealer = context.socket(zmq.DEALER)
+    dealer.setsockopt(zmq.LINGER, 0)
+    dealer.connect(server.endpoint.address)
+    junk = [pickle.dumps(Bomb()), b"\x01" + pickle.dumps(Bomb()), b"", b"\x01", b"\xff" * 1000, b"\x01\xc1"]
+    for item in junk:
+        dealer.send(item)
+        dealer.send_multipart([item, item])
+    dealer.send_multipart([b"\x01\x80"] + [b"x"] * 5000)
+    wait_for(lambda: server.stats()["dropped_malformed"] == 2 * len(junk) + 1)
+    assert not Bomb.fired
+    assert server.stats()["handler_errors"] == 0
+    answers_good_calls(server)
+    context.destroy(linger=0)
+
+
+def test_raw_bytes_on_the_port_hurt_nobody(server: Service) -> None:
+    port = int(server.endpoint.address.rsplit(":", 1)[1])
+    for payload in (b"GET / HTTP/1.1\r\n\r\n", pickle.dumps(Bomb()), os.urandom(5000), struct.pack("<Q", 1 << 62)):
+        with socket.create_connection(("127.0.0.1", port)) as sock:
+            sock.sendall(payload)
+    answers_good_calls(server)
+    assert not Bomb.fired
+
+
+def test_an_oversized_frame_costs_its_sender_the_connection_only(server: Service) -> None:
+    cap = 16 * 1024 * 1024  # the header cap is the larger one here
+    context = zmq.Context()
+    dealer = context.socket(zmq.DEALER)
+    dealer.setsockopt(zmq.LINGER, 0)
+    monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+    dealer.connect(server.endpoint.address)
+    dealer.send_multipart([b"\x01\x80", bytes(cap + 1)])
+    assert monitor.poll(int(WAIT_S * 1000)), "the oversized frame was accepted"
+    dealer.disable_monitor()
+    context.destroy(linger=0)
+    assert server.stats()["messages_received"] == 0
+    answers_good_calls(server)
+    with pytest.raises(MessageTooLarge, match="max_message_bytes"):
+        connection = server.endpoint.connect("tcp://127.0.0.1:9")
+        server.endpoint.send(connection, Call(call_id=1, method="m", body={}), [bytes((1 << 20) + 1)])
+
+
+def test_a_key_that_is_not_listed_stays_out() -> None:
+    config = TransferConfig(ping_interval_s=0.1, peer_timeout_s=0.6, tick_s=0.01)
+    server = Service(open_endpoint("tcp://127.0.0.1:0", config, curve=True), config)
+    client = Service(open_endpoint("tcp://127.0.0.1:0", config, curve=True), config)
+    server.start()
+    client.start()
+    try:
+        target = client.endpoint.connect(server.endpoint.address, server.endpoint.public_key)
+        refused = Answers()
+        client.call(target, "ping", {}, on_end=refused.on_end)
+        assert refused.failure().code == "PeerLost"
+        assert server.stats()["refused_keys"] > 0 and server.stats()["messages_received"] == 0
+        server.endpoint.allow([client.endpoint.public_key or ""])
+        target = client.endpoint.connect(server.endpoint.address, server.endpoint.public_key)
+        admitted = Answers()
+        client.call(target, "ping", {}, on_end=admitted.on_end)
+        assert admitted.ended.wait(WAIT_S) and admitted.ends == [({}, None)]
+        plain = zmq.Context()
+        dealer = plain.socket(zmq.DEALER)
+        dealer.connect(server.endpoint.address)
+        dealer.send(b"\x01\x80")
+        answers = Answers()
+        client.call(target, "ping", {}, on_end=answers.on_end)
+        assert answers.ended.wait(WAIT_S)
+        assert server.stats()["dropped_malformed"] == 0, "a peer without CURVE got in"
+        plain.destroy(linger=0)
+    finally:
+        client.close()
+        server.close()
+
+
+def test_keys_and_addresses_are_checked(tmp_path: Path) -> None:
+    for address in (
+        "tcp://0.0.0.0:0",
+        "tcp://*:0",
+        "udp://127.0.0.1:1",
+        "127.0.0.1:1",
+        "tcp://203.0.113.7:1",
+        "tcp://",
+    ):
+        with pytest.raises(ConfigError):
+            open_endpoint(address, CONFIG)
+    with pytest.raises(ConfigError):
+        open_endpoint(f"ipc://{tmp_path}/x/a", CONFIG, curve=True)
+    with pytest.raises(ConfigError):
+        open_endpoint("inproc://curve", CONFIG, curve=True)
+    endpoint = open_endpoint("tcp://127.0.0.1:0", CONFIG)
+    try:
+        with pytest.raises(ConfigError, match="public key"):
+            endpoint.connect("tcp://203.0.113.7:1")
+        with pytest.raises(ConfigError, match="z85"):
+            endpoint.connect("tcp://203.0.113.7:1", "short")
+        with pytest.raises(ConfigError, match="cannot reach"):
+            endpoint.connect("inproc://other")
+    finally:
+        endpoint.close()
+
+
+def test_a_peer_that_never_reads_is_bounded_and_slows_nobody() -> None:
+    config = TransferConfig(max_outbound_messages=50, tick_s=0.01, max_message_bytes=1 << 20)
+    service = Service(open_endpoint("tcp://127.0.0.1:0", config), config)
+    service.start()
+    listener = socket.create_server(("127.0.0.1", 0))  # accepts and never speaks
+    try:
+        target = service.endpoint.connect(f"tcp://127.0.0.1:{listener.getsockname()[1]}")
+        failures: list[Answers] = []
+        for _ in range(1000):
+            failures.append(Answers())
+            service.call(target, "x", {}, [bytes(1000)], on_end=failures[-1].on_end)
+        wait_for(lambda: any(a.ends for a in failures))
+        overloaded = [a for a in failures if a.ends]
+        assert {a.failure().code for a in overloaded} == {"Overloaded"}
+        answers_good_calls(service)
+    finally:
+        service.close()
+        listener.close()
+    assert all(len(a.ends) == 1 for a in failures)
+
+
+def test_a_connection_that_drops_comes_back_and_the_stream_goes_on() -> None:
+    config = TransferConfig(block_size=16, default_allocate_tokens=32, pool_tokens=64, tick_s=0.01)
+    one, two = (Service(open_endpoint("tcp://127.0.0.1:0", config), config) for _ in range(2))
+    receiver, sender = StreamReceiver(one, config, PLANES), StreamSender(two, config)
+    one.start()
+    two.start()
+    proxy = CuttingProxy(one.endpoint.address)
+    try:
+        ticket, data = Ticket.issue("test"), make_rows(400)
+        consumer = Consumer(receiver, ticket.stream_id, admit=False)
+        receiver.open(ticket, consumer)
+        stream = sender.open(ticket, proxy.address, None, PLANES)
+        stream.announce(400)
+        stream.write(0, data)
+        wait_for(lambda: consumer.total_rows == 400)
+        assert proxy.cut() >= 1, "there was no link to cut"
+        receiver.admit(ticket.stream_id)
+        stream.result(WAIT_S)
+        assert_rows_equal(consumer, data)
+        assert proxy.num_accepted >= 2, "the link was not made again"
+    finally:
+        two.close()
+        one.close()
+        proxy.close()
+    assert receiver.stats()["transfer_blocks_in_use"] == 0
+
+
+class CuttingProxy:
+    """A TCP relay whose links can be cut."""
+
+    def __init__(self, target: str) -> None:
+        self._target = ("127.0.0.1", int(target.rsplit(":", 1)[1]))
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.num_accepted = 0
+        self._links: list[socket.socket] = []
+        self._all: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            far = socket.create_connection(self._target)
+            self.num_accepted += 1
+            self._links += [near, far]
+            self._all += [near, far]
+            for source, target in ((near, far), (far, near)):
+                self._threads.append(threading.Thread(target=self._pump, args=(source, target)))
+                self._threads[-1].start()
+
+    def _pump(self, source: socket.socket, target: socket.socket) -> None:
+        try:
+            while data := source.recv(65536):
+                target.sendall(data)
+        except OSError:
+            pass
+        for sock in (source, target):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def cut(self) -> int:
+        links, self._links = self._links, []
+        for sock in links:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        return len(links) // 2
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self.cut()
+        for thread in self._threads:
+            thread.join(WAIT_S)
+        self._listener.close()
+        for sock in self._all:
+            sock.close()
+
+
+def test_inproc_needs_neither_zmq_nor_msgpack() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; sys.modules['zmq'] = sys.modules['msgpack'] = sys.modules['pydantic'] = sys.modules['ray'] = None;"
+        "from transfer.endpoint import open_endpoint; from transfer.service import Service;"
+        "from transfer.stream_receiver import StreamReceiver; from transfer.stream_sender import StreamSender;"
+        "open_endpoint('inproc://x').close()"
+    )
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
+
+
+torch.set_num_threads(1)

@@ -1,0 +1,145 @@
+"""Sessions alone: an illegal event leaves a session as it was, and the planner keeps its promises."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.transfer.virtual import PLANES
+from transfer.actions import Dropped, Failed, Send, Timers
+from transfer.connection import Connection
+from transfer.errors import AlignmentError, LocalProtocolError
+from transfer.grant_planner import GrantPlanner
+from transfer.liveness import Liveness
+from transfer.messages import Abort, Grant, Open
+from transfer.receiver_session import ReceiverSession
+from transfer.sender_session import SenderSession
+from transfer.state import ReceiverState, SenderState
+from transfer.ticket import Ticket
+
+TICKET = Ticket.issue("test")
+
+
+def receiver() -> ReceiverSession:
+    return ReceiverSession(TICKET, block_size=16, planes=PLANES, default_blocks=4, credit=4, timers=Timers(), now=0.0)
+
+
+def sender() -> SenderSession:
+    return SenderSession(TICKET, block_size=16, planes=PLANES, content_key="", timers=Timers(), now=0.0)
+
+
+def test_admitting_too_early_raises_and_changes_nothing() -> None:
+    session = receiver()
+    for expected in (ReceiverState.REGISTERED, ReceiverState.OPENED, ReceiverState.GRANTED):
+        with pytest.raises(LocalProtocolError):
+            session.admit(0.0)
+        assert session.state is expected
+        if expected is ReceiverState.REGISTERED:
+            (action,) = sender().start(0.0)
+            assert isinstance(action, Send) and isinstance(action.message, Open)
+            session.open(action.message, 0.0)
+        elif expected is ReceiverState.OPENED:
+            session.grant((3, 1), 0.0)
+
+
+def test_starting_twice_raises_and_changes_nothing() -> None:
+    session = sender()
+    session.start(0.0)
+    with pytest.raises(LocalProtocolError):
+        session.start(0.0)
+    assert session.state is SenderState.OPENING
+
+
+def test_a_grant_whose_predecessor_was_lost_waits_for_it() -> None:
+    session = sender()
+    session.start(0.0)
+    second = Grant(
+        stream_id=TICKET.stream_id, epoch=1, round=1, block_ids=(1,), allocated_tokens=16, block_size=16, credit=4
+    )
+    assert session.receive(second, 0.0) == [Dropped("early")]
+    assert session.state is SenderState.OPENING
+
+
+def test_probes_back_off_and_repeat_the_open() -> None:
+    session = sender()
+    session.start(0.0)
+    times = [n / 100 for n in range(1000) if session.tick(n / 100)]
+    gaps = [round(b - a, 2) for a, b in itertools.pairwise(times)]
+    assert times[0] == pytest.approx(0.1)
+    assert gaps[:5] == pytest.approx([0.2, 0.4, 0.8, 1.6, 2.0], abs=0.011)
+    assert gaps[5:] == pytest.approx([2.0] * len(gaps[5:]), abs=0.011)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    demands=st.lists(st.tuples(st.booleans(), st.integers(0, 9), st.booleans()), max_size=12),
+    num_free=st.integers(0, 40),
+)
+def test_a_plan_gives_each_empty_stream_one_block_and_the_rest_to_the_first(
+    demands: list[tuple[bool, int, bool]], num_free: int
+) -> None:
+    planner = GrantPlanner()
+    for age, (admitted, wanted, empty) in enumerate(demands):
+        planner.update(str(age), rank=(not admitted, age), wanted=wanted, empty=empty)
+    plan = planner.plan(num_free)
+    assert plan == naive_plan(demands, num_free)
+    assert planner.plan(0) == {}
+
+
+def naive_plan(demands: list[tuple[bool, int, bool]], num_free: int) -> dict[str, int]:
+    order = sorted(range(len(demands)), key=lambda age: (not demands[age][0], age))
+    empty = {age for age in order if demands[age][2]}
+    given_out: dict[int, int] = {}
+    for age in order:
+        if demands[age][1] and age in empty and num_free:
+            given_out[age] = 1
+            empty.remove(age)
+            num_free -= 1
+    for age in order:
+        if age in empty:
+            continue
+        count = min(demands[age][1] - given_out.get(age, 0), num_free - len(empty))
+        if count > 0:
+            given_out[age] = given_out.get(age, 0) + count
+            num_free -= count
+    return {str(age): count for age, count in given_out.items()}
+
+
+def test_liveness_pings_the_silent_and_loses_the_dead() -> None:
+    one, two = (Connection(endpoint="e", peer=p, key=p.encode(), outgoing=True) for p in "ab")
+    liveness = Liveness(2.0, 10.0)
+    lost_at, pings = None, 0
+    for tenth in range(130):
+        now = tenth / 10
+        liveness.heard(two, now)
+        ping, lost = liveness.check({one, two}, now)
+        assert two not in ping and two not in lost
+        pings += one in ping
+        if lost and lost_at is None:
+            lost_at = now
+    assert lost_at == pytest.approx(10.0) and pings == 4
+    assert liveness.check(set(), 13.0) == ([], [])
+    assert liveness.check({one}, 14.0) == ([], [])
+
+
+@pytest.mark.parametrize("tokens", [31, 33, 47, 16, 0])
+def test_the_sender_itself_refuses_a_grant_that_is_not_whole_blocks(tokens: int) -> None:
+    session = sender()
+    session.start(0.0)
+    session.announce(100, (), 0.0)
+    grant = Grant(
+        stream_id=TICKET.stream_id,
+        epoch=1,
+        round=0,
+        block_ids=(1, 2),
+        allocated_tokens=tokens,
+        block_size=16,
+        credit=4,
+    )
+    abort, failed = session.receive(grant, 0.0)
+    assert isinstance(abort, Send) and isinstance(abort.message, Abort) and abort.message.code == "AlignmentError"
+    assert isinstance(failed, Failed) and isinstance(failed.error, AlignmentError)
+    assert session.state is SenderState.FAILED

@@ -1,0 +1,77 @@
+"""The transition tables, walked whole: every state with every event."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from transfer.errors import LocalProtocolError, RemoteProtocolError
+from transfer.state import (
+    RECEIVER_TABLE,
+    REMOTE_EVENTS,
+    SENDER_TABLE,
+    TERMINAL,
+    ReceiverEvent,
+    ReceiverState,
+    SenderEvent,
+    SenderState,
+    apply,
+)
+
+# Written out by hand, independently of the tables: "state: event>state event>state ..."
+SENDER = """
+idle: open>opening fail>failed
+opening: grant>granted fail>failed
+granted: announce>sending fail>failed
+sending: grant>sending send>sending ack>sending last_ack>draining close>done fail>failed
+draining: close>done fail>failed
+done:
+failed:
+"""
+RECEIVER = """
+registered: open>opened fail>failed
+opened: grant>granted fail>failed
+granted: announce>held fail>failed
+held: block>held admit>admitted finish>complete fail>failed
+admitted: grant>admitted block>admitted finish>complete fail>failed
+complete:
+failed:
+"""
+
+
+def parse(text: str) -> dict[tuple[str, str], str]:
+    expected = {}
+    for line in text.strip().splitlines():
+        state, _, moves = line.partition(":")
+        for move in moves.split():
+            event, _, following = move.partition(">")
+            expected[state, event] = following
+    return expected
+
+
+CASES = [
+    *(("sender", s, e) for s, e in itertools.product(SenderState, SenderEvent)),
+    *(("receiver", s, e) for s, e in itertools.product(ReceiverState, ReceiverEvent)),
+]
+
+
+@pytest.mark.parametrize(("side", "state", "event"), CASES)
+def test_every_state_with_every_event(side, state, event) -> None:  # type: ignore[no-untyped-def]
+    table = SENDER_TABLE if side == "sender" else RECEIVER_TABLE
+    expected = parse(SENDER if side == "sender" else RECEIVER).get((state.value, event.value))
+    if expected is not None:
+        assert apply(table, state, event).value == expected  # type: ignore[arg-type]
+        return
+    kind = RemoteProtocolError if event in REMOTE_EVENTS else LocalProtocolError
+    with pytest.raises(kind, match=f"{state.value}.*{event.value}"):
+        apply(table, state, event)  # type: ignore[arg-type]
+
+
+def test_the_tables_cover_both_machines() -> None:
+    assert {s for s, _ in SENDER_TABLE} | set(SENDER_TABLE.values()) == set(SenderState)
+    assert {s for s, _ in RECEIVER_TABLE} | set(RECEIVER_TABLE.values()) == set(ReceiverState)
+    for table in (SENDER_TABLE, RECEIVER_TABLE):
+        left = {state for state, _ in table}
+        assert not left & TERMINAL
+        assert all(following in left or following in TERMINAL for following in table.values())

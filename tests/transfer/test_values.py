@@ -1,0 +1,206 @@
+"""Small values: errors, configuration, planes, tickets, tags, row queues, outboxes, addresses, the key allow-list."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.transfer.virtual import PLANES, make_rows
+from transfer import errors
+from transfer.addresses import ZAP_DOMAIN, AllowList, check_bind_host, is_loopback, prepare_ipc
+from transfer.buffers import PlaneBuffers, RowQueue, tensor_bytes
+from transfer.config import TransferConfig
+from transfer.errors import ConfigError, Overloaded, RemoteFailure, StreamAborted, TicketRejected, TransferError
+from transfer.integrity import block_tag, tag_seed
+from transfer.outbox import Outbox
+from transfer.tensors import DTYPE_BYTES, PlaneSpec
+from transfer.ticket import Ticket, prove, verify
+
+
+def tree(kind: type[TransferError]) -> list[type[TransferError]]:
+    return [kind, *(k for sub in kind.__subclasses__() for k in tree(sub))]
+
+
+@pytest.mark.parametrize("kind", [k for k in dict.fromkeys(tree(TransferError)) if k.__module__ == errors.__name__])
+def test_every_error_survives_pickling(kind: type[TransferError]) -> None:
+    coded = issubclass(kind, errors._Coded)
+    error = kind("BadImage", "image 2") if coded else kind("what happened")
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is kind and again.args == error.args and str(again) == str(error)
+    if coded:
+        assert (again.code, again.message) == ("BadImage", "image 2")
+
+
+def test_codes_come_back_as_their_errors() -> None:
+    assert isinstance(errors.error_from_code("AlignmentError", "x"), errors.AlignmentError)
+    assert errors.error_from_code("BadImage", "x").args == ("BadImage", "x")
+    assert errors.error_code(StreamAborted("BadImage", "x")) == "BadImage"
+    assert errors.error_code(RemoteFailure("PeerLost", "x")) == "PeerLost"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"block_size": 0},
+        {"block_size": True},
+        {"block_size": 1.5},
+        {"pool_tokens": -1},
+        {"transport": "pigeon"},
+        {"host": ""},
+        {"idle_timeout_s": float("inf")},
+        {"idle_timeout_s": "30"},
+        {"ping_interval_s": 10.0, "peer_timeout_s": 10.0},
+    ],
+)
+def test_wrong_configurations_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        TransferConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_blocks_of_a_configuration_round_up() -> None:
+    config = TransferConfig(block_size=100, pool_tokens=1001, default_allocate_tokens=8000)
+    assert (config.num_pool_blocks, config.default_blocks) == (11, 80)
+    assert isinstance(TransferConfig(stream_timeout_s=5), TransferConfig)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"name": ""}, {"dtype": "float8"}, {"row_shape": (0,)}, {"row_shape": [3]}, {"row_shape": (1 << 40,)}],
+)
+def test_wrong_planes_are_refused(wrong: dict[str, object]) -> None:
+    fields: dict[str, object] = {"name": "x", "dtype": "float32", "row_shape": (3,)}
+    with pytest.raises(ConfigError):
+        PlaneSpec(**{**fields, **wrong})  # type: ignore[arg-type]
+
+
+def test_tickets_are_secret_unique_and_strict() -> None:
+    tickets = [Ticket.issue("me") for _ in range(100)]
+    assert len({t.stream_id for t in tickets}) == len({t.secret for t in tickets}) == 100
+    assert repr(tickets[0].secret) not in repr(tickets[0]) and "secret" not in repr(tickets[0])
+    body = tickets[0].to_body()
+    assert Ticket.from_body(body) == tickets[0]
+    for wrong in (None, {}, {**body, "x": 1}, {**body, "epoch": 0}, {**body, "epoch": "1"}, {**body, "secret": b""},
+                  {**body, "stream_id": "x"}, {**body, "owner": 3}, {**body, "secret": "0" * 16}):  # fmt: skip
+        with pytest.raises(TicketRejected):
+            Ticket.from_body(wrong)
+    assert tickets[0].next_epoch().epoch == 2 and tickets[0].next_epoch().secret != tickets[0].secret
+
+
+def test_a_proof_is_bound_to_everything_it_says() -> None:
+    ticket = Ticket.issue("me")
+    proof = prove(ticket, 128, PLANES, "key")
+    assert verify(ticket, proof, 128, PLANES, "key")
+    assert not verify(ticket, proof, 129, PLANES, "key")
+    assert not verify(ticket, proof, 128, PLANES[::-1], "key")
+    assert not verify(ticket, proof, 128, PLANES, "other")
+    assert not verify(replace(ticket, epoch=2), proof, 128, PLANES, "key")
+    assert not verify(replace(ticket, secret=b"0" * 16), proof, 128, PLANES, "key")
+    assert not verify(ticket, b"", 128, PLANES, "key")
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.integers(0, 4), st.integers(0, 99), st.integers(0, 7))
+def test_a_tag_changes_with_every_field_and_every_bit(field: int, byte: int, bit: int) -> None:
+    ticket = Ticket.issue("me")
+    seed, values, payload = tag_seed(ticket), [1, 2, 3, 4, 5], bytes(100)
+    tag = block_tag(seed, ticket.stream_id, *values, [payload])  # type: ignore[arg-type]
+    assert tag == block_tag(seed, ticket.stream_id, *values, [payload[:40], payload[40:]])  # type: ignore[arg-type]
+    values[field] += 1
+    assert tag != block_tag(seed, ticket.stream_id, *values, [payload])  # type: ignore[arg-type]
+    values[field] -= 1
+    damaged = bytearray(payload)
+    damaged[byte] ^= 1 << bit
+    assert tag != block_tag(seed, ticket.stream_id, *values, [bytes(damaged)])  # type: ignore[arg-type]
+    other = tag_seed(replace(ticket, epoch=2))
+    assert tag != block_tag(other, ticket.stream_id, *values, [payload])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPE_BYTES))
+def test_every_dtype_goes_through_a_block_bit_for_bit(dtype: str) -> None:
+    plane = PlaneSpec(name="x", dtype=dtype, row_shape=(2, 3))
+    torch_dtype = getattr(torch, dtype)
+    raw = torch.randint(0, 2, (5, 2, 3)).to(torch_dtype)
+    buffers = PlaneBuffers(3, 8, (plane,))
+    frame = tensor_bytes(raw)
+    assert len(frame) == 5 * plane.row_bytes
+    buffers.place(1, [frame])
+    assert torch.equal(buffers.rows(1, 5)["x"], raw)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.data())
+def test_a_row_queue_gives_any_range(cuts: list[int], data: st.DataObject) -> None:
+    total = sum(cuts)
+    rows, queue, start = make_rows(total), RowQueue(PLANES), 0
+    for count in cuts:
+        num_rows, chunk = queue.check({name: tensor[start : start + count] for name, tensor in rows.items()})
+        queue.append(num_rows, chunk)
+        start += count
+    first = data.draw(st.integers(0, total))
+    last = data.draw(st.integers(first, total))
+    queue.release(first)
+    frames = queue.frames(first, last - first)
+    expected = [tensor_bytes(rows[plane.name][first:last].contiguous()) for plane in PLANES]
+    assert [bytes(f) for f in frames] == [bytes(e) for e in expected]
+
+
+def test_frames_inside_one_write_are_not_copied() -> None:
+    rows, queue = make_rows(32), RowQueue(PLANES)
+    queue.append(*queue.check(rows))
+    frame = queue.frames(4, 8)[0]
+    rows["embeddings"][4] = 1.0
+    assert bytes(frame[:6]) == bytes(tensor_bytes(rows["embeddings"][4]))
+
+
+def test_an_outbox_is_bounded_both_ways() -> None:
+    outbox = Outbox("peer", 3, 100)
+    outbox.put([b"0" * 1000])  # one message always fits
+    with pytest.raises(Overloaded, match="peer"):
+        outbox.put([b"1"])
+    outbox.pop()
+    for _ in range(3):
+        outbox.put([b"1"])
+    with pytest.raises(Overloaded):
+        outbox.put([b"1"])
+    outbox.clear()
+    assert len(outbox) == 0 and outbox.head() is None
+
+
+def test_addresses() -> None:
+    assert is_loopback("127.0.0.1") and is_loopback("127.8.0.1") and is_loopback("[::1]") and is_loopback("localhost")
+    assert not is_loopback("10.0.0.1") and not is_loopback("example.org")
+    for everywhere in ("tcp://*:1", "tcp://0.0.0.0:1", "tcp://[::]:1", "tcp://127.0.0.1", "tcp://127.0.0.1:99999"):
+        with pytest.raises(ConfigError):
+            check_bind_host(everywhere)
+
+
+def test_an_ipc_folder_is_private(tmp_path: Path) -> None:
+    prepare_ipc(f"ipc://{tmp_path}/new/a.sock")
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+    os.chmod(tmp_path / "new", 0o755)
+    with pytest.raises(ConfigError, match="0700"):
+        prepare_ipc(f"ipc://{tmp_path}/new/a.sock")
+    for wrong in ("ipc://relative/a.sock", f"ipc:///{'x' * 200}"):
+        with pytest.raises(ConfigError, match="absolute"):
+            prepare_ipc(wrong)
+
+
+def test_the_allow_list_lets_in_listed_keys_only() -> None:
+    allow = AllowList()
+    request = [b"1.0", b"id", ZAP_DOMAIN, b"10.0.0.1", b"", b"CURVE", b"k" * 32]
+    assert allow.answer(request)[2] == b"400"
+    allow.add(b"k" * 32)
+    assert allow.answer(request) == [b"1.0", b"id", b"200", b"OK", b"peer", b""]
+    for position, value in ((0, b"2.0"), (2, b"other"), (5, b"NULL"), (5, b"PLAIN"), (6, b"x" * 32)):
+        changed = list(request)
+        changed[position] = value
+        assert allow.answer(changed)[2] == b"400"
+    assert allow.answer([])[2] == allow.answer(request[:-1])[2] == b"400"
+    assert allow.num_refused == 8

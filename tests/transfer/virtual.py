@@ -1,0 +1,275 @@
+"""A virtual network: the real services, receivers and senders, joined without threads, sockets or a real clock.
+
+Messages wait in one queue; `faults` may lose, repeat, reorder or corrupt them. A run is a pure function of its seed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from transfer.config import TransferConfig
+from transfer.connection import Connection, Frame, Handler, Tick
+from transfer.messages import Block, Message
+from transfer.service import Service
+from transfer.stream_receiver import StreamReceiver
+from transfer.stream_sender import OutgoingStream, StreamSender
+from transfer.tensors import PlaneSpec
+from transfer.ticket import Ticket
+
+PLANES = (
+    PlaneSpec(name="embeddings", dtype="bfloat16", row_shape=(3,)),
+    PlaneSpec(name="token_ids", dtype="int32", row_shape=()),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Faults:
+    """Probabilities per message."""
+
+    drop: float = 0.0
+    repeat: float = 0.0
+    reorder: float = 0.0
+    corrupt: float = 0.0
+
+
+class VirtualNetwork:
+    """One clock, one queue, any number of endpoints."""
+
+    def __init__(self, seed: int = 0, faults: Faults | None = None) -> None:
+        self.now = 1000.0
+        self.faults = faults or Faults()
+        self.fired: Counter[str] = Counter()
+        self.rewrite: Callable[[Message, list[bytes]], tuple[Message, list[bytes]] | None] | None = None
+        self.log: list[tuple[VirtualEndpoint, Connection, Message, list[bytes]]] = []
+        self._random = random.Random(seed)
+        self._queue: list[tuple[VirtualEndpoint, Connection, Message, list[bytes]]] = []
+        self.endpoints: dict[str, VirtualEndpoint] = {}
+
+    def push(self, target: VirtualEndpoint, source: Connection, message: Message, frames: list[bytes]) -> None:
+        if self.rewrite is not None:
+            changed = self.rewrite(message, frames)
+            if changed is None:
+                self.fired["rewritten away"] += 1
+                return
+            message, frames = changed
+        self.log.append((target, source, message, frames))
+        roll = self._random.random
+        if roll() < self.faults.drop:
+            self.fired["drop"] += 1
+            return
+        if roll() < self.faults.repeat:
+            self.fired["repeat"] += 1
+            self._queue.append((target, source, message, frames))
+        if isinstance(message, Block) and roll() < self.faults.corrupt:
+            self.fired["corrupt"] += 1
+            frames = [bytes([frames[0][0] ^ 1]) + frames[0][1:], *frames[1:]]
+        if self._queue and roll() < self.faults.reorder:
+            self.fired["reorder"] += 1
+            self._queue.insert(self._random.randrange(len(self._queue)), (target, source, message, frames))
+        else:
+            self._queue.append((target, source, message, frames))
+
+    def settle(self) -> None:
+        """Deliver and run everything that is pending, without letting time pass."""
+        while self._queue or any(e.posted for e in self.endpoints.values()):
+            for endpoint in tuple(self.endpoints.values()):
+                endpoint.run_posted()
+            if self._queue:
+                target, source, message, frames = self._queue.pop(0)
+                target.deliver(source, message, frames)
+
+    def advance(self, seconds: float, step: float = 0.05) -> None:
+        """Let time pass in steps, with ticks."""
+        end = self.now + seconds
+        while self.now < end:
+            self.now = min(end, self.now + step)
+            for endpoint in tuple(self.endpoints.values()):
+                endpoint.tick()
+            self.settle()
+
+    def run_until(self, condition: Callable[[], bool], limit_s: float = 3600.0) -> None:
+        """Advance until `condition`; AssertionError after `limit_s` virtual seconds."""
+        self.settle()
+        end = self.now + limit_s
+        while not condition():
+            assert self.now < end, "the virtual time limit passed"
+            self.advance(0.05)
+
+
+class VirtualEndpoint:
+    """Keeps the Endpoint contract over a VirtualNetwork."""
+
+    def __init__(self, network: VirtualNetwork, address: str) -> None:
+        self.network = network
+        self._address = address
+        self.posted: list[Callable[[], None]] = []
+        self._handler: Handler | None = None
+        self._tick: Tick | None = None
+        network.endpoints[address] = self
+
+    @property
+    def address(self) -> str:
+        return self._address
+
+    @property
+    def public_key(self) -> str | None:
+        return None
+
+    def start(self, handler: Handler, on_tick: Tick | None = None) -> None:
+        self._handler, self._tick = handler, on_tick
+
+    def connect(self, address: str, public_key: str | None = None) -> Connection:
+        return Connection(endpoint=self._address, peer=address, key=self._address.encode(), outgoing=True)
+
+    def send(self, connection: Connection, message: Message, frames: Sequence[Frame] = ()) -> None:
+        target = self.network.endpoints.get(connection.peer)
+        if target is None:
+            return
+        twin = Connection(
+            endpoint=connection.peer, peer=self._address, key=connection.key, outgoing=not connection.outgoing
+        )
+        self.network.push(target, twin, message, [bytes(frame) for frame in frames])
+
+    def post(self, callback: Callable[[], None]) -> None:
+        self.posted.append(callback)
+
+    def run_posted(self) -> None:
+        posted, self.posted = self.posted, []
+        for callback in posted:
+            callback()
+
+    def deliver(self, source: Connection, message: Message, frames: list[bytes]) -> None:
+        assert self._handler is not None
+        if self.network.endpoints.get(self._address) is self:
+            self._handler(source, message, [memoryview(frame) for frame in frames])
+
+    def tick(self) -> None:
+        self.run_posted()
+        if self._tick is not None:
+            self._tick(self.network.now)
+
+    def allow(self, public_keys: Iterable[str]) -> None:
+        pass
+
+    def disconnect(self, connection: Connection) -> None:
+        pass
+
+    def close(self) -> None:
+        self.run_posted()
+        self.network.endpoints.pop(self._address, None)
+
+    def stats(self) -> dict[str, int]:
+        return {}
+
+
+class Consumer:
+    """A listener that copies rows out and checks that they come in order and once."""
+
+    def __init__(self, receiver: StreamReceiver, stream_id: str, *, admit: bool = True) -> None:
+        self.receiver, self.stream_id, self.admit = receiver, stream_id, admit
+        self.total_rows: int | None = None
+        self.items: Sequence[object] = ()
+        self.rows: dict[str, list[torch.Tensor]] = {}
+        self.num_rows = 0
+        self.ends: list[object] = []
+
+    def on_announce(self, total_rows: int, items: Sequence[object]) -> None:
+        assert self.total_rows is None and not self.ends
+        self.total_rows, self.items = total_rows, items
+        if self.admit:
+            self.receiver.admit(self.stream_id)
+
+    def on_rows(self, first_row: int, planes: Mapping[str, torch.Tensor]) -> None:
+        assert first_row == self.num_rows and not self.ends
+        counts = {len(rows) for rows in planes.values()}
+        assert len(counts) == 1
+        self.num_rows += counts.pop()
+        for name, rows in planes.items():
+            self.rows.setdefault(name, []).append(rows.clone())
+
+    def on_complete(self, stats: object) -> None:
+        self.ends.append(stats)
+
+    def on_failed(self, error: Exception) -> None:
+        self.ends.append(error)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return torch.cat(self.rows[name])
+
+
+class Pair:
+    """A receiving worker and a sending worker on one virtual network."""
+
+    def __init__(
+        self,
+        config: TransferConfig,
+        *,
+        network: VirtualNetwork | None = None,
+        sender_config: TransferConfig | None = None,
+    ) -> None:
+        self.network = network or VirtualNetwork()
+        self.config = config
+        self.receiver_service = self._service("virtual://receiver", config)
+        self.sender_service = self._service("virtual://sender", sender_config or config)
+        self.receiver = StreamReceiver(self.receiver_service, config, PLANES)
+        self.sender = StreamSender(self.sender_service, sender_config or config)
+        self.receiver_service.start()
+        self.sender_service.start()
+
+    def _service(self, address: str, config: TransferConfig) -> Service:
+        return Service(VirtualEndpoint(self.network, address), config, clock=lambda: self.network.now)
+
+    def listen(self, ticket: Ticket, *, admit: bool = True) -> Consumer:
+        consumer = Consumer(self.receiver, ticket.stream_id, admit=admit)
+        self.receiver.open(ticket, consumer)
+        return consumer
+
+    def send(self, ticket: Ticket, planes: Sequence[PlaneSpec] = PLANES) -> OutgoingStream:
+        return self.sender.open(ticket, "virtual://receiver", None, planes)
+
+    def transfer(
+        self, num_rows: int, *, admit: bool = True
+    ) -> tuple[OutgoingStream, Consumer, dict[str, torch.Tensor]]:
+        """Open a stream at both ends and write all its rows."""
+        ticket = Ticket.issue("test")
+        consumer = self.listen(ticket, admit=admit)
+        stream = self.send(ticket)
+        data = make_rows(num_rows)
+        stream.announce(num_rows, [{"rows": num_rows}])
+        if num_rows:
+            stream.write(0, data)
+        return stream, consumer, data
+
+    def assert_ledger_zero(self) -> None:
+        stats = self.receiver.stats()
+        for name in ("blocks_in_use", "streams_open", "tickets_open", "opens_parked"):
+            assert stats[f"transfer_{name}"] == 0, (name, stats)
+        assert self.sender.stats()["transfer_streams_sending"] == 0
+        for service in (self.receiver_service, self.sender_service):
+            assert service.stats()["calls_incoming"] == service.stats()["calls_outgoing"] == 0
+
+
+def make_rows(num_rows: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random rows of PLANES."""
+    generator = torch.Generator().manual_seed(seed + num_rows)
+    return {
+        "embeddings": torch.randn(num_rows, 3, generator=generator).bfloat16(),
+        "token_ids": torch.arange(num_rows, dtype=torch.int32) + seed,
+    }
+
+
+def assert_rows_equal(consumer: Consumer, data: Mapping[str, torch.Tensor]) -> None:
+    """Every row arrived, bit for bit."""
+    if not len(data["token_ids"]):
+        assert not consumer.rows
+        return
+    for name, rows in data.items():
+        assert torch.equal(consumer.tensor(name), rows), name
+
+
+__all__ = ["PLANES", "Consumer", "Faults", "Pair", "VirtualNetwork", "assert_rows_equal", "make_rows", "replace"]

@@ -1,0 +1,119 @@
+"""Where torch meets the wire: the receive pool's memory, and raw-byte views of tensors to send.
+
+Owns bytes, not their meaning: which block belongs to whom is `block_pool`'s business. Only this
+file and `checkpoint` import torch; the others of this package use the `Tensor` name from here.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from transfer.errors import LocalProtocolError
+from transfer.tensors import PlaneSpec
+
+__all__ = ["PlaneBuffers", "RowQueue", "Tensor", "dtype_name", "plane_of", "tensor_bytes"]
+
+_DTYPES: dict[str, torch.dtype] = {
+    "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64,
+    "int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32, "int64": torch.int64,
+    "bool": torch.bool,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The plane dtype of a torch dtype. LocalProtocolError when planes cannot have it."""
+    if dtype not in _NAMES:
+        raise LocalProtocolError(f"{dtype} cannot travel; planes have one of {', '.join(_DTYPES)}")
+    return _NAMES[dtype]
+
+
+def plane_of(name: str, rows: Tensor) -> PlaneSpec:
+    """The plane that `rows` [n, *row_shape] belongs to."""
+    return PlaneSpec(name=name, dtype=dtype_name(rows.dtype), row_shape=tuple(rows.shape[1:]))
+
+
+def tensor_bytes(rows: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy. LocalProtocolError for any other tensor."""
+    if rows.device.type != "cpu" or not rows.is_contiguous():
+        raise LocalProtocolError(f"rows must be contiguous CPU tensors, not on {rows.device} with {rows.stride()=}")
+    return rows.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+class PlaneBuffers:
+    """Memory of the receive pool: per plane one tensor [num_blocks, block_size, *row_shape], in host memory.
+
+    Pinned when the consumer is on a GPU, so that its copies need no staging.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, planes: Sequence[PlaneSpec], device: str = "cpu") -> None:
+        pinned = device.startswith("cuda") and torch.cuda.is_available()
+        self._tensors: dict[str, Tensor] = {
+            p.name: torch.empty((num_blocks, block_size, *p.row_shape), dtype=_DTYPES[p.dtype], pin_memory=pinned)
+            for p in planes
+        }
+        self._bytes = [t.view(num_blocks, -1).view(torch.uint8).numpy() for t in self._tensors.values()]
+
+    def place(self, block_id: int, frames: Sequence[memoryview]) -> None:
+        """The one copy of the receive side: frames (one per plane, in order) into the head of a block."""
+        for target, frame in zip(self._bytes, frames, strict=True):
+            target[block_id, : len(frame)] = np.frombuffer(frame, dtype=np.uint8)
+
+    def rows(self, block_id: int, num_rows: int) -> dict[str, Tensor]:
+        """Views [num_rows, *row_shape] of a block; valid until the block is freed."""
+        return {name: tensor[block_id, :num_rows] for name, tensor in self._tensors.items()}
+
+
+class RowQueue:
+    """Rows written and not yet acknowledged, by reference; gives the frames of any row range among them."""
+
+    def __init__(self, planes: Sequence[PlaneSpec]) -> None:
+        self._planes = tuple(planes)
+        self._chunks: deque[tuple[int, int, tuple[memoryview, ...]]] = deque()  # first row, rows, bytes per plane
+        self.num_rows = 0
+
+    def check(self, planes: Mapping[str, Tensor]) -> tuple[int, tuple[memoryview, ...]]:
+        """Number of rows and raw bytes per plane. LocalProtocolError where they do not match the plane specs."""
+        if set(planes) != {plane.name for plane in self._planes}:
+            raise LocalProtocolError(f"planes {sorted(planes)} written, {[p.name for p in self._planes]} opened")
+        counts = {int(tensor.shape[0]) for tensor in planes.values() if tensor.dim()}
+        if len(counts) != 1:
+            raise LocalProtocolError(f"planes must have equal numbers of rows, not {sorted(counts)}")
+        for plane in self._planes:
+            if plane_of(plane.name, planes[plane.name]) != plane:
+                raise LocalProtocolError(f"rows of {plane_of(plane.name, planes[plane.name])} written to {plane}")
+        return counts.pop(), tuple(tensor_bytes(planes[plane.name]) for plane in self._planes)
+
+    def append(self, num_rows: int, chunk: tuple[memoryview, ...]) -> None:
+        """Add what `check` returned."""
+        if num_rows:
+            self._chunks.append((self.num_rows, num_rows, chunk))
+            self.num_rows += num_rows
+
+    def frames(self, first_row: int, num_rows: int) -> list[memoryview]:
+        """One frame per plane: a view, or a joined copy where the range lies across two writes."""
+        pieces: list[list[memoryview]] = [[] for _ in self._planes]
+        end = first_row + num_rows
+        for start, count, chunk in self._chunks:
+            low, high = max(first_row, start) - start, min(end, start + count) - start
+            if start >= end:
+                break
+            if low >= high:
+                continue
+            for plane, data, out in zip(self._planes, chunk, pieces, strict=True):
+                out.append(data[low * plane.row_bytes : high * plane.row_bytes])
+        return [parts[0] if len(parts) == 1 else memoryview(b"".join(parts)) for parts in pieces]
+
+    def release(self, before_row: int) -> None:
+        """Forget chunks that lie wholly below `before_row`."""
+        while self._chunks and self._chunks[0][0] + self._chunks[0][1] <= before_row:
+            self._chunks.popleft()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._chunks.clear()

@@ -1,0 +1,77 @@
+"""TransferConfig: every size, bound and timer of this package, validated once.
+
+Knows nothing of files, environment or command line: `cluster` builds it. Units are in the names.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from transfer.errors import ConfigError
+
+MIB = 1024 * 1024
+TRANSPORTS = ("auto", "ipc", "tcp", "inproc")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransferConfig:
+    """Settings of one worker's transfer side.
+
+    block_size               rows per block; must be equal at both ends
+    default_allocate_tokens  rows granted to a stream whose total is not known yet
+    pool_tokens              rows the receive pool holds (rounded up to whole blocks)
+    input_buffer_tokens      rows the consumer can reserve for announced streams
+    credit_window_blocks     blocks a sender may have unacknowledged
+    max_message_bytes        cap of one frame; a message may have many (see max_outbound_bytes)
+    max_outbound_messages/bytes  cap of what may wait for one peer; max_outbound_bytes also caps one whole message
+    idle_timeout_s           silence of a stream's peer that ends the stream
+    stream_timeout_s         time without progress while the peer (or the producer) owes something
+    admit_timeout_s          longest wait for the own consumer or the own pool
+    peer_timeout_s           silence of a peer with open calls after which it is declared lost
+    """
+
+    block_size: int = 128
+    default_allocate_tokens: int = 8192
+    pool_tokens: int = 65536
+    input_buffer_tokens: int = 262144
+    credit_window_blocks: int = 16
+    max_message_bytes: int = 64 * MIB
+    max_streams: int = 4096
+    max_calls: int = 16384
+    transport: str = "auto"
+    host: str = "127.0.0.1"
+    stream_timeout_s: float = 120.0
+    idle_timeout_s: float = 30.0
+    admit_timeout_s: float = 600.0
+    peer_timeout_s: float = 10.0
+    ping_interval_s: float = 2.0
+    tick_s: float = 0.05
+    max_outbound_messages: int = 10000
+    max_outbound_bytes: int = 1024 * MIB
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            kind = type(field.default)
+            wrong = not isinstance(value, (int, float)) if kind is float else not isinstance(value, kind)
+            if wrong or (isinstance(value, bool) and kind is not bool):
+                raise ConfigError(f"transfer.{field.name} must be {kind.__name__}, not {value!r}")
+            if kind in (int, float) and not (value > 0 and math.isfinite(value)):
+                raise ConfigError(f"transfer.{field.name} must be positive and finite, not {value!r}")
+        if self.transport not in TRANSPORTS:
+            raise ConfigError(f"transfer.transport must be one of {', '.join(TRANSPORTS)}, not {self.transport!r}")
+        if not self.host:
+            raise ConfigError("transfer.host must name an address to bind; the empty string would mean all interfaces")
+        if self.ping_interval_s >= self.peer_timeout_s:
+            raise ConfigError("transfer.ping_interval_s must be below transfer.peer_timeout_s, or live peers are lost")
+
+    @property
+    def num_pool_blocks(self) -> int:
+        """Blocks in the receive pool."""
+        return -(-self.pool_tokens // self.block_size)
+
+    @property
+    def default_blocks(self) -> int:
+        """Blocks of a first grant when the pool can spare them."""
+        return -(-self.default_allocate_tokens // self.block_size)

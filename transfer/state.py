@@ -1,0 +1,138 @@
+"""The stream protocol: states, events and the two transition tables. This docstring is its specification.
+
+A stream carries rows from one sender to one receiver. Both ends hold the same ticket (stream id, epoch, secret).
+
+    sender                                                receiver
+    IDLE      -- Open(proof, block_size, planes) ------>  REGISTERED (ticket known) -> OPENED
+    OPENING  <-- Grant round 0 (whole blocks) ----------  OPENED -> GRANTED, as soon as the pool can spare a block
+    GRANTED   -- Announce(total, round 0 echoed) ------>  GRANTED -> HELD: the consumer may now reserve its buffer
+    SENDING   -- Block 0, 1, ... (within credit) ------>  HELD: stored only; ADMITTED: handed on in row order, freed
+             <-- Ack(next index), Grant round 1, 2 ... --  grants beyond round 0 only after the consumer admitted
+    DRAINING <-- Close(total) --------------------------  ADMITTED -> COMPLETE (HELD -> COMPLETE for a stream of 0 rows)
+    DONE
+
+Rules. (1) allocated_tokens == len(block_ids) * block_size in every Grant; the sender checks it by equality and
+answers a mismatch with Abort. (2) Announce echoes round 0's allocated_tokens and the block size; the receiver
+compares by equality. (3) Block i holds rows i*block_size ...; all are full but the last, which ends at the total.
+(4) At most `credit` blocks are unacknowledged. Ack means verified and stored in the pool. (5) Blocks that are not
+expected (unknown stream, other epoch, other connection, duplicate, not granted, wrong size, wrong tag) are dropped
+and counted; they never change a state. (6) Only the sender probes: when nothing moved for a while it repeats Open, or
+Announce and the unacknowledged blocks; the receiver answers with Ack and every grant not used up yet, or, for a stream
+that just ended, with the Close or Abort it ended with. (7) Either side may Abort at any time; silence longer than
+idle_timeout_s, or no progress for stream_timeout_s while the other side owes something, is a StreamTimeout.
+
+`apply` is the only way from one state to another. An event that a state does not allow raises (LocalProtocolError for
+our own events, RemoteProtocolError for the peer's) and leaves the state as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import TypeVar
+
+from transfer.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
+
+
+class SenderState(Enum):
+    """Where a sender is."""
+
+    IDLE = "idle"
+    OPENING = "opening"
+    GRANTED = "granted"
+    SENDING = "sending"
+    DRAINING = "draining"
+    DONE = "done"
+    FAILED = "failed"
+
+
+class SenderEvent(Enum):
+    """What can happen to a sender."""
+
+    OPEN = "open"
+    GRANT = "grant"
+    ANNOUNCE = "announce"
+    SEND = "send"
+    ACK = "ack"
+    LAST_ACK = "last_ack"
+    CLOSE = "close"
+    FAIL = "fail"
+
+
+class ReceiverState(Enum):
+    """Where a receiver is."""
+
+    REGISTERED = "registered"
+    OPENED = "opened"
+    GRANTED = "granted"
+    HELD = "held"
+    ADMITTED = "admitted"
+    COMPLETE = "complete"
+    FAILED = "failed"
+
+
+class ReceiverEvent(Enum):
+    """What can happen to a receiver."""
+
+    OPEN = "open"
+    GRANT = "grant"
+    ANNOUNCE = "announce"
+    ADMIT = "admit"
+    BLOCK = "block"
+    FINISH = "finish"
+    FAIL = "fail"
+
+
+State = TypeVar("State", SenderState, ReceiverState)
+Event = TypeVar("Event", SenderEvent, ReceiverEvent)
+
+_S, _SE, _R, _RE = SenderState, SenderEvent, ReceiverState, ReceiverEvent
+
+SENDER_TABLE: Mapping[tuple[SenderState, SenderEvent], SenderState] = {
+    (_S.IDLE, _SE.OPEN): _S.OPENING,
+    (_S.OPENING, _SE.GRANT): _S.GRANTED,
+    (_S.GRANTED, _SE.ANNOUNCE): _S.SENDING,
+    (_S.SENDING, _SE.GRANT): _S.SENDING,
+    (_S.SENDING, _SE.SEND): _S.SENDING,
+    (_S.SENDING, _SE.ACK): _S.SENDING,
+    (_S.SENDING, _SE.LAST_ACK): _S.DRAINING,
+    (_S.SENDING, _SE.CLOSE): _S.DONE,  # the last Ack was lost: Close says the same and more
+    (_S.DRAINING, _SE.CLOSE): _S.DONE,
+    (_S.IDLE, _SE.FAIL): _S.FAILED,
+    (_S.OPENING, _SE.FAIL): _S.FAILED,
+    (_S.GRANTED, _SE.FAIL): _S.FAILED,
+    (_S.SENDING, _SE.FAIL): _S.FAILED,
+    (_S.DRAINING, _SE.FAIL): _S.FAILED,
+}
+
+RECEIVER_TABLE: Mapping[tuple[ReceiverState, ReceiverEvent], ReceiverState] = {
+    (_R.REGISTERED, _RE.OPEN): _R.OPENED,
+    (_R.OPENED, _RE.GRANT): _R.GRANTED,
+    (_R.GRANTED, _RE.ANNOUNCE): _R.HELD,
+    (_R.HELD, _RE.BLOCK): _R.HELD,
+    (_R.HELD, _RE.ADMIT): _R.ADMITTED,
+    (_R.HELD, _RE.FINISH): _R.COMPLETE,  # zero rows: nothing to admit
+    (_R.ADMITTED, _RE.GRANT): _R.ADMITTED,
+    (_R.ADMITTED, _RE.BLOCK): _R.ADMITTED,
+    (_R.ADMITTED, _RE.FINISH): _R.COMPLETE,
+    (_R.REGISTERED, _RE.FAIL): _R.FAILED,
+    (_R.OPENED, _RE.FAIL): _R.FAILED,
+    (_R.GRANTED, _RE.FAIL): _R.FAILED,
+    (_R.HELD, _RE.FAIL): _R.FAILED,
+    (_R.ADMITTED, _RE.FAIL): _R.FAILED,
+}
+
+REMOTE_EVENTS: frozenset[SenderEvent | ReceiverEvent] = frozenset(
+    {_SE.GRANT, _SE.ACK, _SE.LAST_ACK, _SE.CLOSE, _RE.OPEN, _RE.ANNOUNCE, _RE.BLOCK}
+)
+TERMINAL: frozenset[SenderState | ReceiverState] = frozenset({_S.DONE, _S.FAILED, _R.COMPLETE, _R.FAILED})
+
+
+def apply(table: Mapping[tuple[State, Event], State], state: State, event: Event) -> State:
+    """The state after `event`. Raises Local- or RemoteProtocolError where the table has no entry."""
+    following = table.get((state, event))
+    if following is not None:
+        return following
+    side = "sender" if isinstance(state, SenderState) else "receiver"
+    kind: type[ProtocolError] = RemoteProtocolError if event in REMOTE_EVENTS else LocalProtocolError
+    raise kind(f"a {side} in state {state.value!r} does not allow {event.value!r}")

@@ -1,0 +1,68 @@
+"""Strays: messages for streams that are not open here, either not yet or no longer. Pure and bounded.
+
+An Open that comes before its ticket is kept for a moment; a stream that ended leaves its last word, which is
+repeated to a sender that missed it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+
+from transfer.connection import Connection
+from transfer.messages import Abort, Close, Open, StreamMessage
+
+MAX_PARKED_OPENS = 1024
+PARKED_S = 5.0  # the sender repeats its Open anyway; this only spares the wait
+MAX_LAST_WORDS = 4096
+
+
+class Strays:
+    """Early Opens and the last words of recent streams; counts what it drops in `dropped`."""
+
+    def __init__(self, dropped: Counter[str]) -> None:
+        self._dropped = dropped
+        self._parked: OrderedDict[str, tuple[float, Connection, Open]] = OrderedDict()
+        self._last_words: OrderedDict[str, Close | Abort] = OrderedDict()
+
+    @property
+    def num_parked(self) -> int:
+        """Opens waiting for their ticket."""
+        return len(self._parked)
+
+    def ended(self, last_word: Close | Abort) -> None:
+        """A stream ended here with this message."""
+        self._last_words[last_word.stream_id] = last_word
+        if len(self._last_words) > MAX_LAST_WORDS:
+            self._last_words.popitem(last=False)
+
+    def opened(self, stream_id: str) -> tuple[Connection, Open] | None:
+        """A ticket came: the Open that waited for it, if any."""
+        self._last_words.pop(stream_id, None)
+        parked = self._parked.pop(stream_id, None)
+        return None if parked is None else (parked[1], parked[2])
+
+    def answer(self, connection: Connection, message: StreamMessage, now: float) -> StreamMessage | None:
+        """What to reply to a message for a stream that is not open here."""
+        last_word = self._last_words.get(message.stream_id)
+        if last_word is not None and last_word.epoch == message.epoch:
+            self._dropped["ended_stream"] += 1
+            return None if isinstance(message, Abort) else last_word
+        if not isinstance(message, Open):
+            self._dropped["unknown_stream"] += 1
+        elif message.stream_id not in self._parked:
+            if len(self._parked) >= MAX_PARKED_OPENS:
+                self._parked.popitem(last=False)
+                self._dropped["unknown_stream"] += 1
+            self._parked[message.stream_id] = (now + PARKED_S, connection, message)
+        return None
+
+    def expire(self, now: float) -> None:
+        """Forget Opens whose ticket did not come in time."""
+        while self._parked and next(iter(self._parked.values()))[0] <= now:
+            self._parked.popitem(last=False)
+            self._dropped["unknown_stream"] += 1
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._parked.clear()
+        self._last_words.clear()

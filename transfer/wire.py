@@ -1,0 +1,236 @@
+"""Messages to bytes and back: one version byte and a msgpack map, then raw frames that are never copied or parsed.
+
+Decoding is strict: another version, an unknown type, a missing or unknown field, a value out of range, an extension
+type or a nesting too deep is a MalformedMessage. Nothing is ever unpickled. This is the only file that knows msgpack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import msgpack  # type: ignore[import-untyped]
+
+from transfer.errors import LocalProtocolError, MalformedMessage, MessageTooLarge, TransferError
+from transfer.messages import (
+    Abort,
+    Ack,
+    Announce,
+    Block,
+    Call,
+    Cancel,
+    Close,
+    End,
+    Fail,
+    Grant,
+    Message,
+    Open,
+    Part,
+    Parts,
+)
+from transfer.tensors import PlaneSpec
+from transfer.ticket import is_stream_id
+
+WIRE_VERSION = 1
+MAX_FRAMES = 4096
+MAX_HEADER_BYTES = 16 * 1024 * 1024
+MAX_BLOCKS = 1 << 20  # blocks in one grant
+MAX_PLANES = 1024
+MAX_ITEMS = 65536
+MAX_PARTS = 65536
+MAX_DEPTH = 12
+
+Check: TypeAlias = Callable[[Any], Any]
+_PREFIX = bytes([WIRE_VERSION])
+
+
+def _int(low: int, high: int) -> Check:
+    def check(value: Any) -> int:
+        if type(value) is not int or not low <= value <= high:
+            raise MalformedMessage(f"expected an int from {low} to {high}")
+        return value
+
+    return check
+
+
+def _text(limit: int) -> Check:
+    def check(value: Any) -> str:
+        if type(value) is not str or len(value) > limit:
+            raise MalformedMessage(f"expected a string of at most {limit} characters")
+        return value
+
+    return check
+
+
+def _proof(value: Any) -> bytes:
+    if type(value) is not bytes or len(value) != 32:
+        raise MalformedMessage("a proof is 32 bytes")
+    return value
+
+
+def _stream_id(value: Any) -> str:
+    if not is_stream_id(value):
+        raise MalformedMessage("a stream_id is 32 lower-case hexadecimal digits")
+    return str(value)
+
+
+def _list(limit: int, element: Check) -> Check:
+    def check(value: Any) -> tuple[Any, ...]:
+        if type(value) is not list or len(value) > limit:
+            raise MalformedMessage(f"expected a list of at most {limit} elements")
+        return tuple(element(item) for item in value)
+
+    return check
+
+
+_SCALARS = {type(None), bool, int, float, str, bytes}
+
+
+def _plain(value: Any, depth: int) -> None:
+    kind = type(value)
+    if kind in _SCALARS:
+        return
+    if depth >= MAX_DEPTH or kind not in (list, dict):
+        raise MalformedMessage(f"a body holds plain values nested at most {MAX_DEPTH} deep")
+    children: Any = value
+    if kind is dict:
+        if not all(type(key) is str for key in value):
+            raise MalformedMessage("a body's keys are strings")
+        children = value.values()
+    if not set(map(type, children)) <= _SCALARS:
+        for child in children:
+            _plain(child, depth + 1)
+
+
+def _body(value: Any) -> dict[str, Any]:
+    if type(value) is not dict:
+        raise MalformedMessage("a body is a map")
+    _plain(value, 0)
+    return value
+
+
+def _part(value: Any) -> Part:
+    if type(value) is not list or len(value) != 3:
+        raise MalformedMessage("a part is a list of call_id, body and num_frames")
+    return Part(call_id=_u63(value[0]), body=_body(value[1]), num_frames=_int(0, MAX_FRAMES)(value[2]))
+
+
+_u32 = _int(0, (1 << 32) - 1)
+_u63 = _int(0, (1 << 63) - 1)
+_u64 = _int(0, (1 << 64) - 1)
+_rows = _int(0, 1 << 40)
+_code = _text(128)
+_message = _text(16384)
+
+_STREAM: dict[str, Check] = {"stream_id": _stream_id, "epoch": _int(1, (1 << 32) - 1)}
+_CALL: dict[str, Check] = {"call_id": _u63}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Schema:
+    kind: Any
+    fields: dict[str, Check]
+    min_frames: int = 0
+    max_frames: int = 0
+
+
+SCHEMAS: Mapping[str, _Schema] = {
+    "open": _Schema(
+        kind=Open,
+        fields={
+            **_STREAM,
+            "proof": _proof,
+            "block_size": _int(1, 1 << 24),
+            "planes": _list(MAX_PLANES, PlaneSpec.from_body),
+            "content_key": _text(512),
+        },
+    ),
+    "grant": _Schema(
+        kind=Grant,
+        fields={
+            **_STREAM,
+            "round": _u32,
+            "block_ids": _list(MAX_BLOCKS, _u32),
+            "allocated_tokens": _rows,
+            "block_size": _int(1, 1 << 24),
+            "credit": _u32,
+        },
+    ),
+    "announce": _Schema(
+        kind=Announce,
+        fields={
+            **_STREAM,
+            "total_rows": _rows,
+            "allocated_tokens": _rows,
+            "block_size": _int(1, 1 << 24),
+            "items": _list(MAX_ITEMS, _body),
+        },
+    ),
+    "block": _Schema(
+        kind=Block,
+        fields={**_STREAM, "index": _u32, "block_id": _u32, "first_row": _rows, "num_rows": _rows, "tag": _u64},
+        min_frames=1,
+        max_frames=MAX_PLANES,
+    ),
+    "ack": _Schema(kind=Ack, fields={**_STREAM, "next_index": _u32}),
+    "close": _Schema(kind=Close, fields={**_STREAM, "total_rows": _rows}),
+    "abort": _Schema(kind=Abort, fields={**_STREAM, "code": _code, "message": _message}),
+    "call": _Schema(kind=Call, fields={**_CALL, "method": _text(128), "body": _body}, max_frames=MAX_FRAMES),
+    "parts": _Schema(kind=Parts, fields={"parts": _list(MAX_PARTS, _part)}, max_frames=MAX_FRAMES),
+    "end": _Schema(kind=End, fields={**_CALL, "body": _body}),
+    "fail": _Schema(kind=Fail, fields={**_CALL, "code": _code, "message": _message}),
+    "cancel": _Schema(kind=Cancel, fields=_CALL),
+}
+_NAMES: Mapping[Any, tuple[str, tuple[str, ...]]] = {s.kind: (n, tuple(s.fields)) for n, s in SCHEMAS.items()}
+
+
+def encode_header(message: Message) -> bytes:
+    """The header frame of `message`.
+
+    Raises LocalProtocolError for a body of other than plain values, MessageTooLarge beyond MAX_HEADER_BYTES.
+    """
+    name, fields = _NAMES[type(message)]
+    record: dict[str, Any] = {"type": name}
+    for field in fields:
+        record[field] = getattr(message, field)
+    if isinstance(message, Open):
+        record["planes"] = [plane.to_body() for plane in message.planes]
+    elif isinstance(message, Parts):
+        record["parts"] = [(part.call_id, part.body, part.num_frames) for part in message.parts]
+    elif isinstance(message, (Abort, Fail)):
+        record["code"], record["message"] = message.code[:128], message.message[:16384]
+    try:
+        header: bytes = _PREFIX + msgpack.packb(record, use_bin_type=True)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise LocalProtocolError(f"a {name!r} message holds something that cannot travel: {error}") from error
+    if len(header) > MAX_HEADER_BYTES:
+        raise MessageTooLarge(f"a {name!r} header of {len(header)} bytes is beyond {MAX_HEADER_BYTES}")
+    return header
+
+
+def decode_header(header: bytes | memoryview, num_frames: int) -> Message:
+    """The message of a header frame that came with `num_frames` raw frames. MalformedMessage for anything else."""
+    if not 2 <= len(header) <= MAX_HEADER_BYTES:
+        raise MalformedMessage(f"a header of {len(header)} bytes; 2 to {MAX_HEADER_BYTES} are allowed")
+    if header[0] != WIRE_VERSION:
+        raise MalformedMessage(f"wire version {header[0]}; this side speaks {WIRE_VERSION}: run equal versions")
+    try:
+        record = msgpack.unpackb(memoryview(header)[1:], raw=False, use_list=True, strict_map_key=True, max_ext_len=0)
+    except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
+        raise MalformedMessage(f"a header is no msgpack: {type(error).__name__}") from error
+    if type(record) is not dict or not isinstance(record.get("type"), str) or record["type"] not in SCHEMAS:
+        raise MalformedMessage("a header is no map of a known type")
+    name = record.pop("type")
+    schema = SCHEMAS[name]
+    if record.keys() != schema.fields.keys():
+        raise MalformedMessage(f"a {name!r} message has the fields {sorted(map(str, record))[:32]}")
+    if not schema.min_frames <= num_frames <= schema.max_frames:
+        raise MalformedMessage(f"a {name!r} message came with {num_frames} frames")
+    try:
+        message: Message = schema.kind(**{field: check(record[field]) for field, check in schema.fields.items()})
+    except TransferError as error:
+        raise MalformedMessage(f"a {name!r} message is not valid: {error}") from error
+    if isinstance(message, Parts) and sum(part.num_frames for part in message.parts) != num_frames:
+        raise MalformedMessage(f"parts speak of other than the {num_frames} frames that came")
+    return message

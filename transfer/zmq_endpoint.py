@@ -1,0 +1,349 @@
+"""ZmqEndpoint: one ROUTER bound, one DEALER per peer we connect to, one thread that owns them all.
+
+This is the only file that knows ZeroMQ. Sends from any thread go to a bounded outbox per peer and wake the thread once;
+received payload frames are views of ZeroMQ's own memory. CURVE with an allow-list guards tcp between hosts; private
+keys exist only inside this object. What does not decode is dropped and counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import zmq
+from zmq.utils import z85
+
+from transfer.addresses import ZAP_DOMAIN, AllowList, check_bind_host, is_loopback, prepare_ipc, tcp_host
+from transfer.config import TransferConfig
+from transfer.connection import Connection, Frame
+from transfer.endpoint_base import EndpointBase
+from transfer.errors import (
+    ConfigError,
+    EndpointClosed,
+    MalformedMessage,
+    MessageTooLarge,
+    Overloaded,
+    PeerLost,
+)
+from transfer.messages import Message
+from transfer.outbox import Outbox
+from transfer.wire import MAX_FRAMES, MAX_HEADER_BYTES, decode_header, encode_header
+
+logger = logging.getLogger(__name__)
+
+HIGH_WATER_MARK = 256  # messages inside ZeroMQ per peer; the rest waits in our own, byte-bounded outboxes
+MAX_PEERS = 4096
+BLOCKED_POLL_MS = 2  # how soon to try again when ZeroMQ's own queue for a peer is full
+BATCH = 64  # messages read from one socket before the others get their turn
+
+
+class ZmqEndpoint(EndpointBase):
+    """An endpoint on tcp:// or ipc://; see `connection.Endpoint` for the contract."""
+
+    def __init__(self, address: str, config: TransferConfig, *, curve: bool | None = None) -> None:
+        """Bind `address`. ConfigError when it cannot be bound or would be open to strangers."""
+        super().__init__(config)
+        is_tcp = address.startswith("tcp://")
+        self._curve = (is_tcp and not is_loopback(tcp_host(address))) if curve is None else curve
+        if self._curve and not is_tcp:
+            raise ConfigError(f"{address}: CURVE is for tcp; an ipc socket is guarded by its folder's rights")
+        if is_tcp:
+            check_bind_host(address)
+        else:
+            prepare_ipc(address)
+        self._allow_list = AllowList()
+        self._public, self._secret = zmq.curve_keypair()
+        self._context = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, MAX_PEERS + 64)
+        self._zap: zmq.Socket[bytes] | None = None
+        self._router = self._new_socket(zmq.ROUTER)
+        try:
+            self._bind(address)
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise ConfigError(f"cannot bind {address}: {error.strerror}") from error
+        self._address: str = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read.setblocking(False)
+        self._wake_write.setblocking(False)
+        self._poller = zmq.Poller()
+        self._dealers: dict[Connection, zmq.Socket[bytes]] = {}
+        self._connection_of: dict[zmq.Socket[bytes], Connection] = {}
+        self._connections: dict[str, tuple[Connection, str | None]] = {}
+        self._incoming: dict[bytes, Connection] = {}
+        self._outboxes: dict[Connection, Outbox] = {}
+        self._dirty: set[Connection] = set()  # outboxes that may hold something
+        self._awake = False
+
+    def _new_socket(self, kind: int) -> zmq.Socket[bytes]:
+        sock = self._context.socket(kind)
+        sock.setsockopt(zmq.LINGER, 0)
+        sock.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
+        sock.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+        sock.setsockopt(zmq.MAXMSGSIZE, max(self._config.max_message_bytes, MAX_HEADER_BYTES))
+        sock.setsockopt(zmq.HEARTBEAT_IVL, int(self._config.ping_interval_s * 1000))
+        sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(self._config.peer_timeout_s * 1000))
+        sock.setsockopt(zmq.RECONNECT_IVL, 50)
+        sock.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
+        return sock
+
+    def _bind(self, address: str) -> None:
+        self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an unknown peer is an error, not a silent drop
+        self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a reconnected peer keeps its (random, private) identity
+        if self._curve:
+            self._zap = self._context.socket(zmq.REP)
+            self._zap.setsockopt(zmq.LINGER, 0)
+            self._zap.bind("inproc://zeromq.zap.01")
+            self._router.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
+            self._router.setsockopt(zmq.CURVE_SERVER, 1)
+            self._router.setsockopt(zmq.CURVE_SECRETKEY, self._secret)
+        self._router.bind(address)
+
+    # -- any thread -----------------------------------------------------------------------------------------------
+
+    @property
+    def address(self) -> str:
+        """tcp://HOST:PORT (the real port) or ipc://PATH."""
+        return self._address
+
+    @property
+    def public_key(self) -> str | None:
+        """Our CURVE public key, None where CURVE is off."""
+        return self._public.decode("ascii") if self._curve else None
+
+    def connect(self, address: str, public_key: str | None = None) -> Connection:
+        """The connection to `address`; the socket follows with the first message. The peer need not be up yet."""
+        if address.startswith("tcp://"):
+            if public_key is None and (self._curve or not is_loopback(tcp_host(address))):
+                raise ConfigError(f"{address} is reached with CURVE only: its public key is needed")
+        elif not address.startswith("ipc://"):
+            raise ConfigError(f"{self._address} cannot reach {address!r}: use tcp:// or ipc://")
+        if public_key is not None:
+            _raw_key(public_key)
+        with self._lock:
+            known = self._connections.get(address)
+            if known is not None and known[1] == public_key:
+                return known[0]
+            if known is not None:
+                raise ConfigError(f"{address} is connected with another public key: disconnect it first")
+            if len(self._connections) >= MAX_PEERS:
+                raise Overloaded(f"{MAX_PEERS} peers are connected: disconnect some")
+            connection = Connection(endpoint=self._address, peer=address, key=secrets.token_bytes(16), outgoing=True)
+            self._connections[address] = (connection, public_key)
+            return connection
+
+    def send(self, connection: Connection, message: Message, frames: Sequence[Frame] = ()) -> None:
+        """Queue for the I/O thread; at once when called on it and nothing waits."""
+        header = encode_header(message)
+        if len(frames) > MAX_FRAMES or any(len(frame) > self._config.max_message_bytes for frame in frames):
+            raise MessageTooLarge(
+                f"{len(frames)} frames of up to {max(map(len, frames))} bytes; allowed are {MAX_FRAMES} "
+                f"of {self._config.max_message_bytes}: raise max_message_bytes at both ends"
+            )
+        if self._closed:
+            raise EndpointClosed(f"{self._address} is closed")
+        on_thread = self._on_thread()
+        with self._lock:
+            outbox = self._outbox(connection)
+            outbox.put([header, *frames])
+            flush_now = on_thread and len(outbox) == 1
+            if not flush_now:
+                self._dirty.add(connection)
+        if flush_now:
+            self._flush_one(connection, outbox)
+        elif not on_thread:
+            self._wake()
+
+    def _outbox(self, connection: Connection) -> Outbox:
+        outbox = self._outboxes.get(connection)
+        if outbox is None:
+            if connection.outgoing and self._connections.get(connection.peer, (None,))[0] != connection:
+                raise PeerLost(f"{connection.peer} was disconnected")
+            config = self._config
+            outbox = Outbox(connection.peer, config.max_outbound_messages, config.max_outbound_bytes)
+            self._outboxes[connection] = outbox
+        return outbox
+
+    def allow(self, public_keys: Iterable[str]) -> None:
+        """Let these CURVE keys in. ConfigError for a malformed key."""
+        for key in public_keys:
+            self._allow_list.add(_raw_key(key))
+
+    def disconnect(self, connection: Connection) -> None:
+        """Forget a peer; its socket closes on the I/O thread."""
+        with self._lock:
+            self._outboxes.pop(connection, None)
+            if self._connections.get(connection.peer, (None,))[0] == connection:
+                del self._connections[connection.peer]
+        with contextlib.suppress(EndpointClosed):
+            self.post(lambda: self._close_dealer(connection))
+
+    def close(self) -> None:
+        """Run what was posted, flush what can be flushed at once, stop."""
+        with self._lock:
+            already, self._closing = self._closing, True
+        thread = self._thread
+        self._wake()
+        if thread is None and not already:
+            self._run_posted()
+            self._dispose()
+        elif thread is not None and not self._on_thread():
+            thread.join()
+
+    def stats(self) -> dict[str, int]:
+        """Counters since the start."""
+        return {**self._counts, "refused_keys": self._allow_list.num_refused, "outboxes": len(self._outboxes)}
+
+    def _wake(self) -> None:
+        if not self._awake:
+            self._awake = True
+            with contextlib.suppress(OSError):  # full: the thread wakes anyway; closed: nobody to wake
+                self._wake_write.send(b"\0")
+
+    # -- the I/O thread -------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        self._poller.register(self._router, zmq.POLLIN)
+        self._poller.register(self._wake_read, zmq.POLLIN)
+        if self._zap is not None:
+            self._poller.register(self._zap, zmq.POLLIN)
+        while not (self._closing and not self._posted):
+            wait_ms = int(self._seconds_to_tick() * 1000) + 1
+            if self._posted:
+                wait_ms = 0
+            elif self._dirty:
+                wait_ms = min(wait_ms, BLOCKED_POLL_MS)
+            for sock, _ in self._poller.poll(wait_ms):
+                self._guard(self._read_ready, sock)
+            self._run_posted()
+            self._flush()
+            self._maybe_tick()
+        self._flush()
+        self._dispose()
+
+    def _read_ready(self, sock: Any) -> None:
+        if sock is self._router:
+            self._read(self._router, None)
+        elif sock is self._zap:
+            self._zap.send_multipart(self._allow_list.answer(self._zap.recv_multipart(zmq.NOBLOCK)))
+        elif isinstance(sock, zmq.Socket):
+            self._read(sock, self._connection_of.get(sock))
+        else:
+            self._awake = False  # before draining: a wake-up from now on writes again
+            with contextlib.suppress(BlockingIOError):
+                self._wake_read.recv(4096)
+
+    def _read(self, sock: zmq.Socket[bytes], connection: Connection | None) -> None:
+        for _ in range(BATCH):
+            if sock.closed:
+                return
+            try:
+                frames = sock.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            source = self._incoming_connection(frames.pop(0).bytes) if sock is self._router else connection
+            try:
+                if not frames or source is None:
+                    raise MalformedMessage("a message without a header")
+                if len(frames) > MAX_FRAMES + 1:
+                    raise MalformedMessage(f"a message of {len(frames)} frames")
+                message = decode_header(frames[0].bytes, len(frames) - 1)
+            except MalformedMessage as error:
+                self._counts["dropped_malformed"] += 1
+                logger.debug("dropped a message on %s: %s", self._address, error)
+                continue
+            self._dispatch(source, message, [frame.buffer for frame in frames[1:]])
+
+    def _incoming_connection(self, identity: bytes) -> Connection:
+        connection = self._incoming.get(identity)
+        if connection is None:
+            if len(self._incoming) >= MAX_PEERS:
+                self._incoming.clear()  # only a cache: equal identities give equal connections
+            peer = f"{self._address}<-{identity.hex()}"
+            connection = Connection(endpoint=self._address, peer=peer, key=identity, outgoing=False)
+            self._incoming[identity] = connection
+        return connection
+
+    def _flush(self) -> None:
+        with self._lock:
+            dirty, self._dirty = self._dirty, set()
+        for connection in dirty:
+            outbox = self._outboxes.get(connection)
+            if outbox is not None:
+                self._flush_one(connection, outbox)
+
+    def _flush_one(self, connection: Connection, outbox: Outbox) -> None:
+        """Send what ZeroMQ takes; the rest stays and is tried again soon."""
+        while (frames := outbox.head()) is not None:
+            try:
+                if connection.outgoing:
+                    self._dealer(connection).send_multipart(frames, zmq.NOBLOCK, copy=False)
+                else:
+                    self._router.send_multipart([connection.key, *frames], zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                with self._lock:
+                    self._dirty.add(connection)
+                return
+            except zmq.ZMQError as error:
+                self._counts["dropped_unreachable"] += len(outbox)
+                logger.debug("dropped what waited for %s: %s", connection.peer, error)
+                outbox.clear()
+                break
+            outbox.pop()
+        with self._lock:
+            if not outbox and self._outboxes.get(connection) is outbox:
+                del self._outboxes[connection]
+
+    def _dealer(self, connection: Connection) -> zmq.Socket[bytes]:
+        dealer = self._dealers.get(connection)
+        if dealer is None:
+            public_key = next((k for c, k in tuple(self._connections.values()) if c == connection), None)
+            dealer = self._new_socket(zmq.DEALER)
+            dealer.setsockopt(zmq.ROUTING_ID, connection.key)
+            if public_key is not None:
+                dealer.setsockopt(zmq.CURVE_SERVERKEY, public_key.encode("ascii"))
+                dealer.setsockopt(zmq.CURVE_PUBLICKEY, self._public)
+                dealer.setsockopt(zmq.CURVE_SECRETKEY, self._secret)
+            dealer.connect(connection.peer)
+            self._dealers[connection] = dealer
+            self._connection_of[dealer] = connection
+            self._poller.register(dealer, zmq.POLLIN)
+        return dealer
+
+    def _close_dealer(self, connection: Connection) -> None:
+        dealer = self._dealers.pop(connection, None)
+        if dealer is not None:
+            del self._connection_of[dealer]
+            self._poller.unregister(dealer)
+            dealer.close(linger=0)
+
+    def _dispose(self) -> None:
+        self._closed = True
+        self._context.destroy(linger=200)
+        self._wake_read.close()
+        self._wake_write.close()
+        self._outboxes.clear()
+        if self._address.startswith("ipc://"):
+            with contextlib.suppress(OSError):
+                os.unlink(Path(self._address.removeprefix("ipc://")))
+
+
+def _raw_key(public_key: str) -> bytes:
+    try:
+        key: bytes = z85.decode(public_key.encode("ascii"))
+    except (ValueError, UnicodeEncodeError, KeyError) as error:
+        raise ConfigError("a CURVE public key is 40 characters of z85") from error
+    if len(key) != 32:
+        raise ConfigError("a CURVE public key is 40 characters of z85")
+    return key
+
+
+def open_zmq(address: str, config: TransferConfig, curve: bool | None) -> ZmqEndpoint:
+    """For `endpoint.open_endpoint`."""
+    return ZmqEndpoint(address, config, curve=curve)
