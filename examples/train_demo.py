@@ -36,7 +36,7 @@ def main() -> None:
 
     def checkpoint(step: int, model: TinyQwen) -> None:
         counts = measure(model, checks)
-        console.print(f"step {step}: {_shares(counts)} exact on {len(checks)} held-out questions")
+        console.print(f"step {step}: {_shares(counts)} exact of {len(checks)} questions")
         save_checkpoint(model, tokenizer(), arguments.out)
 
     plan = TextPlan(steps=arguments.text_steps)

@@ -1,12 +1,13 @@
 """Strays: messages for streams that are not open here, either not yet or no longer. Pure and bounded.
 
-An Open that comes before its ticket is kept for a moment; a stream that ended leaves its last word, which is
+An Open that comes before its ticket is kept for a moment, with the Abort that may follow it; a stream that ended leaves its last word, which is
 repeated to a sender that missed it.
 """
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from dataclasses import dataclass
 
 from transfer.connection import Connection
 from transfer.messages import Abort, Close, Open, StreamMessage
@@ -16,12 +17,25 @@ PARKED_S = 5.0  # the sender repeats its Open anyway; this only spares the wait
 MAX_LAST_WORDS = 4096
 
 
+@dataclass(slots=True)
+class _Parked:
+    """An Open whose ticket is still to come, and its sender's Abort if that came too."""
+
+    expires_s: float
+    connection: Connection
+    open: Open
+    abort: Abort | None = None
+
+    def may_end(self, connection: Connection, abort: Abort) -> bool:
+        return connection == self.connection and abort.epoch == self.open.epoch
+
+
 class Strays:
     """Early Opens and the last words of recent streams; counts what it drops in `dropped`."""
 
     def __init__(self, dropped: Counter[str]) -> None:
         self._dropped = dropped
-        self._parked: OrderedDict[str, tuple[float, Connection, Open]] = OrderedDict()
+        self._parked: OrderedDict[str, _Parked] = OrderedDict()
         self._last_words: OrderedDict[str, Close | Abort] = OrderedDict()
 
     @property
@@ -35,11 +49,13 @@ class Strays:
         if len(self._last_words) > MAX_LAST_WORDS:
             self._last_words.popitem(last=False)
 
-    def opened(self, stream_id: str) -> tuple[Connection, Open] | None:
-        """A ticket came: the Open that waited for it, if any."""
+    def opened(self, stream_id: str) -> tuple[Connection, tuple[Open | Abort, ...]] | None:
+        """A ticket came: what waited for it, if anything, in order."""
         self._last_words.pop(stream_id, None)
         parked = self._parked.pop(stream_id, None)
-        return None if parked is None else (parked[1], parked[2])
+        if parked is None:
+            return None
+        return parked.connection, (parked.open, *([] if parked.abort is None else [parked.abort]))
 
     def answer(self, connection: Connection, message: StreamMessage, now: float) -> StreamMessage | None:
         """What to reply to a message for a stream that is not open here."""
@@ -47,18 +63,21 @@ class Strays:
         if last_word is not None and last_word.epoch == message.epoch:
             self._dropped["ended_stream"] += 1
             return None if isinstance(message, Abort) else last_word
-        if not isinstance(message, Open):
+        parked = self._parked.get(message.stream_id)
+        if isinstance(message, Abort) and parked is not None and parked.may_end(connection, message):
+            parked.abort = message
+        elif not isinstance(message, Open):
             self._dropped["unknown_stream"] += 1
-        elif message.stream_id not in self._parked:
+        elif parked is None:
             if len(self._parked) >= MAX_PARKED_OPENS:
                 self._parked.popitem(last=False)
                 self._dropped["unknown_stream"] += 1
-            self._parked[message.stream_id] = (now + PARKED_S, connection, message)
+            self._parked[message.stream_id] = _Parked(now + PARKED_S, connection, message)
         return None
 
     def expire(self, now: float) -> None:
         """Forget Opens whose ticket did not come in time."""
-        while self._parked and next(iter(self._parked.values()))[0] <= now:
+        while self._parked and next(iter(self._parked.values())).expires_s <= now:
             self._parked.popitem(last=False)
             self._dropped["unknown_stream"] += 1
 

@@ -207,7 +207,9 @@ class StreamReceiver:
         self._update_demand(entry)
         parked = self._strays.opened(ticket.stream_id)
         if parked is not None:
-            self.on_message(parked[0], parked[1], ())
+            connection, messages = parked
+            for message in messages:
+                self.on_message(connection, message, ())
 
     def _admit(self, stream_id: str) -> None:
         entry = self._streams.get(stream_id)

@@ -20,7 +20,7 @@ from cluster.gateway.schema import CompletionRequest
 from cluster.gateway.serving import Job
 from cluster.gateway.state import GatewayState, new_id
 from cluster.gateway.usage import UsageCounter
-from cluster.handoff import RequestStats, ServedRequest
+from cluster.served import RequestStats, ServedRequest
 from language_worker.api import TokenChunk, TokenLogprob
 
 MAX_PROMPTS = 128

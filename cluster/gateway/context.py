@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from cluster.chat import ChatTemplate
 from cluster.config import GatewayConfig
-from cluster.handoff import RunningRequest, ServedRequest, Sink
+from cluster.served import RunningRequest, ServedRequest, Sink
 
 WorkerStats = Mapping[str, Mapping[str, Any] | None]
 

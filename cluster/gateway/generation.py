@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from cluster.errors import ClusterError, RequestTimeout, SlowReader
 from cluster.gateway.context import HandoffLike
-from cluster.handoff import RequestStats, RunningRequest, ServedRequest
+from cluster.served import RequestStats, RunningRequest, ServedRequest
 from language_worker.api import TokenChunk
 
 MAX_BUFFERED_CHUNKS = 16384

@@ -22,7 +22,7 @@ from cluster.gateway.body import parse_json, read_body
 from cluster.gateway.events import DONE, EventStream, error_event
 from cluster.gateway.generation import MAX_BUFFERED_CHUNKS, Event, Generation
 from cluster.gateway.state import GatewayState
-from cluster.handoff import RequestStats, ServedRequest
+from cluster.served import RequestStats, ServedRequest
 from cluster.metrics import GatewayMetrics
 
 

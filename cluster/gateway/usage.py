@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cluster.gateway.generation import Event
-from cluster.handoff import RequestStats
+from cluster.served import RequestStats
 
 
 class UsageCounter:

@@ -200,16 +200,24 @@ def test_a_cache_of_no_rows_keeps_nothing(make_bench: Any) -> None:
     assert bench.pipeline.stats()["embed_cache_rows"] == 0
 
 
-def test_waiting_images_of_many_requests_are_batched_within_the_budget(make_bench: Any) -> None:
+def test_waiting_images_are_batched_and_held_back(make_bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = make_bench(max_batch_patches=64)
+    waiting_at_decode: list[int] = []
+
+    def watched(*args: Any) -> PreparedImage:
+        waiting_at_decode.append(bench.pipeline.stats()["embed_patches_waiting"])
+        return prepare_image(*args)
+
     bench.close_gate()
-    jobs = [bench.submit(png(56, 56, seed=i)) for i in range(9)]  # 16 patches each
+    monkeypatch.setattr("embedding_worker.pipeline.prepare_image", watched)
+    jobs = [bench.submit(png(56, 56, seed=i)) for i in range(14)]  # 16 patches each
     assert all(job.announced.wait(WAIT_S) for job in jobs)
-    _until(lambda: bench.pipeline.stats()["embed_patches_waiting"] >= 128)  # held back at two batches
+    _until(lambda: len(waiting_at_decode) >= 9 and bench.pipeline.stats()["embed_patches_waiting"] >= 128)
     bench.open_gate()
     for job in jobs:
         bench.assert_right(job)
     assert [len(batch) for batch in bench.runner.batches[:2]] == [4, 4]
+    assert max(waiting_at_decode) <= 128, "one image in hand, the rest waits until the encoder has taken a batch"
 
 
 @pytest.mark.parametrize("kind", BAD)

@@ -82,6 +82,11 @@ def test_smart_resize_is_the_published_one(height: int, width: int, factor: int,
     )
 
 
+@pytest.mark.parametrize(("height", "width"), [(70, 70), (42, 126), (182, 98), (14, 70)])
+def test_halves_round_to_even(height: int, width: int) -> None:
+    assert smart_resize(height, width, 28, 1, 10**6) == published_smart_resize(height, width, 28, 1, 10**6)
+
+
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_images_are_refused_by_name_and_place(kind: str) -> None:
     make, code = BAD[kind]

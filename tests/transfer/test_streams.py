@@ -306,3 +306,17 @@ def test_misuse_is_a_typed_error() -> None:
         pair.listen(Ticket.issue("third"))
     pair.network.settle()
     assert consumer.num_rows == 10
+
+
+def test_a_sender_that_gives_up_before_the_ticket_comes_is_heard() -> None:
+    pair = Pair(configure(16, 100, 4))
+    ticket = Ticket.issue("early")
+    stream = pair.send(ticket)
+    pair.network.settle()
+    stream.abort("BadImage", "image 0 is broken")
+    pair.network.settle()
+    consumer = pair.listen(ticket)
+    pair.network.settle()
+    assert [type(end) for end in consumer.ends] == [StreamAborted]
+    assert consumer.ends[0].code == "BadImage"  # type: ignore[attr-defined]
+    pair.assert_ledger_zero()

@@ -18,7 +18,7 @@ from cluster.chat import load_chat_template
 from cluster.config import GatewayConfig
 from cluster.gateway.app import create_app
 from cluster.gateway.context import GatewayContext
-from cluster.handoff import RequestStats, ServedRequest, Sink
+from cluster.served import RequestStats, ServedRequest, Sink
 from language_worker.api import TokenChunk, TokenLogprob
 from language_worker.errors import Cancelled
 from language_worker.tokenizer import Tokenizer

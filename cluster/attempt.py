@@ -1,0 +1,156 @@
+"""Attempt: one request on one pair of workers.
+
+Calls "generate" and, for a request with media, "embed" at the same moment with the same ticket; gathers the outcome of
+both. When one leg fails the other is cancelled; a leg that only reports that its stream broke waits for the other leg to
+say why. Everything here runs on the service's I/O thread but `start` and `cancel`.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Protocol
+
+from cluster.directory import WorkerDirectory
+from cluster.errors import NoWorker
+from cluster.served import RequestStats, ServedRequest
+from language_worker.api import TokenChunk
+from transfer.calls import OutgoingCall
+from transfer.errors import RemoteFailure
+from transfer.service import Service
+from transfer.ticket import Ticket
+
+STREAM_CODES = frozenset({"StreamAborted", "MediaFailed", "StreamTimeout", "TicketRejected"})
+
+
+class AttemptOwner(Protocol):
+    """Hears how the attempt goes: chunks, then one end or one failure."""
+
+    def on_chunk(self, chunk: TokenChunk) -> None: ...
+
+    def on_end(self, stats: RequestStats) -> None: ...
+
+    def on_failure(self, worker: str, failure: RemoteFailure) -> None: ...
+
+
+class Attempt:
+    """Both legs of one try."""
+
+    def __init__(
+        self,
+        service: Service,
+        directory: WorkerDirectory,
+        request: ServedRequest,
+        language: str,
+        embedding: str | None,
+        timeout_s: float,
+        owner: AttemptOwner,
+    ) -> None:
+        self._service = service
+        self._directory = directory
+        self._request = request
+        self._owner = owner
+        self._timeout_ms = max(1, int(timeout_s * 1e3))
+        self._names = {"generate": language} | ({"embed": embedding} if embedding else {})
+        self._calls: dict[str, OutgoingCall] = {}
+        self._ends: dict[str, dict[str, Any]] = {}
+        self._failures: dict[str, RemoteFailure] = {}
+        self._num_prompt_tokens = 0
+        self._started_s = 0.0
+        self._ttft_ms: float | None = None
+        self._logits: list[Any] = []
+
+    def start(self) -> None:
+        """Make the calls. Raises EndpointClosed, or NoWorker when a worker has just gone."""
+        workers = {leg: self._directory.get(name) for leg, name in self._names.items()}
+        language = workers["generate"]
+        if language is None or None in workers.values():
+            raise NoWorker("a worker was replaced a moment ago; try again")
+        ticket = Ticket.issue(self._request.request_id).to_body() if self._request.media else None
+        self._started_s = time.perf_counter()
+        bodies = {
+            "generate": self._generate_body(ticket),
+            "embed": {
+                "ticket": ticket,
+                "receiver": {"address": language.address, "public_key": language.public_key},
+                "num_items": len(self._request.media),
+                "deadline_ms": self._timeout_ms,
+            },
+        }
+        for leg, worker in workers.items():
+            assert worker is not None
+            self._directory.add_running(worker.name, 1)
+            self._calls[leg] = self._service.call(
+                self._directory.connection(worker),
+                leg,
+                bodies[leg],
+                self._request.media if leg == "embed" else (),
+                on_part=self._on_part if leg == "generate" else None,
+                on_end=lambda body, failure, leg=leg: self._on_leg_end(leg, body, failure),  # type: ignore[misc]
+            )
+
+    def cancel(self) -> None:
+        """Cancel what still runs; each leg then ends with Cancelled."""
+        for call in list(self._calls.values()):
+            call.cancel()
+
+    def _generate_body(self, ticket: dict[str, Any] | None) -> dict[str, Any]:
+        request = self._request
+        return {
+            "request_id": request.request_id,
+            "prompt_token_ids": list(request.prompt_token_ids),
+            "num_media": len(request.media),
+            "sampling": request.sampling.to_body(),
+            "ticket": ticket,
+            "return_logits": request.return_logits,
+            "deadline_ms": self._timeout_ms,
+        }
+
+    def _on_part(self, body: dict[str, Any], frames: list[memoryview]) -> None:
+        if "logits_shape" in body:
+            self._logits.append((body, frames[0]))
+            return
+        if self._ttft_ms is None:
+            self._ttft_ms = (time.perf_counter() - self._started_s) * 1e3
+        self._num_prompt_tokens = body.get("num_prompt_tokens", self._num_prompt_tokens)
+        self._owner.on_chunk(TokenChunk.from_body(self._request.request_id, body, self._num_prompt_tokens))
+
+    def _on_leg_end(self, leg: str, body: dict[str, Any] | None, failure: RemoteFailure | None) -> None:
+        self._directory.add_running(self._names[leg], -1)
+        if failure is not None:
+            self._failures[leg] = failure
+            if failure.code not in STREAM_CODES:
+                self.cancel()
+        else:
+            self._ends[leg] = body or {}
+        if len(self._ends) + len(self._failures) < len(self._names):
+            return
+        if self._failures:
+            leg = min(self._failures, key=lambda name: _blame(self._failures[name]))
+            self._owner.on_failure(self._names[leg], self._failures[leg])
+        else:
+            self._owner.on_end(self._stats())
+
+    def _stats(self) -> RequestStats:
+        generated, embedded = self._ends["generate"], self._ends.get("embed", {})
+        hops = {
+            **embedded,
+            "prefill_and_decode_ms": generated["total_ms"],
+            "ttft_ms": self._ttft_ms,
+            "num_preemptions": generated["num_preemptions"],
+            "language_worker": self._names["generate"],
+            "embedding_worker": self._names.get("embed"),
+        }
+        if self._logits:
+            hops["logits"] = self._logits
+        return RequestStats(
+            num_prompt_tokens=generated["num_prompt_tokens"],
+            num_generated_tokens=generated["num_generated_tokens"],
+            hops=hops,
+        )
+
+
+def _blame(failure: RemoteFailure) -> int:
+    """Order of failures by how much they say about the cause."""
+    if failure.code == "Cancelled":
+        return 2
+    return 1 if failure.code in STREAM_CODES else 0

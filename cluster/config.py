@@ -1,0 +1,195 @@
+"""ClusterConfig: the whole configuration, made of what each component owns.
+
+Composition, never inheritance: every package's frozen config sits under its own key and each actor is handed only its
+part. One path leads here: YAML (helm renders its values to the same keys) -> overrides -> strict build, where an unknown
+key or a wrong type is an error that names it -> `resolve()`, a new object with every "auto" that spans components
+filled in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import yaml
+
+from cluster.errors import ConfigError
+from embedding_worker.config import EmbedConfig
+from embedding_worker.errors import EmbedError
+from language_worker.config import EngineConfig
+from language_worker.errors import EngineError
+from transfer.config import TransferConfig
+from transfer.errors import TransferError
+
+MIB = 1024 * 1024
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Which checkpoint is served, and how. dtype and device fill every worker's "auto"; max_model_len 0: the
+    checkpoint's. served_model_name "": the folder's name.
+    """
+
+    path: str = ""
+    served_model_name: str = ""
+    dtype: str = "auto"
+    device: str = "auto"
+    max_model_len: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class GatewayConfig:
+    """The HTTP side. api_keys: empty means no key is asked for. port 0: any free one. Bytes, seconds and counts are
+    upper bounds of one request; max_concurrent_requests is of the whole gateway.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    max_images_per_request: int = 32
+    max_body_bytes: int = 256 * MIB
+    max_image_bytes: int = 32 * MIB
+    max_prompt_chars: int = 4_000_000
+    request_timeout_s: float = 600.0
+    max_concurrent_requests: int = 1024
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"gateway.port is {self.port}; use 0 (any free port) to 65535")
+        for name in ("max_images_per_request", "max_body_bytes", "max_image_bytes", "max_prompt_chars"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"gateway.{name} is {getattr(self, name)}; use at least 1")
+        if self.request_timeout_s <= 0 or self.max_concurrent_requests < 1:
+            raise ConfigError("gateway.request_timeout_s and gateway.max_concurrent_requests must be positive")
+        if any(not key for key in self.api_keys):
+            raise ConfigError("gateway.api_keys holds an empty key, which would let everyone in; remove it")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class WorkersConfig:
+    """How many workers of each kind run, and what Ray sets aside for each. num_gpus -1: one where the device is CUDA.
+
+    health_timeout_s: silence after which a worker counts as hung and is restarted.
+    start_timeout_s: longest wait for all workers to be placed and to load the model.
+    """
+
+    embedding: int = 1
+    language: int = 1
+    num_cpus: float = 1.0
+    num_gpus: float = -1.0
+    health_timeout_s: float = 15.0
+    start_timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        for name in ("embedding", "language"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"workers.{name} is {getattr(self, name)}; at least one worker of each kind is needed")
+        if self.num_cpus < 0 or self.health_timeout_s <= 0 or self.start_timeout_s <= 0:
+            raise ConfigError("workers.num_cpus must not be negative; its timeouts must be positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterConfig:
+    """Everything. Each field's class says what may be set under that key of the YAML."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    embedding: EmbedConfig = dataclasses.field(default_factory=EmbedConfig)
+    language: EngineConfig = dataclasses.field(default_factory=EngineConfig)
+    transfer: TransferConfig = dataclasses.field(default_factory=TransferConfig)
+    gateway: GatewayConfig = dataclasses.field(default_factory=GatewayConfig)
+    workers: WorkersConfig = dataclasses.field(default_factory=WorkersConfig)
+
+    def resolve(self) -> ClusterConfig:
+        """A new config: model path absolute and checked, the model's dtype, device and length handed to the workers,
+        limits that must agree made equal. Raises ConfigError.
+        """
+        if not self.model.path:
+            raise ConfigError("no model is named; use --model DIR or set model.path in the configuration")
+        folder = Path(self.model.path).expanduser().resolve()
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{folder} holds no config.json; point --model at a Hugging Face checkpoint folder")
+        model = dataclasses.replace(
+            self.model, path=str(folder), served_model_name=self.model.served_model_name or folder.name
+        )
+        shared = {
+            "dtype": lambda part: model.dtype if part.dtype == "auto" else part.dtype,
+            "device": lambda part: model.device if part.device == "auto" else part.device,
+        }
+        fill = {name: shared[name] for name in shared}
+        embedding = dataclasses.replace(self.embedding, **{k: f(self.embedding) for k, f in fill.items()})
+        embedding = dataclasses.replace(
+            embedding,
+            max_image_bytes=min(embedding.max_image_bytes, self.gateway.max_image_bytes),
+            max_images_per_request=max(embedding.max_images_per_request, self.gateway.max_images_per_request),
+        )
+        language = dataclasses.replace(self.language, **{k: f(self.language) for k, f in fill.items()})
+        if model.max_model_len and not language.max_model_len:
+            language = dataclasses.replace(language, max_model_len=model.max_model_len)
+        if embedding.dtype != language.dtype:
+            raise ConfigError(
+                f"embedding.dtype is {embedding.dtype} and language.dtype is {language.dtype}; embedding rows travel "
+                "as they are, so both halves need one dtype (set model.dtype)"
+            )
+        return dataclasses.replace(self, model=model, embedding=embedding, language=language)
+
+
+def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> ClusterConfig:
+    """The configuration in a YAML file (None: the defaults), with dotted overrides such as {"gateway.port": 0}.
+
+    Raises ConfigError that names the file, the key and what is wrong with it.
+    """
+    tree: dict[str, Any] = {} if path is None else _read_yaml(Path(path))
+    for dotted, value in (overrides or {}).items():
+        section, _, name = dotted.partition(".")
+        if not isinstance(tree.setdefault(section, {}), dict):
+            raise ConfigError(f"{section} must be a map, not {tree[section]!r}")
+        tree[section][name] = value
+    return build_config(tree)
+
+
+def build_config(tree: Mapping[str, Any]) -> ClusterConfig:
+    """Strictly from a plain tree: unknown keys, wrong types and bad values raise ConfigError with the key's full name."""
+    sections = {f.name: f.default_factory for f in dataclasses.fields(ClusterConfig)}
+    _reject_unknown("", tree, sections)
+    return ClusterConfig(**{name: _section(name, sections[name], tree[name]) for name in tree})  # type: ignore[arg-type]
+
+
+def _section(name: str, kind: Any, values: object) -> Any:
+    if values is None:
+        return kind()
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{name} must be a map of settings, not {values!r}")
+    _reject_unknown(f"{name}.", values, {f.name for f in dataclasses.fields(kind)})
+    plain = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    try:
+        return pydantic.TypeAdapter(kind).validate_python(plain, strict=True)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join([name, *map(str, first["loc"])])
+        raise ConfigError(f"{where}: {first['msg']} (got {first['input']!r})") from None
+    except (EmbedError, EngineError, TransferError) as error:
+        raise ConfigError(f"{name}: {error}") from error
+
+
+def _reject_unknown(prefix: str, values: Mapping[str, Any], known: Any) -> None:
+    unknown = sorted(str(key) for key in values if key not in known)
+    if unknown:
+        raise ConfigError(f"unknown setting {prefix}{unknown[0]}; known here: {', '.join(sorted(known))}")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a map with the keys of ClusterConfig, not {type(tree).__name__}")
+    return tree

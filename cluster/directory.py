@@ -1,0 +1,89 @@
+"""WorkerDirectory: the workers that a gateway can reach, which of them live, and how much each was given.
+
+Thread-safe. Knows addresses and connections; what travels over them is the handoff's and the monitor's business.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from cluster.router import WorkerKind, WorkerView
+from transfer.connection import Connection
+from transfer.service import Service
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerAddress:
+    """Where one worker listens. public_key: its CURVE key, None where CURVE is off."""
+
+    name: str
+    kind: WorkerKind
+    address: str
+    public_key: str | None = None
+
+
+class WorkerDirectory:
+    """The workers known to one service."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._lock = threading.Lock()
+        self._workers: dict[str, WorkerAddress] = {}
+        self._running: dict[str, int] = {}
+        self._dead: set[str] = set()
+
+    def replace(self, workers: Iterable[WorkerAddress]) -> None:
+        """The workers are these now; calls to a worker that is gone or has moved end with PeerLost."""
+        new = {worker.name: worker for worker in workers}
+        with self._lock:
+            gone = [old for name, old in self._workers.items() if new.get(name) != old]
+            self._workers = new
+            self._dead &= new.keys()
+            self._dead -= {old.name for old in gone}
+        for old in gone:
+            self._service.drop_peer(self._connect(old), "the worker was replaced")
+
+    def views(self) -> list[WorkerView]:
+        """A snapshot for the router."""
+        with self._lock:
+            return [
+                WorkerView(
+                    name=w.name, kind=w.kind, is_alive=w.name not in self._dead, num_running=self._running.get(w.name, 0)
+                )
+                for w in self._workers.values()
+            ]
+
+    def all(self) -> list[WorkerAddress]:
+        """Every known worker, dead or alive."""
+        with self._lock:
+            return list(self._workers.values())
+
+    def get(self, name: str) -> WorkerAddress | None:
+        with self._lock:
+            return self._workers.get(name)
+
+    def connection(self, worker: WorkerAddress) -> Connection:
+        """The (cached, lazily made) connection to a worker."""
+        return self._connect(worker)
+
+    def set_alive(self, worker: WorkerAddress, is_alive: bool) -> bool:
+        """Note a verdict about exactly this incarnation of the worker. True if that is news."""
+        with self._lock:
+            if self._workers.get(worker.name) != worker or (worker.name not in self._dead) == is_alive:
+                return False
+            (self._dead.discard if is_alive else self._dead.add)(worker.name)
+            return True
+
+    def add_running(self, name: str, change: int) -> None:
+        """A request was handed to the worker (+1) or has ended there (-1)."""
+        with self._lock:
+            left = self._running.get(name, 0) + change
+            if left:
+                self._running[name] = left
+            else:
+                self._running.pop(name, None)
+
+    def _connect(self, worker: WorkerAddress) -> Connection:
+        return self._service.endpoint.connect(worker.address, worker.public_key)

@@ -1,0 +1,120 @@
+"""Handoff: one request's path through the workers, embed -> prefill -> decode, with another try when a worker dies.
+
+The ticket is issued here and given to both ends at the same moment; embeddings then flow from worker to worker and never
+pass through this process. Tokens reach the client exactly once: a request is tried again only while none has been
+delivered. Every callback comes from the service's I/O thread. Knows nothing of HTTP, Ray and models.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+
+import xxhash
+
+from cluster.attempt import Attempt
+from cluster.directory import WorkerDirectory
+from cluster.errors import NoWorker, RequestTimeout, WorkerLost
+from cluster.router import choose_embedding, choose_language
+from cluster.served import RequestStats, RunningRequest, ServedRequest, Sink
+from language_worker.api import TokenChunk
+from transfer.errors import EndpointClosed, RemoteFailure
+from transfer.service import Service
+
+logger = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 3
+LOST_CODES = frozenset({"PeerLost", "EngineStopped", "EndpointClosed", "StreamTimeout", "EmbedStopped", "WorkerStopped"})
+
+
+class Handoff:
+    """Hands requests to the workers of one directory."""
+
+    def __init__(self, service: Service, directory: WorkerDirectory) -> None:
+        self._service = service
+        self._directory = directory
+
+    def submit(self, request: ServedRequest, sink: Sink) -> RunningRequest:
+        """Start a request. Raises NoWorker at once when no live worker can take it."""
+        run = _Run(self._service, self._directory, request, sink)
+        run.start()
+        return run
+
+
+class _Run:
+    """One request over all its attempts."""
+
+    def __init__(self, service: Service, directory: WorkerDirectory, request: ServedRequest, sink: Sink) -> None:
+        self._service = service
+        self._directory = directory
+        self._request = request
+        self._sink = sink
+        self._deadline = time.monotonic() + request.timeout_s
+        self._lock = threading.Lock()
+        self._attempt: Attempt | None = None
+        self._num_attempts = 0
+        self._excluded: set[str] = set()
+        self._delivered = False
+        self._cancelled = False
+
+    def start(self) -> None:
+        """Choose workers and begin an attempt. Raises NoWorker or EndpointClosed."""
+        views = self._directory.views()
+        language = choose_language(views, self._excluded)
+        embedding = choose_embedding(views, _affinity(self._request.media), self._excluded) if self._request.media else None
+        left_s = self._deadline - time.monotonic()
+        if left_s <= 0:
+            raise RequestTimeout("the request's deadline passed before a worker could take it")
+        attempt = Attempt(self._service, self._directory, self._request, language, embedding, left_s, self)
+        with self._lock:
+            self._num_attempts += 1
+            self._attempt = attempt
+            is_cancelled = self._cancelled
+        attempt.start()
+        if is_cancelled:
+            attempt.cancel()
+
+    def cancel(self) -> None:
+        with self._lock:
+            self._cancelled = True
+            attempt = self._attempt
+        if attempt is not None:
+            attempt.cancel()
+
+    # -- for the attempt, on the I/O thread -------------------------------------------------------------------------
+
+    def on_chunk(self, chunk: TokenChunk) -> None:
+        self._delivered = True
+        self._sink.on_chunk(chunk)
+
+    def on_end(self, stats: RequestStats) -> None:
+        self._sink.on_end(stats)
+
+    def on_failure(self, worker: str, failure: RemoteFailure) -> None:
+        """The attempt is over; another worker may take the request while no token has left."""
+        is_lost = failure.code in LOST_CODES
+        if not is_lost or self._cancelled or self._delivered or self._num_attempts >= MAX_ATTEMPTS:
+            self._sink.on_error(failure if not is_lost or self._cancelled else _lost(worker, failure, self._delivered))
+            return
+        logger.warning("request %s: worker %s was lost, trying another", self._request.request_id, worker)
+        self._excluded.add(worker)
+        try:
+            self.start()
+        except NoWorker:
+            self._sink.on_error(_lost(worker, failure, False))
+        except (EndpointClosed, RequestTimeout) as error:
+            self._sink.on_error(error)
+
+
+def _lost(worker: str, failure: RemoteFailure, was_answering: bool) -> WorkerLost:
+    when = "while it was answering" if was_answering else "before the first token, and no other could take over"
+    return WorkerLost(f"worker {worker} was lost {when} ({failure.code})")
+
+
+def _affinity(media: Sequence[bytes]) -> str:
+    digest = xxhash.xxh3_64()
+    for item in media:
+        digest.update(item)
+    return digest.hexdigest()
