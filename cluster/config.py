@@ -25,7 +25,6 @@ from transfer.config import TransferConfig
 from transfer.errors import TransferError
 
 MIB = 1024 * 1024
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,18 +114,12 @@ class ClusterConfig:
         model = dataclasses.replace(
             self.model, path=str(folder), served_model_name=self.model.served_model_name or folder.name
         )
-        shared = {
-            "dtype": lambda part: model.dtype if part.dtype == "auto" else part.dtype,
-            "device": lambda part: model.device if part.device == "auto" else part.device,
-        }
-        fill = {name: shared[name] for name in shared}
-        embedding = dataclasses.replace(self.embedding, **{k: f(self.embedding) for k, f in fill.items()})
         embedding = dataclasses.replace(
-            embedding,
+            _with_model(self.embedding, model),
             max_image_bytes=min(embedding.max_image_bytes, self.gateway.max_image_bytes),
             max_images_per_request=max(embedding.max_images_per_request, self.gateway.max_images_per_request),
         )
-        language = dataclasses.replace(self.language, **{k: f(self.language) for k, f in fill.items()})
+        language = _with_model(self.language, model)
         if model.max_model_len and not language.max_model_len:
             language = dataclasses.replace(language, max_model_len=model.max_model_len)
         if embedding.dtype != language.dtype:
@@ -135,6 +128,16 @@ class ClusterConfig:
                 "as they are, so both halves need one dtype (set model.dtype)"
             )
         return dataclasses.replace(self, model=model, embedding=embedding, language=language)
+
+
+P = TypeVar("P", EmbedConfig, EngineConfig)
+
+
+def _with_model(part: P, model: ModelConfig) -> P:
+    """A worker's config whose "auto" dtype and device are the model's."""
+    dtype = model.dtype if part.dtype == "auto" else part.dtype
+    device = model.device if part.device == "auto" else part.device
+    return dataclasses.replace(part, dtype=dtype, device=device)
 
 
 def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> ClusterConfig:
@@ -149,6 +152,26 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
             raise ConfigError(f"{section} must be a map, not {tree[section]!r}")
         tree[section][name] = value
     return build_config(tree)
+
+
+def flat_overrides(tree: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`tree` with settings given by their bare names: to the model section if it has that name, else to every component
+    that has it; a section's name with a map is merged into that section. Raises ConfigError for an unknown name.
+    """
+    kinds: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(ClusterConfig)}
+    names = {section: {f.name for f in dataclasses.fields(kind)} for section, kind in kinds.items()}
+    for name, value in overrides.items():
+        if name in kinds and isinstance(value, Mapping):
+            tree[name] = {**tree.get(name, {}), **value}
+            continue
+        components = ("embedding", "language", "transfer")
+        sections = ["model"] if name in names["model"] else [s for s in components if name in names[s]]
+        if not sections:
+            known = sorted(names["model"].union(*(names[s] for s in components)))
+            raise ConfigError(f"unknown setting {name}; known here: {', '.join(known)}")
+        for section in sections:
+            tree.setdefault(section, {})[name] = value
+    return tree
 
 
 def build_config(tree: Mapping[str, Any]) -> ClusterConfig:

@@ -1,0 +1,10 @@
+"""Tandem's composition: configuration, routing, the gateway, Ray, the command line, and `LLM` for scripts.
+
+`from cluster import LLM, SamplingParams` needs neither Ray nor ZeroMQ.
+"""
+
+from cluster.llm import LLM
+from cluster.outputs import CompletionOutput, RequestOutput
+from language_worker.api import SamplingParams
+
+__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams"]

@@ -1,0 +1,66 @@
+"""LocalWorkers: both halves of one model in this process, joined by in-memory endpoints.
+
+The same workers, protocol and handoff as in a cluster, without Ray and without ZeroMQ.
+"""
+
+from __future__ import annotations
+
+import uuid
+from contextlib import ExitStack
+
+from cluster.config import ClusterConfig
+from cluster.directory import WorkerAddress, WorkerDirectory
+from cluster.handoff import Handoff
+from cluster.model_info import ModelInfo
+from embedding_worker.worker import EmbeddingWorker
+from language_worker.worker import LanguageWorker
+from transfer.endpoint import open_endpoint
+from transfer.service import Service
+
+
+class LocalWorkers:
+    """Starts on construction (typed errors of the model and the configuration); `close` ends every thread."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        name = uuid.uuid4().hex
+        self.info = ModelInfo.load(config.model.path)
+        with ExitStack() as stack:
+            workers = []
+            self.language = LanguageWorker(
+                config.model.path,
+                config.language,
+                config.transfer,
+                open_endpoint(f"inproc://{name}-language", config.transfer),
+            )
+            stack.callback(self.language.close)
+            self.language.start()
+            workers.append(WorkerAddress(name="language-0", kind="language", address=self.language.address))
+            self.embedding: EmbeddingWorker | None = None
+            if self.info.has_vision:
+                self.embedding = EmbeddingWorker(
+                    config.model.path,
+                    config.embedding,
+                    config.transfer,
+                    open_endpoint(f"inproc://{name}-embedding", config.transfer),
+                )
+                stack.callback(self.embedding.close)
+                self.embedding.start()
+                workers.append(WorkerAddress(name="embedding-0", kind="embedding", address=self.embedding.address))
+            self._service = Service(open_endpoint(f"inproc://{name}-front", config.transfer), config.transfer)
+            stack.callback(self._service.close)
+            self._service.start()
+            directory = WorkerDirectory(self._service)
+            directory.replace(workers)
+            self.handoff = Handoff(self._service, directory)
+            self._stack = stack.pop_all()
+
+    def stats(self) -> dict[str, dict[str, object]]:
+        """Gauges and counters of each worker."""
+        stats = {"language-0": self.language.stats()}
+        if self.embedding is not None:
+            stats["embedding-0"] = self.embedding.stats()
+        return stats
+
+    def close(self) -> None:
+        """Fail what is running and stop everything; closing twice does nothing."""
+        self._stack.close()
