@@ -9,6 +9,7 @@ filled in.
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -116,8 +117,8 @@ class ClusterConfig:
         )
         embedding = dataclasses.replace(
             _with_model(self.embedding, model),
-            max_image_bytes=min(embedding.max_image_bytes, self.gateway.max_image_bytes),
-            max_images_per_request=max(embedding.max_images_per_request, self.gateway.max_images_per_request),
+            max_image_bytes=min(self.embedding.max_image_bytes, self.gateway.max_image_bytes),
+            max_images_per_request=max(self.embedding.max_images_per_request, self.gateway.max_images_per_request),
         )
         language = _with_model(self.language, model)
         if model.max_model_len and not language.max_model_len:
@@ -187,15 +188,21 @@ def _section(name: str, kind: Any, values: object) -> Any:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{name} must be a map of settings, not {values!r}")
     _reject_unknown(f"{name}.", values, {f.name for f in dataclasses.fields(kind)})
-    plain = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    hints = typing.get_type_hints(kind)
+    checked = {key: _checked(f"{name}.{key}", hints[key], value) for key, value in values.items()}
     try:
-        return pydantic.TypeAdapter(kind).validate_python(plain, strict=True)
-    except pydantic.ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join([name, *map(str, first["loc"])])
-        raise ConfigError(f"{where}: {first['msg']} (got {first['input']!r})") from None
+        return kind(**checked)
     except (EmbedError, EngineError, TransferError) as error:
         raise ConfigError(f"{name}: {error}") from error
+
+
+def _checked(name: str, hint: Any, value: object) -> Any:
+    """`value` if it has the type of the hint; a list becomes a tuple."""
+    try:
+        return pydantic.TypeAdapter(hint).validate_python(tuple(value) if isinstance(value, list) else value, strict=True)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ConfigError(f"{name}: {first['msg']} (got {value!r})") from None
 
 
 def _reject_unknown(prefix: str, values: Mapping[str, Any], known: Any) -> None:

@@ -39,7 +39,7 @@ def choose_embedding(workers: Sequence[WorkerView], affinity_key: str, excluded:
     candidates = _candidates(workers, "embedding", excluded)
     bound = LOAD_FACTOR * (sum(w.num_running for w in candidates) + 1) / len(candidates)
     below = [w for w in candidates if w.num_running < bound]
-    return max(below, key=lambda w: xxhash.xxh3_64_intdigest(f"{w.name}|{affinity_key}")).name
+    return max(below, key=lambda w: xxhash.xxh3_64_intdigest(f"{w.name}|{affinity_key}".encode())).name
 
 
 def _candidates(workers: Sequence[WorkerView], kind: WorkerKind, excluded: Collection[str]) -> list[WorkerView]:
