@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 import jinja2.nodes
 
-from cluster.errors import ChatTemplateError, ConfigError
+from cluster.errors import ChatTemplateError, ConfigError, NoChatTemplate
 from cluster.template_masking import Masker, Masking, strings_in
 from cluster.template_sandbox import create_environment, render_bounded
 
@@ -144,7 +144,7 @@ def load_chat_template(model_dir: str | Path, *, max_chars: int = 4_000_000) -> 
     config = _read_json(folder / "tokenizer_config.json")
     source = _template_source(folder, config)
     if source is None:
-        raise ConfigError(
+        raise NoChatTemplate(
             f"{folder} holds no chat template; add chat_template.jinja, or chat_template in tokenizer_config.json"
         )
     special = {name: text for name in config if name.endswith("_token") and (text := _token_text(config[name]))}

@@ -7,6 +7,7 @@ end's error. Knows nothing of the web framework: `http_error` returns a plain va
 Tree:
     ClusterError
       ConfigError            the configuration (or the model folder) cannot be used
+        NoChatTemplate
       ClientError            the request is wrong; the client can repair it
         BadRequest  UnsupportedParameter  ContextLengthExceeded  InvalidImageUrl  MediaNotAllowed  TooManyImages
         ImageTooLarge  ChatTemplateError  ModelNotFound  NotAuthenticated  RouteNotFound  MethodNotAllowed
@@ -38,6 +39,10 @@ class ClusterError(Exception):
 
 class ConfigError(ClusterError, ValueError):
     """The configuration or the model folder cannot be used as it is."""
+
+
+class NoChatTemplate(ConfigError):
+    """The model folder brings no chat template."""
 
 
 class ClientError(ClusterError):
@@ -256,6 +261,7 @@ ERROR_TABLE: dict[str, Rule] = {
     # our own fault
     "ClusterError": _INTERNAL,
     "ConfigError": _INTERNAL,
+    "NoChatTemplate": _INTERNAL,
     "RemoteFailure": _INTERNAL,
     "InternalError": _INTERNAL,
     "EmbedError": _INTERNAL,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cluster.config import build_config, flat_overrides
+from cluster.config import ClusterConfig, build_config, flat_overrides
 from cluster.local import LocalWorkers
 from cluster.outputs import OutputBuilder, RequestOutput, per_prompt
 from cluster.progress import progress_bar
@@ -38,8 +38,18 @@ class LLM:
 
     def __init__(self, model: str, **overrides: Any) -> None:
         tree = flat_overrides({"model": {"path": str(model)}}, overrides)
-        self.config = build_config(tree).resolve()
-        self._workers = LocalWorkers(self.config)
+        self._load(build_config(tree).resolve())
+
+    @classmethod
+    def from_config(cls, config: ClusterConfig) -> LLM:
+        """The same from a resolved configuration; what it says of workers and gateway does not matter here."""
+        llm = cls.__new__(cls)
+        llm._load(config)
+        return llm
+
+    def _load(self, config: ClusterConfig) -> None:
+        self.config = config
+        self._workers = LocalWorkers(config)
         self._info = self._workers.info
 
     def __enter__(self) -> LLM:

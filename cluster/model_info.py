@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.chat import ChatTemplate, load_chat_template
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, NoChatTemplate
 from language_worker.tokenizer import Tokenizer
 
 
@@ -37,9 +37,13 @@ class ModelInfo:
         image_token_id = config.get("image_token_id", tokenizer.special_tokens.get("<|image_pad|>"))
         if has_vision and not isinstance(image_token_id, int):
             raise ConfigError(f"{folder}/config.json has a vision_config but names no image_token_id")
+        try:
+            chat_template = load_chat_template(folder)
+        except NoChatTemplate:
+            chat_template = None  # a base model: completions only
         return cls(
             tokenizer=tokenizer,
-            chat_template=load_chat_template(folder),
+            chat_template=chat_template,
             image_token_id=image_token_id if has_vision else None,
         )
 

@@ -30,7 +30,11 @@ class UsageCounter:
     def final(self, stats: dict[int, RequestStats]) -> dict[str, Any]:
         """What the workers counted."""
         num_prompt = sum(s.num_prompt_tokens for s in stats.values())
-        return self._shape(num_prompt, sum(s.num_generated_tokens for s in stats.values()))
+        usage = self._shape(num_prompt, sum(s.num_generated_tokens for s in stats.values()))
+        if len(stats) == 1:  # an extension: the figures of each hop of the request's path
+            (only,) = stats.values()
+            usage["hops"] = {name: value for name, value in only.hops.items() if name != "logits"}
+        return usage
 
     def _shape(self, num_prompt: int, num_generated: int) -> dict[str, Any]:
         return {

@@ -1,0 +1,140 @@
+"""The Ray actors: a worker or the gateway in a process of its own, and nothing else.
+
+Methods carry lifecycle and configuration; media, embeddings and tokens travel over the endpoints. Every incarnation of a
+restarted actor loads its model anew and binds a new endpoint, which it reports through `health`.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import ray
+
+from cluster.config import GatewayConfig
+from cluster.directory import WorkerAddress
+from cluster.gateway_server import GatewayServer
+from cluster.logs import configure_logging
+from cluster.model_info import ModelInfo
+from cluster.router import WorkerKind
+from embedding_worker.config import EmbedConfig
+from embedding_worker.worker import EmbeddingWorker
+from language_worker.config import EngineConfig
+from language_worker.worker import LanguageWorker
+from transfer.config import TransferConfig
+from transfer.connection import Endpoint
+from transfer.endpoint import open_endpoint
+from transfer.service import Service
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerHealth:
+    """What a worker says of itself. pid and node_id tell which process this is."""
+
+    address: WorkerAddress
+    is_healthy: bool
+    max_model_len: int
+    pid: int
+    node_id: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatewayHealth:
+    """port: where it serves, None while it does not."""
+
+    port: int | None
+    public_key: str | None
+    pid: int
+    node_id: str
+
+
+class WorkerActor:
+    """One embedding or language worker."""
+
+    def __init__(
+        self, name: str, model_path: str, config: EmbedConfig | EngineConfig, transfer: TransferConfig, socket_dir: str, log_level: str
+    ) -> None:
+        configure_logging(log_level)
+        endpoint = _open(name, transfer, socket_dir)
+        self._name = name
+        self._kind: WorkerKind = "embedding" if isinstance(config, EmbedConfig) else "language"
+        self._endpoint = endpoint
+        self._worker = _build(model_path, config, transfer, endpoint)
+        self._worker.start()
+
+    def health(self) -> WorkerHealth:
+        """Answered by the actor's own thread: shows that the process runs and where it listens."""
+        endpoint = self._endpoint
+        return WorkerHealth(
+            address=WorkerAddress(
+                name=self._name, kind=self._kind, address=endpoint.address, public_key=endpoint.public_key
+            ),
+            is_healthy=self._worker.is_healthy,
+            max_model_len=getattr(self._worker, "max_model_len", 0),
+            pid=os.getpid(),
+            node_id=_node_id(),
+        )
+
+    def allow(self, public_keys: Sequence[str]) -> None:
+        """Let these peers connect (where CURVE is on)."""
+        self._endpoint.allow(public_keys)
+
+    def close(self) -> None:
+        self._worker.close()
+
+
+class GatewayActor:
+    """The HTTP gateway."""
+
+    def __init__(
+        self, model_name: str, model_path: str, transfer: TransferConfig, socket_dir: str, log_level: str
+    ) -> None:
+        configure_logging(log_level)
+        self._model_name = model_name
+        self._info = ModelInfo.load(model_path)
+        self._transfer = transfer
+        self._endpoint = _open("gateway", transfer, socket_dir)
+        self._server: GatewayServer | None = None
+
+    def serve(self, config: GatewayConfig, workers: Sequence[WorkerAddress], max_model_len: int) -> int:
+        """Start serving; returns the port. `config` holds the port of an earlier incarnation, if there was one."""
+        if self._server is None:
+            service = Service(self._endpoint, self._transfer)
+            server = GatewayServer(config, self._model_name, self._info, max_model_len, service)
+            server.start(workers)
+            self._server = server
+        return self._server.port
+
+    def set_workers(self, workers: Sequence[WorkerAddress]) -> None:
+        if self._server is not None:
+            self._server.set_workers(workers)
+
+    def health(self) -> GatewayHealth:
+        port = self._server.port if self._server is not None and self._server.is_serving else None
+        return GatewayHealth(port=port, public_key=self._endpoint.public_key, pid=os.getpid(), node_id=_node_id())
+
+    def close(self) -> None:
+        """Drain and stop."""
+        if self._server is not None:
+            self._server.close()
+
+
+def _build(
+    model_path: str, config: EmbedConfig | EngineConfig, transfer: TransferConfig, endpoint: Endpoint
+) -> EmbeddingWorker | LanguageWorker:
+    if isinstance(config, EmbedConfig):
+        return EmbeddingWorker(model_path, config, transfer, endpoint)
+    return LanguageWorker(model_path, config, transfer, endpoint)
+
+
+def _open(name: str, transfer: TransferConfig, socket_dir: str) -> Endpoint:
+    """A fresh endpoint of this incarnation: a socket file on one host, the node's own address between hosts."""
+    if transfer.transport == "ipc":
+        return open_endpoint(f"ipc://{socket_dir}/{name}-{uuid.uuid4().hex[:8]}.sock", transfer)
+    return open_endpoint(f"tcp://{ray.util.get_node_ip_address()}:0", transfer, curve=True)
+
+
+def _node_id() -> str:
+    return str(ray.get_runtime_context().get_node_id())

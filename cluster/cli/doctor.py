@@ -1,0 +1,149 @@
+"""`tandem doctor`: checks this machine, the installed versions, a port and a model folder, and says what to do."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+
+from cluster.demo import MODEL_DIR
+from cluster.errors import ClusterError
+from cluster.model_info import ModelInfo
+from embedding_worker.errors import EmbedError
+from language_worker.errors import EngineError
+from language_worker.models import resolve_model
+from transfer.checkpoint import Checkpoint
+from transfer.errors import TransferError
+
+PACKAGES = ("torch", "ray", "pyzmq", "msgpack", "safetensors", "tokenizers", "fastapi", "uvicorn", "pydantic")
+MIN_SHARED_MEMORY_BYTES = 64 * 1024 * 1024
+GIB = 1024**3
+
+Verdict = Literal["ok", "note", "bad"]
+STYLES: dict[Verdict, str] = {"ok": "green", "note": "yellow", "bad": "red"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """One check. advice: what to do, for a note or a failure."""
+
+    verdict: Verdict
+    what: str
+    advice: str = ""
+
+
+def add_to(commands: Any, ray_address: str | None) -> None:
+    parser = commands.add_parser("doctor", help="check machine, versions, port and model folder", description=__doc__)
+    parser.add_argument("--model", default=str(MODEL_DIR), metavar="DIR", help="a checkpoint folder (default: the demo's)")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000, metavar="INT")
+    parser.set_defaults(run=run, ray_address=ray_address)
+
+
+def run(options: argparse.Namespace) -> int:
+    """0 unless something is bad."""
+    console = Console()
+    is_bad = False
+    for finding in findings(options.model, options.host, options.port):
+        is_bad |= finding.verdict == "bad"
+        console.print(f"[{STYLES[finding.verdict]}]{finding.verdict:>4}[/]  {finding.what}", highlight=False)
+        if finding.advice:
+            console.print(f"      -> {finding.advice}", highlight=False)
+    console.print("something must be repaired first" if is_bad else "ready to serve")
+    return 1 if is_bad else 0
+
+
+def findings(model: str, host: str, port: int) -> Iterator[Finding]:
+    """Every check in order; none raises."""
+    yield _python()
+    yield from map(_package, PACKAGES)
+    yield _machine()
+    yield _accelerator()
+    yield _shared_memory()
+    yield _port(host, port)
+    yield from _model(model)
+
+
+def _python() -> Finding:
+    version = platform.python_version()
+    if sys.version_info < (3, 11):
+        return Finding(verdict="bad", what=f"Python {version}", advice="use Python 3.11 or later")
+    return Finding(verdict="ok", what=f"Python {version} on {platform.system()} {platform.machine()}")
+
+
+def _package(name: str) -> Finding:
+    try:
+        return Finding(verdict="ok", what=f"{name} {metadata.version(name)}")
+    except metadata.PackageNotFoundError:
+        return Finding(verdict="bad", what=f"{name} is not installed", advice="run `pip install -c constraints.txt -e .`")
+
+
+def _machine() -> Finding:
+    num_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    what = f"{os.cpu_count()} CPUs, {num_bytes / GIB:.0f} GiB of memory"
+    if num_bytes < 4 * GIB:
+        return Finding(verdict="note", what=what, advice="Ray and three processes need about 2.5 GiB before any model")
+    return Finding(verdict="ok", what=what)
+
+
+def _accelerator() -> Finding:
+    if not torch.cuda.is_available():
+        return Finding(verdict="note", what="no CUDA device", advice="models run on the CPU; see README for GPU builds of torch")
+    if importlib.util.find_spec("triton") is None:
+        return Finding(verdict="note", what="CUDA without triton", advice="install the gpu extra: pip install -e '.[gpu]'")
+    names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return Finding(verdict="ok", what=f"CUDA {torch.version.cuda}: {names}")
+
+
+def _shared_memory() -> Finding:
+    if not os.path.isdir("/dev/shm"):
+        return Finding(verdict="note", what="no /dev/shm", advice="Ray falls back to disk; mount a tmpfs there")
+    free = shutil.disk_usage("/dev/shm").free
+    if free < MIN_SHARED_MEMORY_BYTES:
+        return Finding(
+            verdict="bad", what=f"/dev/shm has {free >> 20} MiB free", advice="Ray needs more: docker run --shm-size=1g"
+        )
+    return Finding(verdict="ok", what=f"/dev/shm has {free / GIB:.1f} GiB free")
+
+
+def _port(host: str, port: int) -> Finding:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return Finding(
+                verdict="bad", what=f"cannot listen on {host}:{port}: {error.strerror or error}", advice="use another --port"
+            )
+    return Finding(verdict="ok", what=f"{host}:{port} is free")
+
+
+def _model(path: str) -> Iterator[Finding]:
+    checkpoint: Any = None
+    steps: tuple[tuple[str, Callable[[], Any]], ...] = (
+        ("weights", lambda: Checkpoint.open(path)),
+        ("tokenizer and chat template", lambda: ModelInfo.load(path)),
+        ("architecture", lambda: resolve_model(checkpoint.config())),
+    )
+    for name, step in steps:
+        try:
+            value = step()
+        except (ClusterError, EmbedError, EngineError, TransferError, OSError) as error:
+            yield Finding(verdict="bad", what=f"{path}: {name}: {error}", advice="point --model at a complete checkpoint")
+            return
+        if isinstance(value, Checkpoint):
+            checkpoint = value
+            yield Finding(verdict="ok", what=f"{path}: {len(value.tensors)} tensors, all shards present")
+        else:
+            yield Finding(verdict="ok", what=f"{path}: {name} can be served")

@@ -1,0 +1,265 @@
+"""RayCluster: starts the actors of one configuration on Ray, watches them, and ends them by their own handles.
+
+Placement, process restart and node membership are Ray's. What Ray does not see is seen here: a process that is stopped
+or hung, and that a restarted worker listens at a new address.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import ray
+import torch
+
+from cluster.actors import GatewayActor, WorkerActor, WorkerHealth
+from cluster.config import ClusterConfig
+from cluster.directory import WorkerAddress
+from cluster.errors import ConfigError, NotReady
+from cluster.model_info import ModelInfo
+
+logger = logging.getLogger(__name__)
+
+WATCH_INTERVAL_S = 1.0
+CLOSE_S = 45.0
+OBJECT_STORE_BYTES = 100 * 1024 * 1024  # nothing of ours goes through the object store
+GATEWAY = "gateway"
+Status = Callable[[str], None]
+
+
+class RayCluster:
+    """A running cluster. Use as a context manager, or call `close`."""
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        *,
+        ray_address: str | None = None,
+        log_level: str = "WARNING",
+        on_status: Status = logger.info,
+    ) -> None:
+        """Connect to Ray (None: start one in this machine), place the actors, load the model, begin to serve.
+
+        config: resolved. Raises ConfigError for what cannot be started, NotReady when it takes longer than
+        workers.start_timeout_s; nothing is left running then.
+        """
+        self._log_level = log_level
+        self._owns_ray = not ray.is_initialized()
+        self._actors: dict[str, Any] = {}
+        self._known: dict[str, WorkerHealth] = {}
+        self._restarting: set[str] = set()  # died or was ended; its next incarnation has not answered yet
+        self._stopping = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="cluster-watch", daemon=True)
+        self._socket_dir = tempfile.mkdtemp(prefix="tandem-")
+        try:
+            _connect(config, ray_address, on_status)
+            self.config = _with_transport(config)
+            self._start(on_status)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> RayCluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def url(self) -> str:
+        """Where the gateway serves."""
+        host = self.config.gateway.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.config.gateway.port}"
+
+    @property
+    def workers(self) -> dict[str, WorkerHealth]:
+        """The workers by name, as they last reported."""
+        return dict(self._known)
+
+    def close(self) -> None:
+        """Drain the gateway, end every actor, leave Ray (and end it if it was started here). Safe to repeat."""
+        self._stopping.set()
+        if self._watcher.is_alive() and threading.current_thread() is not self._watcher:
+            self._watcher.join()
+        names = [GATEWAY, *(name for name in self._actors if name != GATEWAY)]
+        for name in names:
+            actor = self._actors.pop(name, None)
+            if actor is None:
+                continue
+            with suppress(ray.exceptions.RayError):  # a dead actor needs no farewell
+                ray.get(actor.close.remote(), timeout=CLOSE_S if name == GATEWAY else 10.0)
+            with suppress(ray.exceptions.RayError):
+                ray.kill(actor)
+        if self._owns_ray and ray.is_initialized():
+            ray.shutdown()
+        shutil.rmtree(self._socket_dir, ignore_errors=True)
+
+    # -- starting ---------------------------------------------------------------------------------------------------
+
+    def _start(self, on_status: Status) -> None:
+        config = self.config
+        for kind, part in (("embedding", config.embedding), ("language", config.language)):
+            if kind == "embedding" and not ModelInfo.load(config.model.path).has_vision:
+                continue
+            for i in range(getattr(config.workers, kind)):
+                self._actors[f"{kind}-{i}"] = self._spawn_worker(f"{kind}-{i}", part)
+        self._actors[GATEWAY] = (
+            ray.remote(GatewayActor)
+            .options(num_cpus=0, max_restarts=-1, max_task_retries=0)
+            .remote(
+                config.model.served_model_name, config.model.path, config.transfer, self._socket_dir, self._log_level
+            )
+        )
+        on_status(f"loading {config.model.served_model_name} into {len(self._actors) - 1} workers")
+        self._await_workers()
+        self._allow_peers()
+        port = ray.get(self._actors[GATEWAY].serve.remote(config.gateway, self._addresses(), self._max_model_len()))
+        self.config = dataclasses.replace(config, gateway=dataclasses.replace(config.gateway, port=port))
+        self._watcher.start()
+        on_status(f"serving {config.model.served_model_name} at {self.url}")
+
+    def _spawn_worker(self, name: str, part: Any) -> Any:
+        workers = self.config.workers
+        num_gpus = workers.num_gpus if workers.num_gpus >= 0 else float(_wants_gpu(part.device))
+        return (
+            ray.remote(WorkerActor)
+            .options(num_cpus=workers.num_cpus, num_gpus=num_gpus, max_restarts=-1, max_task_retries=0)
+            .remote(name, self.config.model.path, part, self.config.transfer, self._socket_dir, self._log_level)
+        )
+
+    def _await_workers(self) -> None:
+        timeout_s = self.config.workers.start_timeout_s
+        pending = {actor.health.remote(): name for name, actor in self._actors.items()}
+        ready, late = ray.wait(list(pending), num_returns=len(pending), timeout=timeout_s)
+        for ref in ready:
+            name = pending[ref]
+            try:
+                health = ray.get(ref)
+            except ray.exceptions.RayActorError as error:
+                raise ConfigError(f"{name} could not start: {_cause(error)}") from error
+            if isinstance(health, WorkerHealth):
+                self._known[name] = health
+        if late:
+            names = ", ".join(pending[ref] for ref in late)
+            raise NotReady(
+                f"{names} did not start within {timeout_s:g} s; the cluster has {ray.cluster_resources()} of which "
+                f"{ray.available_resources()} are free; lower workers.num_cpus or num_gpus, or add nodes"
+            )
+
+    def _addresses(self) -> list[WorkerAddress]:
+        return [health.address for health in self._known.values()]
+
+    def _max_model_len(self) -> int:
+        return min(h.max_model_len for h in self._known.values() if h.address.kind == "language")
+
+    def _allow_peers(self) -> None:
+        """Everyone may connect to everyone of this cluster (public keys only leave a process)."""
+        gateway = ray.get(self._actors[GATEWAY].health.remote())
+        keys = [key for key in (gateway.public_key, *(a.public_key for a in self._addresses())) if key]
+        if keys:
+            ray.get([actor.allow.remote(keys) for name, actor in self._actors.items() if name != GATEWAY])
+
+    # -- watching ---------------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        asked: dict[str, tuple[Any, float]] = {}
+        workers = self.config.workers
+        while not self._stopping.wait(WATCH_INTERVAL_S):
+            try:
+                for name, actor in list(self._actors.items()):
+                    asked.setdefault(name, (actor.health.remote(), time.monotonic()))
+                    ref, since = asked[name]
+                    if ray.wait([ref], timeout=0)[0]:
+                        del asked[name]
+                        self._on_answer(name, ref)
+                    elif time.monotonic() - since > (
+                        workers.start_timeout_s if name in self._restarting else workers.health_timeout_s
+                    ):
+                        self._on_silence(name)
+                        del asked[name]  # the next incarnation answers a new call
+            except ray.exceptions.RayError:
+                logger.exception("watching the cluster failed; trying again")
+
+    def _on_answer(self, name: str, ref: Any) -> None:
+        try:
+            health = ray.get(ref)
+        except ray.exceptions.RayError as error:
+            logger.warning("%s does not answer: %s", name, type(error).__name__)
+            self._restarting.add(name)
+            return
+        self._restarting.discard(name)
+        if name == GATEWAY:
+            if health.port is None:
+                self._actors[GATEWAY].serve.remote(self.config.gateway, self._addresses(), self._max_model_len())
+                self._allow_peers()
+            return
+        if not health.is_healthy:
+            logger.error("%s reports that it failed; restarting it", name)
+            ray.kill(self._actors[name], no_restart=False)
+        elif health.address != self._known[name].address:
+            logger.warning("%s is back as process %d at %s", name, health.pid, health.address.address)
+            self._known[name] = health
+            self._allow_peers()
+            ray.get(self._actors[GATEWAY].set_workers.remote(self._addresses()), timeout=10.0)
+
+    def _on_silence(self, name: str) -> None:
+        """Ray keeps a stopped process for ever; end it, and Ray restarts the actor."""
+        logger.error("%s has not answered for %g s; restarting it", name, self.config.workers.health_timeout_s)
+        self._restarting.add(name)
+        known = self._known.get(name)
+        if known is not None and known.node_id == ray.get_runtime_context().get_node_id():
+            with suppress(ProcessLookupError):
+                os.kill(known.pid, signal.SIGKILL)
+        else:
+            ray.kill(self._actors[name], no_restart=False)
+
+
+def _connect(config: ClusterConfig, ray_address: str | None, on_status: Status) -> None:
+    if ray.is_initialized():
+        return
+    workers = config.workers
+    if ray_address:
+        on_status(f"connecting to Ray at {ray_address}")
+        ray.init(address=ray_address, logging_level=logging.WARNING)
+        return
+    on_status("starting Ray on this machine")
+    needed = (workers.embedding + workers.language) * workers.num_cpus
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        num_cpus=max(os.cpu_count() or 1, int(needed + 0.999)),
+        object_store_memory=OBJECT_STORE_BYTES,
+        logging_level=logging.WARNING,
+    )
+
+
+def _with_transport(config: ClusterConfig) -> ClusterConfig:
+    """ "auto" becomes ipc where the whole cluster is this one host, else tcp."""
+    if config.transfer.transport not in ("auto", "ipc", "tcp"):
+        raise ConfigError(f"transfer.transport {config.transfer.transport!r} joins no processes; use auto, ipc or tcp")
+    if config.transfer.transport != "auto":
+        return config
+    num_nodes = sum(node["Alive"] for node in ray.nodes())
+    transport = "ipc" if num_nodes == 1 else "tcp"
+    return dataclasses.replace(config, transfer=dataclasses.replace(config.transfer, transport=transport))
+
+
+def _wants_gpu(device: str) -> bool:
+    if device == "auto":
+        return torch.cuda.is_available() or ray.cluster_resources().get("GPU", 0) > 0
+    return device.startswith("cuda")
+
+
+def _cause(error: BaseException) -> str:
+    """The last line of a remote traceback: the error that ended the actor's constructor."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

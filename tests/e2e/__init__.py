@@ -1,0 +1,1 @@
+"""Whole paths: several processes, real sockets, the command line. Few and marked."""

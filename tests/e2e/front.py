@@ -1,0 +1,86 @@
+"""The front of a cluster in the test's process: a service, a directory and a handoff; gathers what a request yields."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from cluster.directory import WorkerAddress, WorkerDirectory
+from cluster.handoff import Handoff
+from cluster.served import RequestStats, RunningRequest, ServedRequest
+from language_worker.api import TokenChunk
+from transfer.config import TransferConfig
+from transfer.endpoint import open_endpoint
+from transfer.service import Service
+
+WAIT_S = 60.0
+
+
+@dataclass
+class Gathered:
+    """A Sink: one request's chunks and its outcome."""
+
+    chunks: list[TokenChunk] = field(default_factory=list)
+    stats: RequestStats | None = None
+    error: Exception | None = None
+    over: threading.Event = field(default_factory=threading.Event)
+    first_chunk: threading.Event = field(default_factory=threading.Event)
+
+    def on_chunk(self, chunk: TokenChunk) -> None:
+        assert not self.over.is_set(), "a chunk after the end"
+        self.chunks.append(chunk)
+        self.first_chunk.set()
+
+    def on_end(self, stats: RequestStats) -> None:
+        assert not self.over.is_set(), "two ends"
+        self.stats = stats
+        self.over.set()
+
+    def on_error(self, error: Exception) -> None:
+        assert not self.over.is_set(), "two ends"
+        self.error = error
+        self.over.set()
+
+    def finish(self) -> RequestStats:
+        """Wait for the end; the request must have succeeded."""
+        assert self.over.wait(WAIT_S), "the request did not end"
+        assert self.error is None, self.error
+        assert self.stats is not None
+        return self.stats
+
+    def tokens(self, index: int = 0) -> list[int]:
+        return [token for chunk in self.chunks if chunk.index == index for token in chunk.token_ids]
+
+    def logits(self) -> torch.Tensor:
+        """float32 [prompt positions, vocabulary] of a finished request that asked for them."""
+        parts = self.finish().hops["logits"]
+        return torch.cat(
+            [torch.frombuffer(bytearray(frame), dtype=torch.float32).view(body["logits_shape"]) for body, frame in parts]
+        )
+
+
+class Front:
+    """Reaches workers by their addresses."""
+
+    def __init__(self, address: str, transfer: TransferConfig, *, curve: bool = False) -> None:
+        self.service = Service(open_endpoint(address, transfer, curve=curve), transfer)
+        self.service.start()
+        self.directory = WorkerDirectory(self.service)
+        self._handoff = Handoff(self.service, self.directory)
+
+    @property
+    def public_key(self) -> str | None:
+        return self.service.endpoint.public_key
+
+    def reach(self, workers: Sequence[WorkerAddress]) -> None:
+        self.directory.replace(workers)
+
+    def submit(self, request: ServedRequest) -> tuple[Gathered, RunningRequest]:
+        sink = Gathered()
+        return sink, self._handoff.submit(request, sink)
+
+    def close(self) -> None:
+        self.service.close()
