@@ -1,7 +1,7 @@
 """The Ray actors: a worker or the gateway in a process of its own, and nothing else.
 
-Methods carry lifecycle and configuration; media, embeddings and tokens travel over the endpoints. Every incarnation of a
-restarted actor loads its model anew and binds a new endpoint, which it reports through `health`.
+Methods carry lifecycle and configuration; media, embeddings and tokens travel over the endpoints. Every incarnation of
+a restarted actor loads its model anew and binds a new endpoint, which it reports through `health`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,13 @@ class WorkerActor:
     """One embedding or language worker."""
 
     def __init__(
-        self, name: str, model_path: str, config: EmbedConfig | EngineConfig, transfer: TransferConfig, socket_dir: str, log_level: str
+        self,
+        name: str,
+        model_path: str,
+        config: EmbedConfig | EngineConfig,
+        transfer: TransferConfig,
+        socket_dir: str,
+        log_level: str,
     ) -> None:
         configure_logging(log_level)
         endpoint = _open(name, transfer, socket_dir)

@@ -1,8 +1,8 @@
 """Attempt: one request on one pair of workers.
 
 Calls "generate" and, for a request with media, "embed" at the same moment with the same ticket; gathers the outcome of
-both. When one leg fails the other is cancelled; a leg that only reports that its stream broke waits for the other leg to
-say why. Everything here runs on the service's I/O thread but `start` and `cancel`.
+both. When one leg fails the other is cancelled; a leg that only reports that its stream broke waits for the other leg
+to say why. Everything here runs on the service's I/O thread but `start` and `cancel`.
 """
 
 from __future__ import annotations

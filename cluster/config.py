@@ -1,9 +1,9 @@
 """ClusterConfig: the whole configuration, made of what each component owns.
 
 Composition, never inheritance: every package's frozen config sits under its own key and each actor is handed only its
-part. One path leads here: YAML (helm renders its values to the same keys) -> overrides -> strict build, where an unknown
-key or a wrong type is an error that names it -> `resolve()`, a new object with every "auto" that spans components
-filled in.
+part. One path leads here: YAML (helm renders its values to the same keys) -> overrides -> strict build, where an
+unknown key or a wrong type is an error that names it -> `resolve()`, a new object with every "auto" that spans
+components filled in.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ class WorkersConfig:
     def __post_init__(self) -> None:
         for name in ("embedding", "language"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"workers.{name} is {getattr(self, name)}; at least one worker of each kind is needed")
+                raise ConfigError(
+                    f"workers.{name} is {getattr(self, name)}; at least one worker of each kind is needed"
+                )
         if self.num_cpus < 0 or self.health_timeout_s <= 0 or self.start_timeout_s <= 0:
             raise ConfigError("workers.num_cpus must not be negative; its timeouts must be positive")
 
@@ -136,9 +138,10 @@ P = TypeVar("P", EmbedConfig, EngineConfig)
 
 def _with_model(part: P, model: ModelConfig) -> P:
     """A worker's config whose "auto" dtype and device are the model's."""
-    dtype = model.dtype if part.dtype == "auto" else part.dtype
-    device = model.device if part.device == "auto" else part.device
-    return dataclasses.replace(part, dtype=dtype, device=device)
+    values: dict[str, Any] = {
+        name: getattr(model, name) for name in ("dtype", "device") if getattr(part, name) == "auto"
+    }
+    return dataclasses.replace(part, **values)
 
 
 def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> ClusterConfig:
@@ -176,10 +179,10 @@ def flat_overrides(tree: dict[str, Any], overrides: Mapping[str, Any]) -> dict[s
 
 
 def build_config(tree: Mapping[str, Any]) -> ClusterConfig:
-    """Strictly from a plain tree: unknown keys, wrong types and bad values raise ConfigError with the key's full name."""
+    """Strictly from a plain tree: unknown keys, wrong types and bad values raise ConfigError naming the key."""
     sections = {f.name: f.default_factory for f in dataclasses.fields(ClusterConfig)}
     _reject_unknown("", tree, sections)
-    return ClusterConfig(**{name: _section(name, sections[name], tree[name]) for name in tree})  # type: ignore[arg-type]
+    return ClusterConfig(**{name: _section(name, sections[name], tree[name]) for name in tree})
 
 
 def _section(name: str, kind: Any, values: object) -> Any:
@@ -199,7 +202,9 @@ def _section(name: str, kind: Any, values: object) -> Any:
 def _checked(name: str, hint: Any, value: object) -> Any:
     """`value` if it has the type of the hint; a list becomes a tuple."""
     try:
-        return pydantic.TypeAdapter(hint).validate_python(tuple(value) if isinstance(value, list) else value, strict=True)
+        return pydantic.TypeAdapter(hint).validate_python(
+            tuple(value) if isinstance(value, list) else value, strict=True
+        )
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise ConfigError(f"{name}: {first['msg']} (got {value!r})") from None

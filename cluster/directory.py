@@ -50,7 +50,10 @@ class WorkerDirectory:
         with self._lock:
             return [
                 WorkerView(
-                    name=w.name, kind=w.kind, is_alive=w.name not in self._dead, num_running=self._running.get(w.name, 0)
+                    name=w.name,
+                    kind=w.kind,
+                    is_alive=w.name not in self._dead,
+                    num_running=self._running.get(w.name, 0),
                 )
                 for w in self._workers.values()
             ]

@@ -26,7 +26,6 @@ from cluster.handoff import Handoff
 from cluster.metrics import gather_stats
 from cluster.model_info import ModelInfo
 from cluster.monitor import WorkerMonitor
-from transfer.connection import Endpoint
 from transfer.errors import RemoteFailure
 from transfer.service import Service
 

@@ -1,7 +1,7 @@
 """Handoff: one request's path through the workers, embed -> prefill -> decode, with another try when a worker dies.
 
-The ticket is issued here and given to both ends at the same moment; embeddings then flow from worker to worker and never
-pass through this process. Tokens reach the client exactly once: a request is tried again only while none has been
+The ticket is issued here and given to both ends at the same moment; embeddings then flow from worker to worker and
+never pass through this process. Tokens reach the client exactly once: a request is tried again only while none has been
 delivered. Every callback comes from the service's I/O thread. Knows nothing of HTTP, Ray and models.
 """
 
@@ -26,7 +26,9 @@ from transfer.service import Service
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
-LOST_CODES = frozenset({"PeerLost", "EngineStopped", "EndpointClosed", "StreamTimeout", "EmbedStopped", "WorkerStopped"})
+LOST_CODES = frozenset(
+    {"PeerLost", "EngineStopped", "EndpointClosed", "StreamTimeout", "EmbedStopped", "WorkerStopped"}
+)
 
 
 class Handoff:
@@ -63,7 +65,9 @@ class _Run:
         """Choose workers and begin an attempt. Raises NoWorker or EndpointClosed."""
         views = self._directory.views()
         language = choose_language(views, self._excluded)
-        embedding = choose_embedding(views, _affinity(self._request.media), self._excluded) if self._request.media else None
+        embedding = (
+            choose_embedding(views, _affinity(self._request.media), self._excluded) if self._request.media else None
+        )
         left_s = self._deadline - time.monotonic()
         if left_s <= 0:
             raise RequestTimeout("the request's deadline passed before a worker could take it")

@@ -1,7 +1,7 @@
 """LLM: a model in a script. Both halves composed in one process; prompts in, answers out.
 
-    with LLM(model="path/to/checkpoint") as llm:
-        print(llm.generate("Hello", SamplingParams(max_tokens=8))[0].outputs[0].text)
+with LLM(model="path/to/checkpoint") as llm:
+    print(llm.generate("Hello", SamplingParams(max_tokens=8))[0].outputs[0].text)
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class LLM:
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:

@@ -57,6 +57,8 @@ class WorkerMonitor:
             with self._lock:
                 self._asked.discard(worker)
             if self._directory.set_alive(worker, failure is None):
-                logger.warning("worker %s %s", worker.name, "answers again" if failure is None else f"is lost: {failure}")
+                logger.warning(
+                    "worker %s %s", worker.name, "answers again" if failure is None else f"is lost: {failure}"
+                )
 
         self._service.call(self._directory.connection(worker), "ping", {}, on_end=on_end)

@@ -92,5 +92,7 @@ def per_prompt(params: Any, num_prompts: int) -> Sequence[Any]:
     if not isinstance(params, (list, tuple)):
         return [params] * num_prompts
     if len(params) != num_prompts:
-        raise ValueError(f"{len(params)} sampling parameters were given for {num_prompts} prompts; give one, or one each")
+        raise ValueError(
+            f"{len(params)} sampling parameters were given for {num_prompts} prompts; give one, or one each"
+        )
     return params

@@ -14,7 +14,13 @@ def progress_bar(total: int, is_shown: bool, title: str = "requests") -> Iterato
     if not is_shown:
         yield lambda: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns) as progress:
         task = progress.add_task(title, total=total)
         yield lambda: progress.advance(task)

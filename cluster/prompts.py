@@ -88,7 +88,7 @@ def _request(
     num_placeholders = sum(token_id == info.image_token_id for token_id in token_ids)
     if num_placeholders != len(images):
         raise BadRequest(
-            f"the prompt has {num_placeholders} image placeholders and {len(images)} images; give one of each, in order",
+            f"the prompt has {num_placeholders} image placeholders and {len(images)} images; give as many of each",
             "images",
         )
     return ServedRequest(

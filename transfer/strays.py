@@ -1,7 +1,7 @@
 """Strays: messages for streams that are not open here, either not yet or no longer. Pure and bounded.
 
-An Open that comes before its ticket is kept for a moment, with the Abort that may follow it; a stream that ended leaves its last word, which is
-repeated to a sender that missed it.
+An Open that comes before its ticket is kept for a moment, with the Abort that may follow it; a stream that ended leaves
+its last word, which is repeated to a sender that missed it.
 """
 
 from __future__ import annotations

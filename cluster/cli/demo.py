@@ -26,7 +26,9 @@ REQUEST_TIMEOUT_S = 60.0
 def add_to(commands: Any, ray_address: str | None) -> None:
     parser = commands.add_parser("demo", help="see the whole path at work on the shipped model", description=__doc__)
     parser.add_argument("--keep", action="store_true", help="go on serving afterwards")
-    parser.add_argument("--ray-address", default=ray_address, metavar="ADDRESS", help="join this Ray (default: start one)")
+    parser.add_argument(
+        "--ray-address", default=ray_address, metavar="ADDRESS", help="join this Ray (default: start one)"
+    )
     add_flags(parser, SERVE_FLAGS)
     add_flags(parser, MODEL_FLAGS)
     parser.set_defaults(run=run)
@@ -78,7 +80,9 @@ def _ask_all(url: str, model: str, console: Console) -> list[tuple[Question, Rep
         for question in questions():
             console.print(f"[bold]{question.image.name}[/bold] {question.text} ", end="")
             reply = _ask(client, model, question, console)
-            console.print("[green]right[/green]" if reply.text == question.answer else f"[red]not {question.answer}[/red]")
+            console.print(
+                "[green]right[/green]" if reply.text == question.answer else f"[red]not {question.answer}[/red]"
+            )
             replies.append((question, reply))
     return replies
 
@@ -97,7 +101,8 @@ def _ask(client: httpx.Client, model: str, question: Question, console: Console)
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    text, usage, ttft_ms = "", {}, 0.0
+    text, ttft_ms = "", 0.0
+    usage: dict[str, Any] = {}
     started_s = time.perf_counter()
     with client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != 200:
@@ -118,7 +123,7 @@ def _ask(client: httpx.Client, model: str, question: Question, console: Console)
 
 
 def _table(replies: list[tuple[Question, Reply]]) -> Table:
-    table = Table(title="What each hop did", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(title="What each hop did", box=box.SIMPLE_HEAD, padding=(0, 0), min_width=72)
     table.add_column("image", no_wrap=True)
     for name in ("encode\nms", "rows", "blocks", "bytes", "grant\nrounds", "first token\nms", "tokens", "tokens/s"):
         table.add_column(name, justify="right", no_wrap=True)

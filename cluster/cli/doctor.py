@@ -8,7 +8,6 @@ import os
 import platform
 import shutil
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -45,7 +44,9 @@ class Finding:
 
 def add_to(commands: Any, ray_address: str | None) -> None:
     parser = commands.add_parser("doctor", help="check machine, versions, port and model folder", description=__doc__)
-    parser.add_argument("--model", default=str(MODEL_DIR), metavar="DIR", help="a checkpoint folder (default: the demo's)")
+    parser.add_argument(
+        "--model", default=str(MODEL_DIR), metavar="DIR", help="a checkpoint folder (default: the demo's)"
+    )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, metavar="INT")
     parser.set_defaults(run=run, ray_address=ray_address)
@@ -76,17 +77,17 @@ def findings(model: str, host: str, port: int) -> Iterator[Finding]:
 
 
 def _python() -> Finding:
-    version = platform.python_version()
-    if sys.version_info < (3, 11):
-        return Finding(verdict="bad", what=f"Python {version}", advice="use Python 3.11 or later")
-    return Finding(verdict="ok", what=f"Python {version} on {platform.system()} {platform.machine()}")
+    what = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
+    return Finding(verdict="ok", what=what)
 
 
 def _package(name: str) -> Finding:
     try:
         return Finding(verdict="ok", what=f"{name} {metadata.version(name)}")
     except metadata.PackageNotFoundError:
-        return Finding(verdict="bad", what=f"{name} is not installed", advice="run `pip install -c constraints.txt -e .`")
+        return Finding(
+            verdict="bad", what=f"{name} is not installed", advice="run `pip install -c constraints.txt -e .`"
+        )
 
 
 def _machine() -> Finding:
@@ -99,9 +100,13 @@ def _machine() -> Finding:
 
 def _accelerator() -> Finding:
     if not torch.cuda.is_available():
-        return Finding(verdict="note", what="no CUDA device", advice="models run on the CPU; see README for GPU builds of torch")
+        return Finding(
+            verdict="note", what="no CUDA device", advice="models run on the CPU; see README for GPU builds of torch"
+        )
     if importlib.util.find_spec("triton") is None:
-        return Finding(verdict="note", what="CUDA without triton", advice="install the gpu extra: pip install -e '.[gpu]'")
+        return Finding(
+            verdict="note", what="CUDA without triton", advice="install the gpu extra: pip install -e '.[gpu]'"
+        )
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     return Finding(verdict="ok", what=f"CUDA {torch.version.cuda}: {names}")
 
@@ -124,7 +129,9 @@ def _port(host: str, port: int) -> Finding:
             probe.bind((host, port))
         except OSError as error:
             return Finding(
-                verdict="bad", what=f"cannot listen on {host}:{port}: {error.strerror or error}", advice="use another --port"
+                verdict="bad",
+                what=f"cannot listen on {host}:{port}: {error.strerror or error}",
+                advice="use another --port",
             )
     return Finding(verdict="ok", what=f"{host}:{port} is free")
 
@@ -140,7 +147,9 @@ def _model(path: str) -> Iterator[Finding]:
         try:
             value = step()
         except (ClusterError, EmbedError, EngineError, TransferError, OSError) as error:
-            yield Finding(verdict="bad", what=f"{path}: {name}: {error}", advice="point --model at a complete checkpoint")
+            yield Finding(
+                verdict="bad", what=f"{path}: {name}: {error}", advice="point --model at a complete checkpoint"
+            )
             return
         if isinstance(value, Checkpoint):
             checkpoint = value

@@ -37,7 +37,9 @@ def add_flags(parser: argparse.ArgumentParser, flags: dict[str, tuple[tuple[str,
 
 
 def add_key_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--api-key", action="append", default=[], metavar="KEY", help="ask clients for this key (repeatable)")
+    parser.add_argument(
+        "--api-key", action="append", default=[], metavar="KEY", help="ask clients for this key (repeatable)"
+    )
     parser.add_argument("--api-key-file", metavar="FILE", help="the same, one key per line")
 
 

@@ -16,7 +16,9 @@ def add_to(commands: Any, ray_address: str | None) -> None:
     parser.add_argument("--model", metavar="DIR", required=True, help="a Hugging Face checkpoint folder")
     parser.add_argument("--config", metavar="FILE", help="YAML; flags override it")
     parser.add_argument("--prompt", required=True, help="the user's text ('-': read it from standard input)")
-    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="an image before the text (repeatable)")
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="an image before the text (repeatable)"
+    )
     parser.add_argument("--raw", action="store_true", help="complete the text as it is, without the chat template")
     parser.add_argument("--max-tokens", type=int, default=256, metavar="INT")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="FLOAT", help="0 (default) is greedy")

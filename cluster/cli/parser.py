@@ -13,7 +13,9 @@ def build_parser(*, ray_address: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tandem", description="Serve multimodal models from a cluster whose two halves scale apart."
     )
-    parser.add_argument("--log-level", default="WARNING", metavar="LEVEL", help="DEBUG, INFO, WARNING (default) or ERROR")
+    parser.add_argument(
+        "--log-level", default="WARNING", metavar="LEVEL", help="DEBUG, INFO, WARNING (default) or ERROR"
+    )
     commands: Any = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in (serve, demo, generate, doctor):
         command.add_to(commands, ray_address)

@@ -16,7 +16,9 @@ def add_to(commands: Any, ray_address: str | None) -> None:
     parser = commands.add_parser("serve", help="serve a model behind an OpenAI-compatible API", description=__doc__)
     parser.add_argument("--model", metavar="DIR", help="a Hugging Face checkpoint folder")
     parser.add_argument("--config", metavar="FILE", help="YAML; flags override it")
-    parser.add_argument("--ray-address", default=ray_address, metavar="ADDRESS", help="join this Ray (default: start one)")
+    parser.add_argument(
+        "--ray-address", default=ray_address, metavar="ADDRESS", help="join this Ray (default: start one)"
+    )
     add_flags(parser, SERVE_FLAGS)
     add_flags(parser, MODEL_FLAGS)
     add_key_flags(parser)
@@ -28,9 +30,7 @@ def run(options: argparse.Namespace) -> int:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    with RayCluster(
-        config, ray_address=options.ray_address, log_level=options.log_level, on_status=_say
-    ) as cluster:
+    with RayCluster(config, ray_address=options.ray_address, log_level=options.log_level, on_status=_say) as cluster:
         if not stop.is_set():
             _say(f"ready: {cluster.url}/v1/chat/completions (Ctrl-C drains and stops)")
         stop.wait()
