@@ -7,10 +7,11 @@ to say why. Everything here runs on the service's I/O thread but `start` and `ca
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any, Protocol
 
-from cluster.directory import WorkerDirectory
+from cluster.directory import WorkerAddress, WorkerDirectory
 from cluster.errors import NoWorker
 from cluster.served import RequestStats, ServedRequest
 from language_worker.api import TokenChunk
@@ -20,6 +21,8 @@ from transfer.service import Service
 from transfer.ticket import Ticket
 
 STREAM_CODES = frozenset({"StreamAborted", "MediaFailed", "StreamTimeout", "TicketRejected"})
+LOST_CODES = frozenset({"PeerLost", "EngineStopped", "EndpointClosed", "StreamTimeout", "EmbedStopped"})
+LEG_OF_CODE = {"EngineStopped": "generate", "EmbedStopped": "embed"}  # a broken stream tells them to the other leg too
 
 
 class AttemptOwner(Protocol):
@@ -51,7 +54,10 @@ class Attempt:
         self._owner = owner
         self._timeout_ms = max(1, int(timeout_s * 1e3))
         self._names = {"generate": language} | ({"embed": embedding} if embedding else {})
+        self._lock = threading.Lock()
         self._calls: dict[str, OutgoingCall] = {}
+        self._is_cancelled = False
+        self._is_abandoned = False
         self._ends: dict[str, dict[str, Any]] = {}
         self._failures: dict[str, RemoteFailure] = {}
         self._num_prompt_tokens = 0
@@ -60,7 +66,9 @@ class Attempt:
         self._logits: list[Any] = []
 
     def start(self) -> None:
-        """Make the calls. Raises EndpointClosed, or NoWorker when a worker has just gone."""
+        """Make the calls. Raises NoWorker when a worker has just gone, or TransferError when one cannot be called; the
+        owner then hears nothing of this attempt.
+        """
         workers = {leg: self._directory.get(name) for leg, name in self._names.items()}
         language = workers["generate"]
         if language is None or None in workers.values():
@@ -78,19 +86,36 @@ class Attempt:
         }
         for leg, worker in workers.items():
             assert worker is not None
-            self._directory.add_running(worker.name, 1)
-            self._calls[leg] = self._service.call(
-                self._directory.connection(worker),
-                leg,
-                bodies[leg],
-                self._request.media if leg == "embed" else (),
-                on_part=self._on_part if leg == "generate" else None,
-                on_end=lambda body, failure, leg=leg: self._on_leg_end(leg, body, failure),  # type: ignore[misc]
-            )
+            self._begin(leg, worker, bodies[leg])
 
     def cancel(self) -> None:
         """Cancel what still runs; each leg then ends with Cancelled."""
-        for call in list(self._calls.values()):
+        with self._lock:
+            self._is_cancelled = True
+            calls = list(self._calls.values())
+        for call in calls:
+            call.cancel()
+
+    def _begin(self, leg: str, worker: WorkerAddress, body: dict[str, Any]) -> None:
+        self._directory.add_running(worker.name, 1)
+        try:
+            call = self._service.call(
+                self._directory.connection(worker),
+                leg,
+                body,
+                self._request.media if leg == "embed" else (),
+                on_part=self._on_part if leg == "generate" else None,
+                on_end=lambda body, failure: self._on_leg_end(leg, body, failure),
+            )
+        except BaseException:
+            self._directory.add_running(worker.name, -1)
+            self._is_abandoned = True
+            self.cancel()
+            raise
+        with self._lock:
+            self._calls[leg] = call
+            is_cancelled = self._is_cancelled
+        if is_cancelled:  # while the call was being made
             call.cancel()
 
     def _generate_body(self, ticket: dict[str, Any] | None) -> dict[str, Any]:
@@ -106,6 +131,8 @@ class Attempt:
         }
 
     def _on_part(self, body: dict[str, Any], frames: list[memoryview]) -> None:
+        if self._is_abandoned:
+            return
         if "logits_shape" in body:
             self._logits.append((body, frames[0]))
             return
@@ -116,19 +143,30 @@ class Attempt:
 
     def _on_leg_end(self, leg: str, body: dict[str, Any] | None, failure: RemoteFailure | None) -> None:
         self._directory.add_running(self._names[leg], -1)
-        if failure is not None:
-            self._failures[leg] = failure
-            if failure.code not in STREAM_CODES:
-                self.cancel()
-        else:
+        if failure is None:
             self._ends[leg] = body or {}
-        if len(self._ends) + len(self._failures) < len(self._names):
-            return
-        if self._failures:
-            leg = min(self._failures, key=lambda name: _blame(self._failures[name]))
-            self._owner.on_failure(self._names[leg], self._failures[leg])
         else:
+            self._failures[leg] = failure
+            has_all_rows = leg == "embed" and self._ttft_ms is not None
+            if failure.code not in STREAM_CODES and not has_all_rows:
+                self.cancel()
+        if self._is_abandoned or len(self._ends) + len(self._failures) < len(self._names):
+            return
+        if "generate" in self._ends:
             self._owner.on_end(self._stats())
+        else:
+            leg = min((name for name in self._names if name in self._failures), key=self._blame)
+            culprit = LEG_OF_CODE.get(self._failures[leg].code, leg)
+            self._owner.on_failure(self._names.get(culprit, self._names[leg]), self._failures[leg])
+
+    def _blame(self, leg: str) -> int:
+        """Order of the failures by how much they say about the cause."""
+        code = self._failures[leg].code
+        if code == "Cancelled":
+            return 3
+        if code in STREAM_CODES:
+            return 1 if code in LOST_CODES else 2
+        return 0
 
     def _stats(self) -> RequestStats:
         generated, embedded = self._ends["generate"], self._ends.get("embed", {})
@@ -147,10 +185,3 @@ class Attempt:
             num_generated_tokens=generated["num_generated_tokens"],
             hops=hops,
         )
-
-
-def _blame(failure: RemoteFailure) -> int:
-    """Order of failures by how much they say about the cause."""
-    if failure.code == "Cancelled":
-        return 2
-    return 1 if failure.code in STREAM_CODES else 0

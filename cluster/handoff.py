@@ -14,21 +14,18 @@ from collections.abc import Sequence
 
 import xxhash
 
-from cluster.attempt import Attempt
+from cluster.attempt import LOST_CODES, Attempt
 from cluster.directory import WorkerDirectory
 from cluster.errors import NoWorker, RequestTimeout, WorkerLost
 from cluster.router import choose_embedding, choose_language
 from cluster.served import RequestStats, RunningRequest, ServedRequest, Sink
 from language_worker.api import TokenChunk
-from transfer.errors import EndpointClosed, RemoteFailure
+from transfer.errors import RemoteFailure, TransferError
 from transfer.service import Service
 
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
-LOST_CODES = frozenset(
-    {"PeerLost", "EngineStopped", "EndpointClosed", "StreamTimeout", "EmbedStopped", "WorkerStopped"}
-)
 
 
 class Handoff:
@@ -39,7 +36,9 @@ class Handoff:
         self._directory = directory
 
     def submit(self, request: ServedRequest, sink: Sink) -> RunningRequest:
-        """Start a request. Raises NoWorker at once when no live worker can take it."""
+        """Start a request. Raises NoWorker at once when no live worker can take it, RequestTimeout when it has no time
+        left, TransferError when the chosen worker cannot be called (EndpointClosed: the service is closed).
+        """
         run = _Run(self._service, self._directory, request, sink)
         run.start()
         return run
@@ -62,7 +61,7 @@ class _Run:
         self._cancelled = False
 
     def start(self) -> None:
-        """Choose workers and begin an attempt. Raises NoWorker or EndpointClosed."""
+        """Choose workers and begin an attempt. Raises NoWorker, RequestTimeout or TransferError."""
         views = self._directory.views()
         language = choose_language(views, self._excluded)
         embedding = (
@@ -98,9 +97,14 @@ class _Run:
 
     def on_failure(self, worker: str, failure: RemoteFailure) -> None:
         """The attempt is over; another worker may take the request while no token has left."""
-        is_lost = failure.code in LOST_CODES
-        if not is_lost or self._cancelled or self._delivered or self._num_attempts >= MAX_ATTEMPTS:
-            self._sink.on_error(failure if not is_lost or self._cancelled else _lost(worker, failure, self._delivered))
+        if failure.code not in LOST_CODES:
+            self._sink.on_error(failure)
+            return
+        if self._cancelled:
+            self._sink.on_error(RemoteFailure("Cancelled", "the caller cancelled the request"))
+            return
+        if self._delivered or self._num_attempts >= MAX_ATTEMPTS:
+            self._sink.on_error(_lost(worker, failure, self._delivered))
             return
         logger.warning("request %s: worker %s was lost, trying another", self._request.request_id, worker)
         self._excluded.add(worker)
@@ -108,7 +112,7 @@ class _Run:
             self.start()
         except NoWorker:
             self._sink.on_error(_lost(worker, failure, False))
-        except (EndpointClosed, RequestTimeout) as error:
+        except (TransferError, RequestTimeout) as error:
             self._sink.on_error(error)
 
 
