@@ -2,7 +2,8 @@
 
 Calls "generate" and, for a request with media, "embed" at the same moment with the same ticket; gathers the outcome of
 both. When one leg fails the other is cancelled; a leg that only reports that its stream broke waits for the other leg
-to say why. Everything here runs on the service's I/O thread but `start` and `cancel`.
+to say why; once the answer is complete, what became of the embed call does not matter. Everything here runs on the
+service's I/O thread but `start` and `cancel`.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Attempt:
         self._owner = owner
         self._timeout_ms = max(1, int(timeout_s * 1e3))
         self._names = {"generate": language} | ({"embed": embedding} if embedding else {})
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # guards the next two: start, cancel and ends meet on different threads
         self._calls: dict[str, OutgoingCall] = {}
         self._is_cancelled = False
         self._is_abandoned = False
@@ -145,6 +146,8 @@ class Attempt:
         self._directory.add_running(self._names[leg], -1)
         if failure is None:
             self._ends[leg] = body or {}
+            if leg == "generate":
+                self.cancel()  # the embed call's end is on its way, or will never come: the answer is complete anyway
         else:
             self._failures[leg] = failure
             has_all_rows = leg == "embed" and self._ttft_ms is not None

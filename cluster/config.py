@@ -9,6 +9,7 @@ components filled in.
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ import yaml
 from cluster.errors import ConfigError
 from embedding_worker.config import EmbedConfig
 from embedding_worker.errors import EmbedError
-from language_worker.config import EngineConfig
+from language_worker.config import DTypeName, EngineConfig
 from language_worker.errors import EngineError
 from transfer.config import TransferConfig
 from transfer.errors import TransferError
@@ -36,9 +37,13 @@ class ModelConfig:
 
     path: str = ""
     served_model_name: str = ""
-    dtype: str = "auto"
+    dtype: DTypeName = "auto"
     device: str = "auto"
     max_model_len: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_model_len < 0:
+            raise ConfigError(f"model.max_model_len is {self.max_model_len}; use 0 (the checkpoint's) or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,8 +68,10 @@ class GatewayConfig:
         for name in ("max_images_per_request", "max_body_bytes", "max_image_bytes", "max_prompt_chars"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"gateway.{name} is {getattr(self, name)}; use at least 1")
-        if self.request_timeout_s <= 0 or self.max_concurrent_requests < 1:
-            raise ConfigError("gateway.request_timeout_s and gateway.max_concurrent_requests must be positive")
+        if not 0 < self.request_timeout_s < math.inf or self.max_concurrent_requests < 1:
+            raise ConfigError(
+                "gateway.request_timeout_s and gateway.max_concurrent_requests must be positive, and finite"
+            )
         if any(not key for key in self.api_keys):
             raise ConfigError("gateway.api_keys holds an empty key, which would let everyone in; remove it")
 
@@ -90,8 +97,13 @@ class WorkersConfig:
                 raise ConfigError(
                     f"workers.{name} is {getattr(self, name)}; at least one worker of each kind is needed"
                 )
-        if self.num_cpus < 0 or self.health_timeout_s <= 0 or self.start_timeout_s <= 0:
-            raise ConfigError("workers.num_cpus must not be negative; its timeouts must be positive")
+        for name in ("health_timeout_s", "start_timeout_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"workers.{name} is {getattr(self, name)}; use a positive, finite number of seconds")
+        if not 0 <= self.num_cpus < math.inf or not (self.num_gpus == -1 or 0 <= self.num_gpus < math.inf):
+            raise ConfigError(
+                "workers.num_cpus must not be negative; workers.num_gpus may be -1 for one where there is CUDA"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,12 +161,16 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
 
     Raises ConfigError that names the file, the key and what is wrong with it.
     """
-    tree: dict[str, Any] = {} if path is None else _read_yaml(Path(path))
+    tree: dict[str, Any] = {}
+    if path is not None:
+        tree = _read_yaml(Path(path))
+        try:
+            build_config(tree)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
     for dotted, value in (overrides or {}).items():
         section, _, name = dotted.partition(".")
-        if not isinstance(tree.setdefault(section, {}), dict):
-            raise ConfigError(f"{section} must be a map, not {tree[section]!r}")
-        tree[section][name] = value
+        tree[section] = {**(tree.get(section) or {}), name: value}
     return build_config(tree)
 
 
@@ -221,7 +237,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if tree is None:
         return {}

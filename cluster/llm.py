@@ -144,7 +144,7 @@ class _Flight:
     def __exit__(self, *_: object) -> None:
         for running in self._running.values():
             running.cancel()
-        while self._running:  # their resources are back when the last one has said so
+        while self._running:  # every sink has then heard its end; the workers free what was cancelled within a step
             i, event = self._queue.get()
             if not isinstance(event, TokenChunk):
                 del self._running[i]

@@ -14,7 +14,7 @@ from cluster.handoff import Handoff
 from cluster.model_info import ModelInfo
 from embedding_worker.worker import EmbeddingWorker
 from language_worker.worker import LanguageWorker
-from transfer.endpoint import open_endpoint
+from transfer.endpoint import Endpoint, open_endpoint
 from transfer.service import Service
 
 
@@ -26,33 +26,32 @@ class LocalWorkers:
         self.info = ModelInfo.load(config.model.path)
         with ExitStack() as stack:
             workers = []
-            self.language = LanguageWorker(
-                config.model.path,
-                config.language,
-                config.transfer,
-                open_endpoint(f"inproc://{name}-language", config.transfer),
-            )
+            language = self._open(stack, f"{name}-language", config)
+            self.language = LanguageWorker(config.model.path, config.language, config.transfer, language)
             stack.callback(self.language.close)
             self.language.start()
             workers.append(WorkerAddress(name="language-0", kind="language", address=self.language.address))
             self.embedding: EmbeddingWorker | None = None
             if self.info.has_vision:
-                self.embedding = EmbeddingWorker(
-                    config.model.path,
-                    config.embedding,
-                    config.transfer,
-                    open_endpoint(f"inproc://{name}-embedding", config.transfer),
-                )
+                embedding = self._open(stack, f"{name}-embedding", config)
+                self.embedding = EmbeddingWorker(config.model.path, config.embedding, config.transfer, embedding)
                 stack.callback(self.embedding.close)
                 self.embedding.start()
                 workers.append(WorkerAddress(name="embedding-0", kind="embedding", address=self.embedding.address))
-            self._service = Service(open_endpoint(f"inproc://{name}-front", config.transfer), config.transfer)
+            self._service = Service(self._open(stack, f"{name}-front", config), config.transfer)
             stack.callback(self._service.close)
             self._service.start()
             directory = WorkerDirectory(self._service)
             directory.replace(workers)
             self.handoff = Handoff(self._service, directory)
             self._stack = stack.pop_all()
+
+    @staticmethod
+    def _open(stack: ExitStack, name: str, config: ClusterConfig) -> Endpoint:
+        """An in-memory endpoint that closes with `stack`, also when the worker behind it cannot be made."""
+        endpoint = open_endpoint(f"inproc://{name}", config.transfer)
+        stack.callback(endpoint.close)
+        return endpoint
 
     def stats(self) -> dict[str, dict[str, object]]:
         """Gauges and counters of each worker."""

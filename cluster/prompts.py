@@ -20,12 +20,13 @@ from language_worker.api import SamplingParams
 
 NO_TIME_LIMIT_S = 30 * 24 * 3600.0
 MAX_IMAGE_BYTES = 1 << 30
+PNG_MODES = frozenset({"1", "L", "LA", "I;16", "P", "RGB", "RGBA"})
 PROMPT_KEYS = frozenset({"prompt", "prompt_token_ids", "images"})
 
 
 def is_single_prompt(prompts: Any) -> bool:
     """Whether this is one prompt and not a list of prompts."""
-    if isinstance(prompts, (str, Mapping)):
+    if isinstance(prompts, (str, bytes, bytearray, Mapping)):  # bytes are no prompt, and no list of prompts either
         return True
     return isinstance(prompts, Sequence) and bool(prompts) and all(type(item) is int for item in prompts)
 
@@ -44,11 +45,17 @@ def request_from_prompt(
         unknown = set(prompt) - PROMPT_KEYS
         if unknown or ("prompt" in prompt) == ("prompt_token_ids" in prompt):
             raise BadRequest("a prompt map has one of `prompt` and `prompt_token_ids`, and may have `images`", "prompt")
-        images = prompt.get("images") or ()
+        images = prompt.get("images", ())
+        if isinstance(images, (str, bytes, bytearray)) or not isinstance(images, Sequence):
+            raise BadRequest(f"`images` is a list of images, not {type(images).__name__}", "images")
         prompt = prompt["prompt"] if "prompt" in prompt else prompt["prompt_token_ids"]
     if isinstance(prompt, str):
         token_ids = info.tokenizer.encode(prompt, allow_special=True, add_special_tokens=True)
-    elif isinstance(prompt, Sequence) and all(type(item) is int for item in prompt):
+    elif (
+        isinstance(prompt, Sequence)
+        and not isinstance(prompt, (bytes, bytearray))
+        and all(type(item) is int for item in prompt)
+    ):
         token_ids = list(prompt)
     else:
         raise BadRequest(f"a prompt is a string or a list of token ids, not {type(prompt).__name__}", "prompt")
@@ -59,6 +66,8 @@ def request_from_messages(
     info: ModelInfo, messages: Sequence[Mapping[str, Any]], sampling: SamplingParams, *, return_logits: bool = False
 ) -> ServedRequest:
     """Raises ChatTemplateError or BadRequest."""
+    if not isinstance(messages, (list, tuple)) or not messages or not all(isinstance(m, Mapping) for m in messages):
+        raise BadRequest("a conversation is a list of messages, each a map with a role and its content", "messages")
     if info.chat_template is None:
         raise ChatTemplateError("this model has no chat template; use generate() with a prompt", "messages")
     pieces, media = info.chat_template.render(messages, add_generation_prompt=True)
@@ -77,7 +86,7 @@ def image_bytes(image: Any) -> bytes:
         return Path(image).read_bytes()
     if hasattr(image, "save"):  # a PIL image, recognised without importing PIL
         buffer = io.BytesIO()
-        image.save(buffer, "PNG")
+        (image if image.mode in PNG_MODES else image.convert("RGB")).save(buffer, "PNG")
         return buffer.getvalue()
     raise BadRequest(f"an image is a PIL image, bytes, a path or a data URL, not {type(image).__name__}", "images")
 

@@ -128,9 +128,9 @@ def _table(replies: list[tuple[Question, Reply]]) -> Table:
     for name in ("encode\nms", "rows", "blocks", "bytes", "grant\nrounds", "first token\nms", "tokens", "tokens/s"):
         table.add_column(name, justify="right", no_wrap=True)
     for question, reply in replies:
-        hops = reply.usage["hops"]
-        encode = "cached" if hops["cache_hits"] else f"{hops['encode_ms']:.1f}"
-        figures = (hops["rows"], hops["blocks"], hops["bytes"], hops["grant_rounds"])
+        hops = reply.usage.get("hops", {})
+        encode = "cached" if hops.get("cache_hits") else f"{hops.get('encode_ms', 0.0):.1f}"
+        figures = [hops.get(name, "-") for name in ("rows", "blocks", "bytes", "grant_rounds")]
         table.add_row(
             question.image.name,
             encode,

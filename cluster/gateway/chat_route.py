@@ -19,8 +19,8 @@ from cluster.gateway.schema import ChatRequest, Message
 from cluster.gateway.serving import Job
 from cluster.gateway.state import GatewayState, new_id
 from cluster.gateway.usage import UsageCounter
-from cluster.served import RequestStats, ServedRequest
 from cluster.media import parse_image_url
+from cluster.served import RequestStats, ServedRequest
 from language_worker.api import TokenLogprob
 
 

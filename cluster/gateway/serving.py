@@ -22,8 +22,8 @@ from cluster.gateway.body import parse_json, read_body
 from cluster.gateway.events import DONE, EventStream, error_event
 from cluster.gateway.generation import MAX_BUFFERED_CHUNKS, Event, Generation
 from cluster.gateway.state import GatewayState
-from cluster.served import RequestStats, ServedRequest
 from cluster.metrics import GatewayMetrics
+from cluster.served import RequestStats, ServedRequest
 
 
 class Answer(Protocol):

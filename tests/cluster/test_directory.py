@@ -1,0 +1,113 @@
+"""The directory: which workers there are, which live, what each carries; and what a replaced worker's calls hear."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from cluster.directory import WorkerAddress, WorkerDirectory
+from tests.cluster.fake_workers import FakeWorker, Names
+from transfer.endpoint import open_endpoint
+from transfer.errors import RemoteFailure
+from transfer.service import Service
+
+WAIT_S = 20.0
+
+
+def _worker(name: str, address: str | None = None, kind: str = "language") -> WorkerAddress:
+    return WorkerAddress(name=name, kind=kind, address=address or f"inproc://{name}")  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    service = Service(open_endpoint(f"inproc://{Names.fresh('front')}"))
+    service.start()
+    yield service
+    service.close()
+
+
+@pytest.fixture
+def directory(service: Service) -> WorkerDirectory:
+    return WorkerDirectory(service)
+
+
+def _alive(directory: WorkerDirectory) -> dict[str, bool]:
+    return {view.name: view.is_alive for view in directory.views()}
+
+
+def test_views_reflect_what_was_said(directory: WorkerDirectory) -> None:
+    assert directory.views() == [] and directory.all() == [] and directory.get("a") is None
+    a, b = _worker("a"), _worker("b", kind="embedding")
+    directory.replace([a, b])
+    assert directory.all() == [a, b] and directory.get("b") == b
+    directory.add_running("a", 1)
+    directory.add_running("a", 1)
+    directory.add_running("b", 1)
+    directory.add_running("b", -1)
+    assert [(v.name, v.kind, v.num_running) for v in directory.views()] == [("a", "language", 2), ("b", "embedding", 0)]
+    assert directory.connection(a) == directory.connection(a)
+
+
+def test_verdicts_are_news_once_and_hold_for_one_incarnation(directory: WorkerDirectory) -> None:
+    old = _worker("a", "inproc://old")
+    directory.replace([old, _worker("b")])
+    assert not directory.set_alive(old, True), "it was taken to be alive"
+    assert directory.set_alive(old, False)
+    assert not directory.set_alive(old, False)
+    assert _alive(directory) == {"a": False, "b": True}
+    directory.replace([old, _worker("b")])
+    assert _alive(directory) == {"a": False, "b": True}, "the same incarnation stays dead"
+    directory.replace([new := _worker("a", "inproc://new"), _worker("b")])
+    assert _alive(directory) == {"a": True, "b": True}, "a new incarnation starts alive"
+    assert not directory.set_alive(old, False), "a late verdict about the old one is ignored"
+    assert directory.set_alive(new, False) and directory.set_alive(new, True)
+    directory.replace([])
+    directory.replace([new])
+    assert _alive(directory) == {"a": True}
+    assert not directory.set_alive(_worker("stranger"), False)
+
+
+def test_calls_to_a_replaced_worker_end_and_other_calls_go_on(service: Service, directory: WorkerDirectory) -> None:
+    with FakeWorker("language") as gone, FakeWorker("language") as stays:
+        directory.replace([gone.entry, stays.entry])
+        ends: dict[str, RemoteFailure | None] = {}
+        over = {worker.name: threading.Event() for worker in (gone, stays)}
+
+        def call(worker: FakeWorker) -> None:
+            def on_end(body: object, failure: RemoteFailure | None) -> None:
+                ends[worker.name] = failure
+                over[worker.name].set()
+
+            service.call(directory.connection(worker.entry), "generate", {}, on_end=on_end)
+
+        call(gone)
+        call(stays)
+        kept = stays.take("generate")
+        gone.take("generate")
+        directory.replace([stays.entry])
+        assert over[gone.name].wait(WAIT_S)
+        failure = ends[gone.name]
+        assert failure is not None and failure.code == "PeerLost" and "the worker was replaced" in failure.message
+        assert not over[stays.name].is_set()
+        kept.end({})
+        assert over[stays.name].wait(WAIT_S)
+        assert ends[stays.name] is None
+
+
+def test_counting_from_many_threads_loses_nothing(directory: WorkerDirectory) -> None:
+    directory.replace([_worker("a")])
+
+    def work() -> None:
+        for _ in range(500):
+            directory.add_running("a", 1)
+            directory.add_running("a", -1)
+        directory.add_running("a", 1)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert directory.views()[0].num_running == 8
