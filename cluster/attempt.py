@@ -37,13 +37,14 @@ class AttemptOwner(Protocol):
 
 
 class Attempt:
-    """Both legs of one try."""
+    """Both legs of one try. name: unlike every other attempt's, since a worker may still be ending an earlier one."""
 
     def __init__(
         self,
         service: Service,
         directory: WorkerDirectory,
         request: ServedRequest,
+        name: str,
         language: str,
         embedding: str | None,
         timeout_s: float,
@@ -52,6 +53,7 @@ class Attempt:
         self._service = service
         self._directory = directory
         self._request = request
+        self._name = name
         self._owner = owner
         self._timeout_ms = max(1, int(timeout_s * 1e3))
         self._names = {"generate": language} | ({"embed": embedding} if embedding else {})
@@ -74,7 +76,7 @@ class Attempt:
         language = workers["generate"]
         if language is None or None in workers.values():
             raise NoWorker("a worker was replaced a moment ago; try again")
-        ticket = Ticket.issue(self._request.request_id).to_body() if self._request.media else None
+        ticket = Ticket.issue(self._name).to_body() if self._request.media else None
         self._started_s = time.perf_counter()
         bodies = {
             "generate": self._generate_body(ticket),
@@ -122,7 +124,7 @@ class Attempt:
     def _generate_body(self, ticket: dict[str, Any] | None) -> dict[str, Any]:
         request = self._request
         return {
-            "request_id": request.request_id,
+            "request_id": self._name,
             "prompt_token_ids": list(request.prompt_token_ids),
             "num_media": len(request.media),
             "sampling": request.sampling.to_body(),

@@ -70,9 +70,11 @@ class _Run:
         left_s = self._deadline - time.monotonic()
         if left_s <= 0:
             raise RequestTimeout("the request's deadline passed before a worker could take it")
-        attempt = Attempt(self._service, self._directory, self._request, language, embedding, left_s, self)
+        request, number = self._request, self._num_attempts + 1
+        name = request.request_id if number == 1 else f"{request.request_id}.{number}"
+        attempt = Attempt(self._service, self._directory, request, name, language, embedding, left_s, self)
         with self._lock:
-            self._num_attempts += 1
+            self._num_attempts = number
             self._attempt = attempt
             is_cancelled = self._cancelled
         attempt.start()

@@ -68,7 +68,7 @@ def build_engine(
         max_prefill_chunk=config.max_prefill_chunk,
     )
     return Engine(
-        runner=ModelRunner(model, cache, device),
+        runner=ModelRunner(model, cache, device, config.num_threads),
         scheduler=scheduler,
         tokenizer=Tokenizer(model_path),
         limits=EngineLimits(

@@ -5,6 +5,7 @@ several owners (shared prefixes); it returns to the free list when the last one 
 nothing: a refused one raises a typed error and changes nothing.
 """
 
+import heapq
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
 
@@ -14,13 +15,17 @@ Owner = Hashable
 
 
 class PagePool:
-    """`num_pages` pages, ids 0..num_pages-1; most recently freed pages are reused first (they are warm)."""
+    """`num_pages` pages, ids 0..num_pages-1; the lowest free ids go first.
+
+    So a lone sequence's pages are neighbours however earlier ones ended, and attention reads them in place: taking the
+    most recently freed instead made every layer of every step gather its keys and values.
+    """
 
     def __init__(self, num_pages: int) -> None:
         if num_pages < 1:
             raise PageError(f"a page pool needs at least one page, not {num_pages}")
         self.num_pages = num_pages
-        self._free = list(range(num_pages - 1, -1, -1))
+        self._free = list(range(num_pages))  # a heap
         self._refcount = [0] * num_pages
         self._held: dict[Owner, list[int]] = defaultdict(list)
 
@@ -46,8 +51,7 @@ class PagePool:
             )
         if count == 0:
             return []
-        pages = self._free[-count:][::-1]
-        del self._free[-count:]
+        pages = [heapq.heappop(self._free) for _ in range(count)]
         for page in pages:
             self._refcount[page] = 1
         self._held[owner].extend(pages)
@@ -69,7 +73,7 @@ class PagePool:
     def release(self, owner: Owner) -> int:
         """Give back all pages of `owner`; returns how many became free. An owner without pages releases none."""
         freed = 0
-        for page in reversed(self._held.pop(owner, [])):
+        for page in self._held.pop(owner, []):
             freed += self._drop(page)
         return freed
 
@@ -91,7 +95,7 @@ class PagePool:
         self._refcount[page] -= 1
         if self._refcount[page]:
             return 0
-        self._free.append(page)
+        heapq.heappush(self._free, page)
         return 1
 
     def check_invariants(self) -> None:

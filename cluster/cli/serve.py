@@ -28,14 +28,19 @@ def add_to(commands: Any, ray_address: str | None) -> None:
 def run(options: argparse.Namespace) -> int:
     config = config_from(options)
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    _stop_on_signals(stop)
     with RayCluster(config, ray_address=options.ray_address, log_level=options.log_level, on_status=_say) as cluster:
+        _stop_on_signals(stop)  # again: Ray has put its own SIGTERM handler in place of ours
         if not stop.is_set():
             _say(f"ready: {cluster.url}/v1/chat/completions (Ctrl-C drains and stops)")
         stop.wait()
         _say("draining")
     return 0
+
+
+def _stop_on_signals(stop: threading.Event) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
 
 
 def _say(text: str) -> None:

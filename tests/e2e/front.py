@@ -58,7 +58,10 @@ class Gathered:
         """float32 [prompt positions, vocabulary] of a finished request that asked for them."""
         parts = self.finish().hops["logits"]
         return torch.cat(
-            [torch.frombuffer(bytearray(frame), dtype=torch.float32).view(body["logits_shape"]) for body, frame in parts]
+            [
+                torch.frombuffer(bytearray(frame), dtype=torch.float32).view(body["logits_shape"])
+                for body, frame in parts
+            ]
         )
 
 

@@ -89,6 +89,7 @@ def _reference_ids(asked: list[Asked], tokenizer: Any) -> list[list[int]]:
     """Greedy ids of `transformers` in float32, end token included; batched over prompts of equal length only, so that
     nothing is padded.
     """
+    torch.set_num_threads(1)
     model, processor = reference(MODEL_DIR), reference_processor(MODEL_DIR)
     prompts: dict[int, list[tuple[int, list[int], Any]]] = defaultdict(list)
     for i, item in enumerate(asked):

@@ -265,7 +265,7 @@ def _url(url: str) -> dict[str, Any]:
 
 BAD: dict[str, tuple[Callable[[], Any], int, str, str]] = {  # name -> body, status, code, what the message names
     "broken image": (lambda: chat_body("?", b"not an image at all"), 400, "invalid_image", "image 0"),
-    "empty image": (lambda: chat_body("?", b""), 400, "invalid_image_url", "empty"),
+    "empty image": (lambda: chat_body("?", b""), 400, "invalid_image_url", "no data"),
     "truncated PNG": (lambda: chat_body("?", _real()[:-700]), 400, "invalid_image", "truncated or corrupt"),
     "second of two broken": (lambda: chat_body("?", _real(), b"\x89PNG\r\n\x1a\n"), 400, "invalid_image", "image 1"),
     "3x2000 pixels": (lambda: chat_body("?", png(random_image(3, 2000))), 400, "invalid_image_aspect", "3x2000"),

@@ -1,4 +1,4 @@
-"""A worker in a process of its own: opens and closes workers as JSON lines on standard input ask, and answers each line.
+"""A worker in a process of its own: opens and closes workers as JSON lines on standard input ask; answers each line.
 
     python -m tests.e2e.worker_process embedding|language
     {"do": "open", "model": DIR, "address": "ipc://...", "curve": false, "transfer": {...}, "config": {...}}

@@ -1,0 +1,175 @@
+"""The command line as its users start it: `python -m cluster ...` in processes of its own."""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from cluster.demo import MODEL_DIR, MODEL_NAME, questions
+from tests.e2e.serving import Serving, ask_demo_question, long_body
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 120.0
+COMMAND = (sys.executable, "-m", "cluster")
+
+
+def _run(*arguments: str, cwd: Path = ROOT, text: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *arguments], cwd=cwd, input=text, capture_output=True, text=True, timeout=TIMEOUT_S
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_doctor_finds_the_demo_model_ready() -> None:
+    result = _run("doctor", "--port", str(_free_port()))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "ready to serve" in result.stdout
+    assert f"torch {__import__('torch').__version__}" in result.stdout
+
+
+def test_doctor_says_what_is_wrong_with_a_model_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    result = _run("doctor", "--port", str(_free_port()), "--model", str(tmp_path))
+    assert result.returncode == 1
+    bad = [line for line in result.stdout.splitlines() if line.strip().startswith("bad")]
+    assert len(bad) == 1 and "weights" in bad[0], result.stdout
+    assert "something must be repaired first" in result.stdout
+
+
+def test_doctor_reports_a_taken_port() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        result = _run("doctor", "--port", str(taken.getsockname()[1]))
+    assert result.returncode == 1
+    assert re.search(r"bad\s+cannot listen on 127\.0\.0\.1:", result.stdout), result.stdout
+
+
+@pytest.mark.parametrize("index", [0, -2])
+def test_generate_answers_about_an_image(index: int) -> None:
+    question = questions()[index]
+    arguments = ("generate", "--model", str(MODEL_DIR), "--dtype", "float32", "--image", str(question.image))
+    result = _run(*arguments, "--prompt", "-", text=question.text)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == question.answer + "\n"
+
+
+def test_generate_on_a_broken_image_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "no.png").write_bytes(b"no picture")
+    result = _run("generate", "--model", str(MODEL_DIR), "--image", str(tmp_path / "no.png"), "--prompt", "?")
+    _assert_one_line(result, "image")
+
+
+# -- serve ------------------------------------------------------------------------------------------------------------
+
+
+def _assert_one_line(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Exit code 2 and one line that tells what is wrong; before it only what serve says of its progress."""
+    assert result.returncode == 2, (result.returncode, result.stdout, result.stderr)
+    *before, last = result.stderr.strip().splitlines()
+    assert last.startswith("tandem: ") and all(word in last for word in words), result.stderr
+    assert all(_is_progress(line) for line in before), result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def _is_progress(line: str) -> bool:
+    return line.startswith(("starting Ray", "loading ")) or "Token authentication is enabled" in line
+
+
+def test_serve_refuses_an_unknown_setting(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(f"model: {{path: {MODEL_DIR}}}\nlanguage: {{page_sise: 3}}\n")
+    _assert_one_line(_run("serve", "--config", str(tmp_path / "c.yaml")), "language.page_sise", "page_size")
+
+
+def test_serve_refuses_a_missing_folder(tmp_path: Path) -> None:
+    _assert_one_line(_run("serve", "--model", str(tmp_path / "nowhere")), "nowhere")
+
+
+@pytest.mark.ray
+def test_serve_refuses_a_taken_port(ray_token: None) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        _assert_one_line(_run("serve", "--model", str(MODEL_DIR), "--port", port), f"127.0.0.1:{port}", "--port")
+
+
+class Served:
+    """A `serve` process, its lines as they come, and where it listens."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            [*COMMAND, "serve", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        self.lines: queue.Queue[str | None] = queue.Queue()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+        self.url = self.await_line(r"ready: (http://[^/]+)/")
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.put(line)
+        self.lines.put(None)
+
+    def await_line(self, pattern: str) -> str:
+        """What the pattern's group matches in the first line that has it."""
+        seen = []
+        while (line := self.lines.get(timeout=TIMEOUT_S)) is not None:
+            seen.append(line)
+            if match := re.search(pattern, line):
+                return match.group(match.lastindex or 0)
+        raise AssertionError(f"serve ended with {self.process.wait()} without {pattern!r}: {seen}")
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self._reader.join()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+
+@contextmanager
+def _served(*arguments: str) -> Iterator[Served]:
+    served = Served(*arguments)
+    try:
+        yield served
+    finally:
+        served.close()
+
+
+@pytest.mark.ray
+def test_serve_answers_and_drains_at_sigterm(ray_token: None, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("workers: {num_cpus: 0.25}\ngateway: {port: 1}\n")
+    (tmp_path / "keys").write_text("secret\n")
+    arguments = ("--config", str(tmp_path / "c.yaml"), "--model", str(MODEL_DIR), "--served-model-name", MODEL_NAME)
+    with _served(*arguments, "--port", "0", "--api-key-file", str(tmp_path / "keys")) as served, Serving(served.url) as serving:
+        assert httpx.get(served.url + "/v1/models").status_code == 401
+        serving.client.headers["authorization"] = "Bearer secret"
+        ask_demo_question(serving)
+        with serving.events(long_body("Tell me more.", 1000)) as events:
+            first = [next(events) for _ in range(5)]
+            assert all('"finish_reason":null' in event for event in first)
+            os.kill(served.process.pid, signal.SIGTERM)
+            served.await_line("draining")
+            rest = list(events)
+        assert rest[-1] == "[DONE]"
+        assert any('"finish_reason":"length"' in event for event in rest), rest[-3:]
+        assert not any('"error"' in event for event in rest)
+        assert served.process.wait(TIMEOUT_S) == 0
+        with pytest.raises(httpx.TransportError):
+            httpx.get(served.url + "/health")

@@ -1,0 +1,193 @@
+"""Workers that die or hang under load: every answer is right or a clean error, and the cluster heals.
+
+A worker is stopped (SIGSTOP) before it is killed where a test needs requests that it cannot have answered.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.actors import WorkerHealth
+from cluster.launch import RayCluster
+from tests.e2e.serving import Serving, Streamed, ask_demo_question, chat_body, eventually, long_body, png
+from tests.tiny_models import random_image
+
+pytestmark = pytest.mark.ray
+
+HEALED_S = 60.0
+NUM_STREAMS = 12
+NUM_TOKENS = 200
+CLEAN_CODES = {"worker_lost", "no_worker"}
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(48) as pool:
+        yield pool
+
+
+@pytest.fixture(autouse=True)
+def _healthy(wide_serving: Serving) -> Iterator[None]:
+    """Every test starts and ends with four workers that answer and hold nothing."""
+    _await_up(wide_serving)
+    yield
+    _await_up(wide_serving)
+    wide_serving.await_empty_ledger()
+    ask_demo_question(wide_serving)
+
+
+def _await_up(serving: Serving) -> None:
+    def are_up() -> bool:
+        figures = serving.metrics()
+        return len(figures) == 4 and all(values["worker_up"] for values in figures.values())
+
+    eventually(are_up, "not all workers came back", HEALED_S)
+
+
+def _is_running(pid: int) -> bool:
+    """There is such a process, and it is more than a zombie."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
+
+
+def _kill(worker: WorkerHealth) -> None:
+    assert _is_running(worker.pid)
+    os.kill(worker.pid, signal.SIGKILL)
+    eventually(lambda: not _is_running(worker.pid), f"process {worker.pid} did not die")
+
+
+@contextmanager
+def _stopped(worker: WorkerHealth) -> Iterator[None]:
+    """SIGSTOP; goes on at the end if it is still there."""
+    os.kill(worker.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        if _is_running(worker.pid):
+            os.kill(worker.pid, signal.SIGCONT)
+
+
+def _await_new_process(cluster: RayCluster, old: WorkerHealth) -> None:
+    name = old.address.name
+    eventually(lambda: cluster.workers[name].pid != old.pid, f"{name} was not replaced", HEALED_S)
+    assert _is_running(cluster.workers[name].pid)
+
+
+def _await_used(serving: Serving, name: str, pool: ThreadPoolExecutor, body: Callable[[int], Any], figure: str) -> None:
+    """Requests are handed to the worker's new process, whose counters began at 0."""
+    seeds = iter(range(1_000_000))
+
+    def is_used() -> bool:
+        for future in [pool.submit(serving.ask, body(next(seeds))) for _ in range(8)]:
+            future.result()
+        return serving.metrics()[name].get(figure, 0) > 0
+
+    eventually(is_used, f"{name} is back but not used", HEALED_S)
+
+
+def _picture(seed: int) -> bytes:
+    """A picture that no cache knows."""
+    return png(random_image(120, 90, seed=100_000 + seed))
+
+
+def _num_pending(futures: list[Future[Any]]) -> int:
+    return sum(not future.done() for future in futures)
+
+
+def test_a_language_worker_is_killed_under_load(
+    wide_cluster: RayCluster, wide_serving: Serving, pool: ThreadPoolExecutor
+) -> None:
+    bodies = [long_body(f"Tell me more. {i}", NUM_TOKENS, *([_picture(i)] if i % 2 else [])) for i in range(NUM_STREAMS)]
+    short = [chat_body(f"How many digits are there? {i}", max_tokens=4, ignore_eos=True) for i in range(8)]
+    expected = list(pool.map(wide_serving.text, bodies))
+    expected_short = list(pool.map(wide_serving.text, short))
+    assert len(set(expected)) > NUM_STREAMS // 2
+
+    begun = [threading.Event() for _ in bodies]
+    long_bodies = [{**body, "max_tokens": 1500} for body in bodies]
+    streams = [pool.submit(wide_serving.stream, b, e.set) for b, e in zip(long_bodies, begun, strict=True)]
+    for event in begun:
+        assert event.wait(30), "a stream did not begin"
+    victim = wide_cluster.workers["language-0"]
+    with _stopped(victim):
+        waiting = [pool.submit(wide_serving.text, body) for body in short]
+        eventually(lambda: _num_pending(waiting) <= len(short) // 2, "the other worker answers its share")
+        num_unanswered = _num_pending(waiting)
+        _kill(victim)
+    assert num_unanswered > 0, "no request was left waiting for the worker when it died"
+
+    assert [future.result() for future in waiting] == expected_short  # no token had left: tried again elsewhere
+    outcomes = [future.result() for future in streams]
+    for streamed, text in zip(outcomes, expected, strict=True):
+        _check_outcome(streamed, text)
+    num_broken = sum(streamed.error is not None for streamed in outcomes)
+    assert 0 < num_broken < NUM_STREAMS, "the worker that died served some of the streams, not all"
+
+    _await_new_process(wide_cluster, victim)
+    _await_up(wide_serving)
+    plain = lambda seed: chat_body(f"What number is this? {seed}", max_tokens=4)  # noqa: E731
+    _await_used(wide_serving, "language-0", pool, plain, "worker_request_success_total")
+
+
+def _check_outcome(streamed: Streamed, text: str) -> None:
+    """All of the answer and [DONE]; or its beginning, one error event of a known kind, and no [DONE]."""
+    if streamed.error is None:
+        assert streamed.is_done
+        assert streamed.finish_reasons == {0: "length"}
+        assert streamed.usage is not None and streamed.usage["completion_tokens"] == 1500
+        assert streamed.text.startswith(text)
+        return
+    assert not streamed.is_done and not streamed.finish_reasons
+    assert streamed.error["code"] in CLEAN_CODES, streamed.error
+    assert streamed.error["type"] == "service_unavailable_error"
+    shorter, longer = sorted((streamed.text, text), key=len)
+    assert shorter and longer.startswith(shorter), "tokens were wrong or came twice"
+
+
+def test_an_embedding_worker_is_killed_under_load(
+    wide_cluster: RayCluster, wide_serving: Serving, pool: ThreadPoolExecutor
+) -> None:
+    bodies = [chat_body("What number is this?", _picture(1000 + i)) for i in range(16)]
+    victim = wide_cluster.workers["embedding-0"]
+    with _stopped(victim):
+        waiting = [pool.submit(wide_serving.text, body) for body in bodies]
+        eventually(lambda: _num_pending(waiting) < len(bodies), "the other worker answers its share")
+        num_unanswered = _num_pending(waiting)
+        _kill(victim)
+    assert num_unanswered > 0, "no request was left waiting for the worker when it died"
+    answers = [future.result() for future in waiting]
+    _await_new_process(wide_cluster, victim)
+    _await_up(wide_serving)
+    assert answers == list(pool.map(wide_serving.text, bodies))
+    pictured = lambda seed: chat_body("What number is this?", _picture(50_000 + seed), max_tokens=4)  # noqa: E731
+    _await_used(wide_serving, "embedding-0", pool, pictured, "embed_items_encoded")
+
+
+def test_a_stopped_embedding_worker_is_replaced_and_hinders_nobody(
+    wide_cluster: RayCluster, wide_serving: Serving, pool: ThreadPoolExecutor
+) -> None:
+    texts = [chat_body(f"How many digits are there? {i}", max_tokens=4, ignore_eos=True) for i in range(8)]
+    pictures = [chat_body("What number is this?", _picture(2000 + i)) for i in range(16)]
+    expected = list(pool.map(wide_serving.text, texts))
+    victim = wide_cluster.workers["embedding-0"]
+    with _stopped(victim):
+        pictured = [pool.submit(wide_serving.text, body) for body in pictures]
+        assert list(pool.map(wide_serving.text, texts)) == expected
+        assert wide_cluster.workers["embedding-0"].pid == victim.pid and _is_running(victim.pid)
+        answers = [future.result() for future in pictured]  # at the other worker, at once or after a timeout
+        _await_new_process(wide_cluster, victim)
+    eventually(lambda: not _is_running(victim.pid), "the stopped process was not ended")
+    _await_up(wide_serving)
+    assert answers == list(pool.map(wide_serving.text, pictures))
