@@ -33,14 +33,17 @@ ENGINES = {"tandem": Ours, "transformers": Transformers}
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Rounds:
-    """How often each measurement is repeated, after one round that is thrown away."""
+    """How often each measurement is repeated, after one round that is thrown away. serial: single requests on one
+    thread.
+    """
 
     single: int
+    serial: int
     batch: int
 
 
-ROUNDS = {"demo": Rounds(single=40, batch=7), "100m": Rounds(single=7, batch=3)}
-QUICK_ROUNDS = {"demo": Rounds(single=5, batch=2), "100m": Rounds(single=2, batch=1)}
+ROUNDS = {"demo": Rounds(single=40, serial=20, batch=7), "100m": Rounds(single=5, serial=3, batch=2)}
+QUICK_ROUNDS = {"demo": Rounds(single=5, serial=3, batch=2), "100m": Rounds(single=2, serial=1, batch=1)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,7 +114,8 @@ def measure(case: Case) -> dict[str, Any]:
     peers: dict[str, Peer] = {name: engine(case.model, case.dtype, case.threads) for name, engine in ENGINES.items()}
     requests = case.model.requests
     try:
-        single = _alternate(peers, case.rounds.single, [[request] for request in requests])
+        count = case.rounds.single if case.with_batch else case.rounds.serial
+        single = _alternate(peers, count, [[request] for request in requests])
         batches = [list(requests[first : first + BATCH]) for first in range(0, len(requests), BATCH)]
         batch = _alternate(peers, case.rounds.batch, batches) if case.with_batch else {}
     finally:

@@ -46,9 +46,7 @@ class BenchModel:
 def load_model(name: str, cache: Path, num_requests: int) -> BenchModel:
     """`demo` or `100m`, with `num_requests` requests. Raises ValueError for another name."""
     if name == "demo":
-        return BenchModel(
-            name=name, folder=DEMO / "model", new_tokens=32, requests=_demo_requests(num_requests)
-        )
+        return BenchModel(name=name, folder=DEMO / "model", new_tokens=32, requests=_demo_requests(num_requests))
     if name == "100m":
         return BenchModel(
             name=name, folder=_random_100m(cache / "100m"), new_tokens=64, requests=_random_requests(num_requests)

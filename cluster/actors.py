@@ -42,9 +42,10 @@ class WorkerHealth:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GatewayHealth:
-    """port: where it serves, None while it does not."""
+    """port: where it serves, None before it does. is_healthy: false when it has served and does no more."""
 
     port: int | None
+    is_healthy: bool
     public_key: str | None
     pid: int
     node_id: str
@@ -118,8 +119,14 @@ class GatewayActor:
             self._server.set_workers(workers)
 
     def health(self) -> GatewayHealth:
-        port = self._server.port if self._server is not None and self._server.is_serving else None
-        return GatewayHealth(port=port, public_key=self._endpoint.public_key, pid=os.getpid(), node_id=_node_id())
+        server = self._server
+        return GatewayHealth(
+            port=None if server is None else server.port,
+            is_healthy=server is None or server.is_serving,
+            public_key=self._endpoint.public_key,
+            pid=os.getpid(),
+            node_id=_node_id(),
+        )
 
     def close(self) -> None:
         """Drain and stop."""

@@ -32,6 +32,7 @@ from transfer.service import Service
 logger = logging.getLogger(__name__)
 
 DRAIN_S = 30
+BACKLOG = 2048
 JOIN_S = DRAIN_S + 10
 
 
@@ -133,6 +134,7 @@ def _bind(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(BACKLOG)  # so that nobody is refused while uvicorn starts
     except OSError as error:
         listener.close()
         raise ConfigError(

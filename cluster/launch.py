@@ -10,7 +10,6 @@ import dataclasses
 import logging
 import os
 import shutil
-import signal
 import tempfile
 import threading
 import time
@@ -21,7 +20,7 @@ from typing import Any
 import ray
 import torch
 
-from cluster.actors import GatewayActor, WorkerActor, WorkerHealth
+from cluster.actors import GatewayActor, GatewayHealth, WorkerActor, WorkerHealth
 from cluster.config import ClusterConfig
 from cluster.directory import WorkerAddress
 from cluster.errors import ConfigError, NotReady
@@ -30,7 +29,9 @@ from cluster.model_info import ModelInfo
 logger = logging.getLogger(__name__)
 
 WATCH_INTERVAL_S = 1.0
+CALL_TIMEOUT_S = 10.0
 CLOSE_S = 45.0
+JOIN_S = 30.0
 OBJECT_STORE_BYTES = 100 * 1024 * 1024  # nothing of ours goes through the object store
 GATEWAY = "gateway"
 Status = Callable[[str], None]
@@ -56,7 +57,10 @@ class RayCluster:
         self._owns_ray = not ray.is_initialized()
         self._actors: dict[str, Any] = {}
         self._known: dict[str, WorkerHealth] = {}
+        self._pids: dict[str, int] = {}
+        self._nodes: dict[str, str] = {}
         self._restarting: set[str] = set()  # died or was ended; its next incarnation has not answered yet
+        self._told: list[WorkerAddress] | None = None  # what the gateway serves with; None: it has to start serving
         self._stopping = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="cluster-watch", daemon=True)
         self._socket_dir = tempfile.mkdtemp(prefix="tandem-")
@@ -89,7 +93,7 @@ class RayCluster:
         """Drain the gateway, end every actor, leave Ray (and end it if it was started here). Safe to repeat."""
         self._stopping.set()
         if self._watcher.is_alive() and threading.current_thread() is not self._watcher:
-            self._watcher.join()
+            self._watcher.join(JOIN_S)
         names = [GATEWAY, *(name for name in self._actors if name != GATEWAY)]
         for name in names:
             actor = self._actors.pop(name, None)
@@ -122,8 +126,14 @@ class RayCluster:
         on_status(f"loading {config.model.served_model_name} into {len(self._actors) - 1} workers")
         self._await_workers()
         self._allow_peers()
-        port = ray.get(self._actors[GATEWAY].serve.remote(config.gateway, self._addresses(), self._max_model_len()))
+        addresses = self._addresses()
+        served = self._actors[GATEWAY].serve.remote(config.gateway, addresses, self._max_model_len())
+        try:
+            port = ray.get(served, timeout=CALL_TIMEOUT_S)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None  # the gateway's own: the port is taken
         self.config = dataclasses.replace(config, gateway=dataclasses.replace(config.gateway, port=port))
+        self._told = addresses
         self._watcher.start()
         on_status(f"serving {config.model.served_model_name} at {self.url}")
 
@@ -146,6 +156,7 @@ class RayCluster:
                 health = ray.get(ref)
             except ray.exceptions.RayActorError as error:
                 raise ConfigError(f"{name} could not start: {_cause(error)}") from error
+            self._pids[name], self._nodes[name] = health.pid, health.node_id
             if isinstance(health, WorkerHealth):
                 self._known[name] = health
         if late:
@@ -163,64 +174,93 @@ class RayCluster:
 
     def _allow_peers(self) -> None:
         """Everyone may connect to everyone of this cluster (public keys only leave a process)."""
-        gateway = ray.get(self._actors[GATEWAY].health.remote())
+        gateway = ray.get(self._actors[GATEWAY].health.remote(), timeout=CALL_TIMEOUT_S)
         keys = [key for key in (gateway.public_key, *(a.public_key for a in self._addresses())) if key]
         if keys:
-            ray.get([actor.allow.remote(keys) for name, actor in self._actors.items() if name != GATEWAY])
+            skipped = (GATEWAY, *self._restarting)
+            allowed = [a.allow.remote(keys) for name, a in self._actors.items() if name not in skipped]
+            ray.get(allowed, timeout=CALL_TIMEOUT_S)
 
     # -- watching ---------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
         asked: dict[str, tuple[Any, float]] = {}
-        workers = self.config.workers
         while not self._stopping.wait(WATCH_INTERVAL_S):
-            try:
-                for name, actor in list(self._actors.items()):
-                    asked.setdefault(name, (actor.health.remote(), time.monotonic()))
-                    ref, since = asked[name]
+            for name, actor in list(self._actors.items()):
+                asked.setdefault(name, (actor.health.remote(), time.monotonic()))
+                ref, since_s = asked[name]
+                try:
                     if ray.wait([ref], timeout=0)[0]:
                         del asked[name]
-                        self._on_answer(name, ref)
-                    elif time.monotonic() - since > (
-                        workers.start_timeout_s if name in self._restarting else workers.health_timeout_s
-                    ):
+                        self._on_answer(name, ray.get(ref))
+                    elif time.monotonic() - since_s > self._patience_s(name):
+                        del asked[name]
                         self._on_silence(name)
-                        del asked[name]  # the next incarnation answers a new call
-            except ray.exceptions.RayError:
-                logger.exception("watching the cluster failed; trying again")
+                except ray.exceptions.RayError as error:  # it died with the question; Ray restarts it
+                    logger.warning("%s does not answer: %s", name, type(error).__name__)
+                    self._restarting.add(name)
+            try:
+                self._tell_gateway()
+            except ray.exceptions.RayError as error:  # told again in the next round
+                logger.warning("the gateway could not be told of its workers: %s", type(error).__name__)
 
-    def _on_answer(self, name: str, ref: Any) -> None:
-        try:
-            health = ray.get(ref)
-        except ray.exceptions.RayError as error:
-            logger.warning("%s does not answer: %s", name, type(error).__name__)
+    def _patience_s(self, name: str) -> float:
+        """How long an answer may take. Ray holds a call until a restarted actor has loaded its model."""
+        pid = self._pids.get(name)
+        if name not in self._restarting and pid is not None and self._is_here(name) and not _is_running(pid):
             self._restarting.add(name)
-            return
+        workers = self.config.workers
+        return workers.start_timeout_s if name in self._restarting else workers.health_timeout_s
+
+    def _on_answer(self, name: str, health: WorkerHealth | GatewayHealth) -> None:
         self._restarting.discard(name)
-        if name == GATEWAY:
-            if health.port is None:
-                self._actors[GATEWAY].serve.remote(self.config.gateway, self._addresses(), self._max_model_len())
-                self._allow_peers()
-            return
+        self._pids[name], self._nodes[name] = health.pid, health.node_id
         if not health.is_healthy:
             logger.error("%s reports that it failed; restarting it", name)
-            ray.kill(self._actors[name], no_restart=False)
-        elif health.address != self._known[name].address:
-            logger.warning("%s is back as process %d at %s", name, health.pid, health.address.address)
+            self._end_process(name)
+        elif isinstance(health, WorkerHealth):
+            if health.address != self._known[name].address:
+                logger.warning("%s is back as process %d at %s", name, health.pid, health.address.address)
             self._known[name] = health
-            self._allow_peers()
-            ray.get(self._actors[GATEWAY].set_workers.remote(self._addresses()), timeout=10.0)
+        elif health.port is None:
+            logger.warning("the gateway is back as process %d", health.pid)
+            self._told = None
 
     def _on_silence(self, name: str) -> None:
         """Ray keeps a stopped process for ever; end it, and Ray restarts the actor."""
         logger.error("%s has not answered for %g s; restarting it", name, self.config.workers.health_timeout_s)
+        self._end_process(name)
+
+    def _end_process(self, name: str) -> None:
         self._restarting.add(name)
-        known = self._known.get(name)
-        if known is not None and known.node_id == ray.get_runtime_context().get_node_id():
-            with suppress(ProcessLookupError):
-                os.kill(known.pid, signal.SIGKILL)
+        ray.kill(self._actors[name], no_restart=False)
+
+    def _tell_gateway(self) -> None:
+        """Bring the gateway, and every worker's list of peers, up to date; what failed is tried again later."""
+        addresses = self._addresses()
+        if addresses == self._told or GATEWAY in self._restarting:
+            return
+        self._allow_peers()
+        gateway = self._actors[GATEWAY]
+        if self._told is None:
+            serve = gateway.serve.remote(self.config.gateway, addresses, self._max_model_len())
+            ray.get(serve, timeout=CALL_TIMEOUT_S)
         else:
-            ray.kill(self._actors[name], no_restart=False)
+            ray.get(gateway.set_workers.remote(addresses), timeout=CALL_TIMEOUT_S)
+        self._told = addresses
+
+    def _is_here(self, name: str) -> bool:
+        return bool(self._nodes.get(name) == ray.get_runtime_context().get_node_id())
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _connect(config: ClusterConfig, ray_address: str | None, on_status: Status) -> None:
@@ -229,7 +269,10 @@ def _connect(config: ClusterConfig, ray_address: str | None, on_status: Status) 
     workers = config.workers
     if ray_address:
         on_status(f"connecting to Ray at {ray_address}")
-        ray.init(address=ray_address, logging_level=logging.WARNING)
+        try:
+            ray.init(address=ray_address, logging_level=logging.WARNING)
+        except ConnectionError as error:
+            raise ConfigError(f"cannot reach Ray at {ray_address}: {error}") from error
         return
     on_status("starting Ray on this machine")
     needed = (workers.embedding + workers.language) * workers.num_cpus

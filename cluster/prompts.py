@@ -75,7 +75,7 @@ def request_from_messages(
 
 
 def image_bytes(image: Any) -> bytes:
-    """Encoded bytes of one image in any accepted form. Raises BadRequest, InvalidImageUrl or OSError."""
+    """Encoded bytes of one image in any accepted form. Raises BadRequest or InvalidImageUrl."""
     if isinstance(image, Mapping) and "url" in image:  # OpenAI's {"url": ...}
         image = image["url"]
     if isinstance(image, (bytes, bytearray, memoryview)):
@@ -83,7 +83,10 @@ def image_bytes(image: Any) -> bytes:
     if isinstance(image, str) and image[:5].lower() == "data:":
         return parse_image_url(image, max_bytes=MAX_IMAGE_BYTES)
     if isinstance(image, (str, Path)):
-        return Path(image).read_bytes()
+        try:
+            return Path(image).read_bytes()
+        except OSError as error:
+            raise BadRequest(f"cannot read the image {image}: {error.strerror}", "images") from error
     if hasattr(image, "save"):  # a PIL image, recognised without importing PIL
         buffer = io.BytesIO()
         (image if image.mode in PNG_MODES else image.convert("RGB")).save(buffer, "PNG")

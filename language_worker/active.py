@@ -99,9 +99,7 @@ class ActiveRequest:
         self.samples = [self._sample(i, tokenizer, positions, max_tokens) for i in range(params.n)]
         return [sample.seq for sample in self.samples]
 
-    def _sample(
-        self, index: int, tokenizer: Tokenizer, positions: PromptPositions | None, max_tokens: int
-    ) -> Sample:
+    def _sample(self, index: int, tokenizer: Tokenizer, positions: PromptPositions | None, max_tokens: int) -> Sample:
         params = self.request.sampling
         eos_ids: SequenceOf[int] = () if params.ignore_eos else tokenizer.eos_token_ids
         seq = Sequence(

@@ -56,9 +56,7 @@ def build_engine(
         model = resolve_model(checkpoint.config()).load(checkpoint, dtype=dtype, device=device)
     size = resolve_cache(config, model.spec, dtype, device)
     model.reserve_positions(size.max_model_len)
-    cache = KVCache(
-        model.spec.kv, num_pages=size.num_pages, page_size=config.page_size, dtype=dtype, device=device
-    )
+    cache = KVCache(model.spec.kv, num_pages=size.num_pages, page_size=config.page_size, dtype=dtype, device=device)
     scheduler = Scheduler(
         pool=PagePool(size.num_pages),
         strategy=create_strategy(model.spec.decode_strategy),
@@ -138,5 +136,3 @@ def _default_bytes(config: EngineConfig, device: torch.device) -> int:
         return CPU_CACHE_BYTES
     free, _ = torch.cuda.mem_get_info(device)
     return int(free * config.gpu_memory_fraction)
-
-

@@ -154,9 +154,7 @@ class Roster:
         request = active.request
         items = tuple(MediaItem.from_body(body, i) for i, body in enumerate(bodies))
         intake.check_items(items, request.num_media, total_rows, self._model)
-        intake.check_prompt_length(
-            len(request.prompt_token_ids) + total_rows - len(items), self._limits.max_model_len
-        )
+        intake.check_prompt_length(len(request.prompt_token_ids) + total_rows - len(items), self._limits.max_model_len)
         self._budget.request(active.order, total_rows)
         active.items = items
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import base64
 import json
-import signal
-import threading
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.cli.flags import MODEL_FLAGS, SERVE_FLAGS, add_flags, config_from
+from cluster.cli.signals import StopSignal
 from cluster.demo import MODEL_DIR, MODEL_NAME, Question, questions
-from cluster.launch import RayCluster
+from cluster.errors import ClusterError
 
 REQUEST_TIMEOUT_S = 60.0
 
@@ -51,8 +50,10 @@ class Reply:
 
 def run(options: argparse.Namespace) -> int:
     """0 when every answer is right."""
+    from cluster.launch import RayCluster  # here, so that the other commands run where Ray is not installed
+
     console = Console()
-    stop = threading.Event()
+    stop = StopSignal()
     fixed: dict[str, Any] = {"model__path": str(MODEL_DIR)}
     if not options.served_model_name:
         fixed["model__served_model_name"] = MODEL_NAME
@@ -67,8 +68,6 @@ def run(options: argparse.Namespace) -> int:
         num_right = sum(reply.text == question.answer for question, reply in replies)
         console.print(f"{num_right} of {len(replies)} answers are right")
         if options.keep:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda *_: stop.set())
             console.print(f"still serving at {cluster.url} (Ctrl-C stops)")
             stop.wait()
     return 0 if num_right == len(replies) else 1
@@ -106,11 +105,13 @@ def _ask(client: httpx.Client, model: str, question: Question, console: Console)
     started_s = time.perf_counter()
     with client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != 200:
-            raise SystemExit(f"the gateway answered {response.status_code}: {response.read().decode()}")
+            raise ClusterError(f"the gateway answered {response.status_code}: {response.read().decode()}")
         for line in response.iter_lines():
             if not line.startswith("data: ") or line == "data: [DONE]":
                 continue
             event = json.loads(line.removeprefix("data: "))
+            if "error" in event:
+                raise ClusterError(f"the answer broke off: {event['error']['message']}")
             usage = event.get("usage") or usage
             for choice in event["choices"]:
                 delta = choice["delta"].get("content") or ""

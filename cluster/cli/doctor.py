@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
+from cluster.cli.flags import port_number
 from cluster.demo import MODEL_DIR
 from cluster.errors import ClusterError
 from cluster.model_info import ModelInfo
@@ -48,7 +49,7 @@ def add_to(commands: Any, ray_address: str | None) -> None:
         "--model", default=str(MODEL_DIR), metavar="DIR", help="a checkpoint folder (default: the demo's)"
     )
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000, metavar="INT")
+    parser.add_argument("--port", type=port_number, default=8000, metavar="INT")
     parser.set_defaults(run=run, ray_address=ray_address)
 
 

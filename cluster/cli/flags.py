@@ -9,6 +9,15 @@ from typing import Any
 from cluster.config import ClusterConfig, load_config
 from cluster.errors import ConfigError
 
+
+def port_number(text: str) -> int:
+    """For argparse: 0 to 65535."""
+    port = int(text)
+    if not 0 <= port <= 65535:
+        raise argparse.ArgumentTypeError(f"{port} is no port; use 0 (any free one) to 65535")
+    return port
+
+
 # flag -> (dotted settings it sets, type, help)
 MODEL_FLAGS: dict[str, tuple[tuple[str, ...], Any, str]] = {
     "--served-model-name": (("model.served_model_name",), str, "the name clients ask for (default: the folder's)"),
@@ -26,14 +35,14 @@ SERVE_FLAGS: dict[str, tuple[tuple[str, ...], Any, str]] = {
     "--embedding-workers": (("workers.embedding",), int, "how many embedding workers (default 1)"),
     "--language-workers": (("workers.language",), int, "how many language workers (default 1)"),
     "--host": (("gateway.host",), str, "address to serve on (default 127.0.0.1)"),
-    "--port": (("gateway.port",), int, "port to serve on (default 8000; 0: any free one)"),
+    "--port": (("gateway.port",), port_number, "port to serve on (default 8000; 0: any free one)"),
 }
 
 
 def add_flags(parser: argparse.ArgumentParser, flags: dict[str, tuple[tuple[str, ...], Any, str]]) -> None:
     """Declare flags of the tables above."""
     for flag, (_, kind, text) in flags.items():
-        parser.add_argument(flag, type=kind, default=None, help=text, metavar=kind.__name__.upper())
+        parser.add_argument(flag, type=kind, default=None, help=text, metavar="TEXT" if kind is str else "INT")
 
 
 def add_key_flags(parser: argparse.ArgumentParser) -> None:

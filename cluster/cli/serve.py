@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
-import threading
 from typing import Any
 
 from cluster.cli.flags import MODEL_FLAGS, SERVE_FLAGS, add_flags, add_key_flags, config_from
-from cluster.launch import RayCluster
+from cluster.cli.signals import StopSignal
 
 
 def add_to(commands: Any, ray_address: str | None) -> None:
@@ -26,21 +24,15 @@ def add_to(commands: Any, ray_address: str | None) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from cluster.launch import RayCluster  # here, so that the other commands run where Ray is not installed
+
     config = config_from(options)
-    stop = threading.Event()
-    _stop_on_signals(stop)
+    stop = StopSignal()
     with RayCluster(config, ray_address=options.ray_address, log_level=options.log_level, on_status=_say) as cluster:
-        _stop_on_signals(stop)  # again: Ray has put its own SIGTERM handler in place of ours
-        if not stop.is_set():
-            _say(f"ready: {cluster.url}/v1/chat/completions (Ctrl-C drains and stops)")
+        _say(f"ready: {cluster.url}/v1/chat/completions (Ctrl-C drains and stops)")
         stop.wait()
         _say("draining")
     return 0
-
-
-def _stop_on_signals(stop: threading.Event) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
 
 
 def _say(text: str) -> None:

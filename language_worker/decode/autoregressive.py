@@ -18,9 +18,7 @@ class Autoregressive:
         length = min(seq.ready_len - start, budget)
         if length <= 0:
             return None
-        return Window(
-            seq=seq, start=start, length=length, num_final=length, samples=start + length == len(seq.tokens)
-        )
+        return Window(seq=seq, start=start, length=length, num_final=length, samples=start + length == len(seq.tokens))
 
     def advance(self, window: Window, tokens: SequenceOf[int]) -> None:
         """All of the window is final; a sampling window appends its token."""

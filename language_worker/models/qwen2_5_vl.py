@@ -83,9 +83,7 @@ class Qwen2_5_VLConfig:
 class Qwen2_5_VLText(LanguageModel):
     """See the module. Built empty, filled by `load`."""
 
-    def __init__(
-        self, config: Qwen2_5_VLConfig, *, qkv_bias: bool, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, config: Qwen2_5_VLConfig, *, qkv_bias: bool, dtype: torch.dtype, device: torch.device) -> None:
         self.config = config
         self.spec = config.spec
         spec, block = config.spec, config.block

@@ -1,7 +1,7 @@
 """Name maps: which checkpoint tensor fills which fused parameter of a decoder.
 
-    q_proj, k_proj, v_proj -> qkv       rows  0 .. heads*D .. (heads+kv)*D .. (heads+2*kv)*D
-    gate_proj, up_proj     -> gate_up   rows  0 .. intermediate .. 2*intermediate
+q_proj, k_proj, v_proj -> qkv       rows  0 .. heads*D .. (heads+kv)*D .. (heads+2*kv)*D
+gate_proj, up_proj     -> gate_up   rows  0 .. intermediate .. 2*intermediate
 """
 
 from language_worker.models.layers import BlockShape

@@ -127,7 +127,7 @@ def test_pil_images_of_every_mode_arrive_with_the_pixels_that_pil_makes_of_them(
 
 
 def test_images_that_are_not_there_or_malformed() -> None:
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(BadRequest, match=r"cannot read the image no such file\.png: No such file"):
         image_bytes("no such file.png")
     with pytest.raises(InvalidImageUrl):
         image_bytes("data:image/png;base64,@@@")

@@ -69,12 +69,15 @@ TestLedger = Ledger.TestCase
 TestLedger.settings = settings(max_examples=60, stateful_step_count=30, deadline=None, derandomize=True)
 
 
-def test_a_fresh_pool_hands_out_neighbours_and_reuses_the_warm() -> None:
+def test_the_lowest_free_pages_go_first_however_they_were_freed() -> None:
     pool = PagePool(6)
     assert pool.allocate(3, "a") == [0, 1, 2]
     assert pool.allocate(2, "b") == [3, 4]
     pool.release("a")
     assert pool.allocate(2, "c") == [0, 1]
+    pool.release("b")
+    pool.release("c")
+    assert pool.allocate(6, "d") == [0, 1, 2, 3, 4, 5], "a lone sequence's pages are neighbours"
 
 
 def test_check_invariants_notices_a_contradiction() -> None:

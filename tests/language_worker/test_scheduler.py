@@ -42,9 +42,7 @@ class Aligned(Autoregressive):
 class Traffic(RuleBasedStateMachine):
     """Adds, steps, row arrivals and aborts in any order."""
 
-    @initialize(
-        pages=st.integers(6, 20), seats=st.integers(1, 5), budget=st.integers(5, 24), chunk=st.integers(3, 24)
-    )
+    @initialize(pages=st.integers(6, 20), seats=st.integers(1, 5), budget=st.integers(5, 24), chunk=st.integers(3, 24))
     def start(self, pages: int, seats: int, budget: int, chunk: int) -> None:
         self.strategy = Aligned() if chunk % 2 else Autoregressive()
         self.scheduler = Scheduler(

@@ -132,9 +132,7 @@ def client(request: pytest.FixtureRequest, tiny: Path) -> Iterator[Client]:
 
 
 def _media(rows: int, seed: int = 0) -> Media:
-    return Media(
-        grids=[(1, 2, 2 * rows)], rows=torch.randn(rows, 64, generator=torch.Generator().manual_seed(seed))
-    )
+    return Media(grids=[(1, 2, 2 * rows)], rows=torch.randn(rows, 64, generator=torch.Generator().manual_seed(seed)))
 
 
 def _send(client: Client, ticket: Ticket, media: Media, pieces: int = 3) -> Any:
