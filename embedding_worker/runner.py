@@ -13,6 +13,7 @@ from embedding_worker.errors import UnsupportedModel
 from embedding_worker.models import VISION_MODELS, resolve_vision_model
 from embedding_worker.models.base import VisionModel
 from embedding_worker.preprocess import ImageSettings, PreparedImage, content_key
+from kernels.cpu_turn import cpu_turn
 from transfer.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,8 @@ class VisionRunner:
         """
         grids = [image.grid for image in images]
         patches = images[0].patches if len(images) == 1 else torch.cat([image.patches for image in images])
-        rows = self._model.encode(patches, grids).cpu()
+        with cpu_turn(self.device):
+            rows = self._model.encode(patches, grids).cpu()
         return [part.clone() for part in torch.split(rows, [self.num_rows(grid) for grid in grids])]
 
 

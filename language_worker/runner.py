@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.cpu_turn import cpu_turn
 from kernels.paged_attention import AttentionBatch
 from language_worker.kv_cache import KVCache
 from language_worker.media import MediaRows
@@ -75,16 +76,14 @@ class ModelRunner:
         """The model's step, on one thread where a second would cost more than it brings; see SERIAL_WORK."""
         if self.device.type != "cpu":
             return self.model.forward(inputs, self.cache.layers)
-        before = torch.get_num_threads()
-        is_small = inputs.token_ids.shape[0] * self.model.spec.hidden_size**2 <= SERIAL_WORK
-        threads = 1 if is_small else self._num_threads or before
-        if threads == before:
-            return self.model.forward(inputs, self.cache.layers)
-        torch.set_num_threads(threads)  # takes 0.1 us, and holds for threads yet to come, so it is put back
-        try:
-            return self.model.forward(inputs, self.cache.layers)
-        finally:
-            torch.set_num_threads(before)
+        with cpu_turn(self.device):
+            before = torch.get_num_threads()
+            is_small = inputs.token_ids.shape[0] * self.model.spec.hidden_size**2 <= SERIAL_WORK
+            torch.set_num_threads(1 if is_small else self._num_threads or before)  # takes 0.1 us
+            try:
+                return self.model.forward(inputs, self.cache.layers)
+            finally:
+                torch.set_num_threads(before)  # threads yet to come would take it over
 
     def _slots(self, windows: tuple[Window, ...]) -> list[int]:
         size = self.cache.page_size

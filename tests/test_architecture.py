@@ -34,7 +34,7 @@ THIRD_PARTIES: dict[str, tuple[str, ...]] = {
     "ray": ("cluster/actors.py", "cluster/launch.py"),
     "rich": ("cluster/cli/", "cluster/progress.py"),
     "yaml": ("cluster/config.py",),
-    "pydantic": ("cluster/config.py", "cluster/gateway/", "transfer/wire.py"),
+    "pydantic": ("cluster/config.py", "cluster/gateway/"),
     "xxhash": ("cluster/handoff.py", "cluster/router.py", "transfer/integrity.py"),
     "msgpack": ("transfer/wire.py",),
     "zmq": ("transfer/zmq_endpoint.py",),

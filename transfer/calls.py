@@ -196,6 +196,7 @@ class OutgoingCall:
         self._table = table
         self._on_part = on_part
         self._on_end: OnEnd | None = on_end
+        self._lock = threading.Lock()
 
     def cancel(self) -> None:
         """Tell the far end, and end here with RemoteFailure("Cancelled", ...) unless it ended already."""
@@ -207,8 +208,9 @@ class OutgoingCall:
             self._on_part(body, frames)
 
     def finish(self, body: Body | None, failure: RemoteFailure | None) -> None:
-        """For the table, on the I/O thread: the first end counts, later ones are ignored."""
-        on_end, self._on_end = self._on_end, None
+        """For the table, from any thread: the first end counts, later ones are ignored."""
+        with self._lock:
+            on_end, self._on_end = self._on_end, None
         if on_end is not None:
             try:
                 on_end(body, failure)

@@ -7,6 +7,7 @@ I/O thread and must not block it.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
@@ -55,7 +56,9 @@ class Service:
         self._outgoing = OutgoingCalls(endpoint, self.config.max_calls)
         self._liveness = Liveness(self.config.ping_interval_s, self.config.peer_timeout_s)
         self._next_check = 0.0
-        self._closed = False
+        self._lock = threading.Lock()
+        self._closed = False  # nothing more is taken; guarded by the lock
+        self._is_down = False  # everything was ended: what still comes in is ignored
         self._counts = {"dropped_stray": 0, "dropped_unrouted": 0, "peers_lost": 0}
 
     def register(self, method: str, handler: MethodHandler) -> None:
@@ -76,13 +79,17 @@ class Service:
 
     def close(self) -> None:
         """End every stream and call (on_end: EndpointClosed), then close the endpoint. Safe to repeat."""
-        if not self._closed:
-            self._closed = True
-            try:
-                self.endpoint.post(self._shut_down)
-            except EndpointClosed:
-                self._shut_down()
+        with self._lock:
+            already, self._closed = self._closed, True
+            endpoint_closed = False
+            if not already:
+                try:
+                    self.endpoint.post(self._shut_down)  # the last callback: under the lock, so all others came before
+                except EndpointClosed:
+                    endpoint_closed = True
         self.endpoint.close()
+        if endpoint_closed:  # somebody closed the endpoint itself: its thread is over, so end everything from here
+            self._shut_down()
 
     def call(
         self,
@@ -99,7 +106,9 @@ class Service:
         `on_part(body, frames)` runs per partial answer; `on_end(body, None)` or `on_end(None, failure)` exactly once.
         Raises EndpointClosed.
         """
-        return self._outgoing.start(connection, method, body, frames, on_part, on_end)
+        with self._lock:
+            self._refuse_when_closed()
+            return self._outgoing.start(connection, method, body, frames, on_part, on_end)
 
     def reply_many(self, replies: Sequence[tuple[IncomingCall, Body]]) -> None:
         """One partial answer for each of many calls: one message per peer. From any thread; ended calls are skipped."""
@@ -115,7 +124,13 @@ class Service:
 
     def post(self, callback: Callable[[], None]) -> None:
         """Run `callback` on the I/O thread. Raises EndpointClosed."""
-        self.endpoint.post(callback)
+        with self._lock:
+            self._refuse_when_closed()
+            self.endpoint.post(callback)
+
+    def _refuse_when_closed(self) -> None:
+        if self._closed:
+            raise EndpointClosed(f"the service at {self.endpoint.address} is closed")
 
     def stats(self) -> dict[str, int]:
         """Open calls and counters, the endpoint's included."""
@@ -129,6 +144,8 @@ class Service:
     # -- the I/O thread -------------------------------------------------------------------------------------------
 
     def _on_message(self, connection: Connection, message: Message, frames: Sequence[memoryview]) -> None:
+        if self._is_down:
+            return
         self._liveness.heard(connection, self.now())
         sides = self._routes.get(type(message))
         if sides is not None:
@@ -166,6 +183,8 @@ class Service:
             call.fail("InternalError", f"the handler of {message.method!r} failed; the worker's log has the details")
 
     def _on_tick(self, now: float) -> None:
+        if self._is_down:
+            return
         for _, side in self._sides:
             side.on_tick(self.now())
         now = self.now()
@@ -189,6 +208,7 @@ class Service:
         self.endpoint.disconnect(connection)
 
     def _shut_down(self) -> None:
+        self._is_down = True
         for _, side in self._sides:
             side.on_close()
         self._outgoing.drop(None, "EndpointClosed", f"{self.endpoint.address} was closed")

@@ -61,7 +61,7 @@ class OutgoingStream:
                     f"and {self._total_rows} announced; announce once, an int not below what is written"
                 )
             self._total_rows = total_rows
-        self._sender.run_soon(self, lambda now: self.session.announce(total_rows, items, now))
+        self._soon(lambda now: self.session.announce(total_rows, items, now))
 
     def write(self, first_row: int, planes: Mapping[str, Tensor]) -> None:
         """Rows first_row ... of every plane: contiguous CPU tensors [n, *row_shape], kept by reference.
@@ -70,6 +70,11 @@ class OutgoingStream:
         beyond the announced total, or other than the opened planes.
         """
         num_rows, chunk = self.rows.check(planes)
+
+        def add(now: float) -> list[SenderAction]:
+            self.rows.append(num_rows, chunk)
+            return self.session.rows_written(num_rows, now)
+
         with self._lock:
             end = self._num_written + num_rows
             if first_row != self._num_written or (self._total_rows is not None and end > self._total_rows):
@@ -78,16 +83,13 @@ class OutgoingStream:
                     f"and {self._total_rows} announced"
                 )
             self._num_written = end
-
-            def add(now: float) -> list[SenderAction]:
-                self.rows.append(num_rows, chunk)
-                return self.session.rows_written(num_rows, now)
-
-            self._sender.run_soon(self, add)
+            closed = self._sender.run_soon(self, add)  # under the lock: rows stay in order whoever writes them
+        if closed is not None:
+            self.finish(closed)
 
     def abort(self, code: str, message: str) -> None:
         """End the stream; both ends get the error. Nothing happens when it is over."""
-        self._sender.run_soon(self, lambda now: self.session.fail(StreamAborted(code, message)))
+        self._soon(lambda now: self.session.fail(StreamAborted(code, message)))
 
     def result(self, timeout_s: float) -> StreamStats:
         """Wait for the end. Raises what ended it, or StreamTimeout when it goes on after `timeout_s`."""
@@ -119,6 +121,11 @@ class OutgoingStream:
                 callback(self)
             except Exception:
                 logger.exception("on_done of stream %s failed", self.stream_id)
+
+    def _soon(self, event: Callable[[float], list[SenderAction]]) -> None:
+        closed = self._sender.run_soon(self, event)
+        if closed is not None:
+            self.finish(closed)
 
 
 class StreamSender:
@@ -178,8 +185,13 @@ class StreamSender:
             **{f"transfer_dropped_{reason}": count for reason, count in tuple(self._dropped.items())},
         }
 
-    def run_soon(self, stream: OutgoingStream, event: Callable[[float], list[SenderAction]]) -> None:
-        """For OutgoingStream: apply an event on the I/O thread; ignored when the stream is over."""
+    def run_soon(
+        self, stream: OutgoingStream, event: Callable[[float], list[SenderAction]]
+    ) -> EndpointClosed | None:
+        """For OutgoingStream: apply an event on the I/O thread; ignored when the stream is over.
+
+        Returns the error when the service is closed; the caller ends the stream with it, holding no lock.
+        """
 
         def step() -> None:
             if stream.session.state in TERMINAL:
@@ -193,7 +205,8 @@ class StreamSender:
         try:
             self._service.post(step)
         except EndpointClosed as error:
-            stream.finish(error)
+            return error
+        return None
 
     # -- the service's side, on the I/O thread --------------------------------------------------------------------
 

@@ -235,9 +235,9 @@ class ZmqEndpoint(EndpointBase):
         elif isinstance(sock, zmq.Socket):
             self._read(sock, self._connection_of.get(sock))
         else:
-            self._awake = False  # before draining: a wake-up from now on writes again
             with contextlib.suppress(BlockingIOError):
                 self._wake_read.recv(4096)
+            self._awake = False  # after draining, or a wake-up in between would be swallowed; the loop looks after this
 
     def _read(self, sock: zmq.Socket[bytes], connection: Connection | None) -> None:
         for _ in range(BATCH):
