@@ -19,11 +19,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from benchmarks.report import machine, median, versions, write_json
 from benchmarks.serving_models import BenchModel, BenchRequest, load_model
 from benchmarks.serving_peers import Ours, Peer, Run, Transformers
+from benchmarks.serving_tables import markdown, tables
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pillow")
@@ -73,9 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             progress.advance(task)
     report["seconds"] = round(time.monotonic() - started, 1)
     write_json(options.json, report)
+    options.json.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
     for table in tables(report):
         console.print(table)
-    console.print(f"{report['seconds']} s; JSON: {options.json}")
+    console.print(f"{report['seconds']} s; JSON: {options.json}; Markdown beside it")
     return 0
 
 
@@ -178,28 +179,6 @@ def _ratios(result: dict[str, Any]) -> dict[str, float]:
         ratios["concurrent_over_one_by_one"] = together["tokens_per_s"] / ours["tokens_per_s"]
         ratios["concurrent_over_static_batch"] = together["tokens_per_s"] / static["tokens_per_s"]
     return {name: round(value, 2) for name, value in ratios.items()}
-
-
-def tables(report: dict[str, Any]) -> list[Table]:
-    """One table for single requests, one for concurrent ones."""
-    single = Table("model", "dtype", "threads", "engine", "TTFT ms", "ms/token", "tok/s", title="one request")
-    batch = Table("model", "dtype", "engine", "TTFT of all, ms", "tok/s", "x one by one", title=f"{BATCH} at once")
-    for case in report["cases"]:
-        ratios = case["ratios"]
-        for name, figures in case["single"].items():
-            cells = [f"{figures[key]:.1f}" for key in ("ttft_ms", "ms_per_token", "tokens_per_s")]
-            single.add_row(case["model"], case["dtype"], str(case["threads"]), name, *cells)
-        gains = [f"x {ratios[key]:.2f}" for key in ("ttft_speedup", "decode_speedup", "tokens_per_s")]
-        single.add_row("", "", "", "ratio", *gains, style="bold", end_section=True)
-        if "concurrent" not in case:
-            continue
-        for name, figures in case["concurrent"].items():
-            alone = case["single"][name]["tokens_per_s"]
-            cells = [f"{figures['ttft_ms']:.1f}", f"{figures['tokens_per_s']:.1f}"]
-            batch.add_row(case["model"], case["dtype"], name, *cells, f"{figures['tokens_per_s'] / alone:.2f}")
-        gain = f"x {ratios['concurrent_over_static_batch']:.2f}"
-        batch.add_row("", "", "ratio", "", gain, "", style="bold", end_section=True)
-    return [single, batch]
 
 
 if __name__ == "__main__":

@@ -67,6 +67,7 @@ class Attempt:
         self._started_s = 0.0
         self._ttft_ms: float | None = None
         self._logits: list[Any] = []
+        self._prompt_logprobs: list[Any] = []  # slices that came before the chunk they belong to
 
     def start(self) -> None:
         """Make the calls. Raises NoWorker when a worker has just gone, or TransferError when one cannot be called; the
@@ -139,6 +140,11 @@ class Attempt:
         if "logits_shape" in body:
             self._logits.append((body, frames[0]))
             return
+        if "prompt_logprobs_slice" in body:
+            self._prompt_logprobs += body["prompt_logprobs_slice"]
+            return
+        if "prompt_logprobs" in body:
+            body = {**body, "prompt_logprobs": self._prompt_logprobs + body["prompt_logprobs"]}
         if self._ttft_ms is None:
             self._ttft_ms = (time.perf_counter() - self._started_s) * 1e3
         self._num_prompt_tokens = body.get("num_prompt_tokens", self._num_prompt_tokens)

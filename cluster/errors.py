@@ -261,6 +261,7 @@ ERROR_TABLE: dict[str, Rule] = {
     # our own fault
     "ClusterError": _INTERNAL,
     "ConfigError": _INTERNAL,
+    "CheckpointError": _INTERNAL,
     "NoChatTemplate": _INTERNAL,
     "RemoteFailure": _INTERNAL,
     "InternalError": _INTERNAL,

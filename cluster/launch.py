@@ -7,9 +7,12 @@ or hung, and that a restarted worker listens at a new address.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
 import os
+import re
 import shutil
+import socket
 import tempfile
 import threading
 import time
@@ -65,6 +68,7 @@ class RayCluster:
         self._watcher = threading.Thread(target=self._watch, name="cluster-watch", daemon=True)
         self._socket_dir = tempfile.mkdtemp(prefix="tandem-")
         try:
+            _require_free_port(config.gateway.host, config.gateway.port)
             _connect(config, ray_address, on_status)
             self.config = _with_transport(config)
             self._start(on_status)
@@ -270,10 +274,11 @@ def _connect(config: ClusterConfig, ray_address: str | None, on_status: Status) 
     if ray_address:
         on_status(f"connecting to Ray at {ray_address}")
         try:
-            ray.init(address=ray_address, logging_level=logging.WARNING)
+            ray.init(address=ray_address, logging_level=logging.ERROR)
         except ConnectionError as error:
             raise ConfigError(f"cannot reach Ray at {ray_address}: {error}") from error
         return
+    _require_gpus(config)
     on_status("starting Ray on this machine")
     needed = (workers.embedding + workers.language) * workers.num_cpus
     ray.init(
@@ -281,8 +286,20 @@ def _connect(config: ClusterConfig, ray_address: str | None, on_status: Status) 
         include_dashboard=False,
         num_cpus=max(os.cpu_count() or 1, int(needed + 0.999)),
         object_store_memory=OBJECT_STORE_BYTES,
-        logging_level=logging.WARNING,
+        logging_level=logging.ERROR,
     )
+
+
+def _require_gpus(config: ClusterConfig) -> None:
+    """Raises ConfigError when this machine, which is to be the whole cluster, has too few."""
+    workers = config.workers
+    per_worker = workers.num_gpus if workers.num_gpus >= 0 else float(config.model.device.startswith("cuda"))
+    num_needed = per_worker * (workers.embedding + workers.language)
+    if torch.cuda.device_count() < num_needed:
+        raise ConfigError(
+            f"the workers need {num_needed:g} GPUs and this machine has {torch.cuda.device_count()}; set "
+            "workers.num_gpus to a share (0.5, say), use --device cpu, or join a Ray cluster with --ray-address"
+        )
 
 
 def _with_transport(config: ClusterConfig) -> ClusterConfig:
@@ -303,6 +320,18 @@ def _wants_gpu(device: str) -> bool:
 
 
 def _cause(error: BaseException) -> str:
-    """The last line of a remote traceback: the error that ended the actor's constructor."""
+    """The error that ended an actor's constructor, all its lines, without the remote traceback before it."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+    starts = [i for i, line in enumerate(lines) if re.match(r"[A-Za-z_][\w.]*: ", line)]
+    return "\n".join(lines[starts[-1] :]) if starts else (lines[-1].strip() if lines else type(error).__name__)
+
+
+def _require_free_port(host: str, port: int) -> None:
+    """Raises ConfigError when the port is taken here; whether this is the gateway's host is not known yet."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ConfigError(f"{host}:{port} is in use; choose another --port, or 0 for any free one") from error

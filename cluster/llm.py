@@ -7,6 +7,7 @@ with LLM(model="path/to/checkpoint") as llm:
 from __future__ import annotations
 
 import queue
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -50,6 +51,8 @@ class LLM:
     def _load(self, config: ClusterConfig) -> None:
         self.config = config
         self._workers = LocalWorkers(config)
+        # Also when it is collected or the script ends without closing it: no thread inside torch may outlive Python.
+        self._finalizer = weakref.finalize(self, self._workers.close)
         self._info = self._workers.info
 
     def __enter__(self) -> LLM:
@@ -62,7 +65,7 @@ class LLM:
 
     def close(self) -> None:
         """Stop the workers and free the model; closing twice does nothing."""
-        self._workers.close()
+        self._finalizer()
 
     def generate(
         self,

@@ -15,6 +15,7 @@ from embedding_worker.models.base import VisionModel
 from embedding_worker.preprocess import ImageSettings, PreparedImage, content_key
 from kernels.cpu_turn import cpu_turn
 from transfer.checkpoint import Checkpoint
+from transfer.checkpoint_dtype import checkpoint_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class VisionRunner:
             known = ", ".join(VISION_MODELS)
             raise UnsupportedModel(str(model_path), f"no vision half for {architectures[0]}; there is one for {known}")
         device = _device(config.device)
-        dtype = _dtype(config.dtype, model_config, str(model_path))
+        dtype = resolve_dtype(config.dtype, checkpoint)
         try:
             settings = ImageSettings.from_config(
                 checkpoint.read_json("preprocessor_config.json"),
@@ -99,9 +100,10 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _dtype(name: str, model_config: dict[str, object], model_path: str) -> torch.dtype:
+def resolve_dtype(name: str, checkpoint: Checkpoint) -> torch.dtype:
+    """ "auto": the checkpoint's own. Raises UnsupportedModel for one that cannot be served."""
     if name == "auto":
-        name = str(model_config.get("torch_dtype") or model_config.get("dtype") or "float32")
+        name = checkpoint_dtype(checkpoint)
     if name not in _DTYPES:
-        raise UnsupportedModel(model_path, f"dtype {name!r} is not one of {', '.join(_DTYPES)}")
+        raise UnsupportedModel(str(checkpoint.folder), f"dtype {name!r} is not one of {', '.join(_DTYPES)}")
     return _DTYPES[name]

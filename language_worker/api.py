@@ -4,7 +4,6 @@ Plain frozen values with strict checks; `to_body`/`from_body` turn them into map
 the wire. Refuses to know tensors, pages and transport.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -17,6 +16,7 @@ MAX_LOGIT_BIAS = 1024
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1000
 MAX_STOP_TOKEN_IDS = 256
+MAX_INT = 2**31 - 1  # of counts and token ids: what every tensor, and every field of the wire, can hold
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -53,17 +53,17 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _check_int("max_tokens", self.max_tokens, 1, None, optional=True)
+        _check_int("max_tokens", self.max_tokens, 1, MAX_INT, optional=True)
         _check_int("n", self.n, 1, MAX_SAMPLES)
         _check_int("seed", self.seed, -(2**63), 2**64 - 1, optional=True)
         _check_number("temperature", self.temperature, 0.0, 100.0)
         _check_number("top_p", self.top_p, 0.0, 1.0, low_open=True)
-        _check_int("top_k", self.top_k, -1, None)
+        _check_int("top_k", self.top_k, -1, MAX_INT)
         _check_number("min_p", self.min_p, 0.0, 1.0)
         _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _check_number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_open=True)
-        _check_int("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _check_int("min_tokens", self.min_tokens, 0, MAX_INT if self.max_tokens is None else self.max_tokens)
         _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True)
         _check_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS, optional=True)
         if type(self.ignore_eos) is not bool:
@@ -74,7 +74,7 @@ class SamplingParams:
         if not isinstance(self.logit_bias, Mapping) or len(self.logit_bias) > MAX_LOGIT_BIAS:
             raise InvalidRequest(f"logit_bias must map at most {MAX_LOGIT_BIAS} token ids to numbers")
         for token_id, bias in self.logit_bias.items():
-            _check_int("logit_bias token id", token_id, 0, None)
+            _check_int("logit_bias token id", token_id, 0, MAX_INT)
             _check_number(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
         stops = self.stop_strings
         if len(stops) > MAX_STOP_STRINGS:
@@ -87,7 +87,7 @@ class SamplingParams:
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
             raise InvalidRequest(f"stop_token_ids has more than {MAX_STOP_TOKEN_IDS} entries")
         for token_id in self.stop_token_ids:
-            _check_int("stop_token_ids entry", token_id, 0, None)
+            _check_int("stop_token_ids entry", token_id, 0, MAX_INT)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -147,10 +147,10 @@ class GenerateRequest:
         if not isinstance(self.prompt_token_ids, tuple) or not self.prompt_token_ids:
             raise InvalidRequest("prompt_token_ids must hold at least one token id")
         for token_id in self.prompt_token_ids:
-            if type(token_id) is not int or token_id < 0:
-                raise InvalidRequest(f"prompt_token_ids holds {token_id!r}; use non-negative integers")
-        _check_int("num_media", self.num_media, 0, None)
-        _check_int("deadline_ms", self.deadline_ms, 0, None, optional=True)
+            if type(token_id) is not int or not 0 <= token_id <= MAX_INT:
+                raise InvalidRequest(f"prompt_token_ids holds {_shown(token_id)}; use integers from 0 to {MAX_INT}")
+        _check_int("num_media", self.num_media, 0, MAX_INT)
+        _check_int("deadline_ms", self.deadline_ms, 0, 2**63 - 1, optional=True)
         if type(self.return_logits) is not bool:
             raise InvalidRequest(f"return_logits is {self.return_logits!r}; use true or false")
 
@@ -273,15 +273,21 @@ def _require_map(name: str, value: object) -> Mapping[str, Any]:
     return value
 
 
-def _check_int(name: str, value: object, low: int, high: int | None, *, optional: bool = False) -> None:
+def _shown(value: object) -> str:
+    """For a message; Python refuses to print integers of many thousand digits."""
+    return "a huge number" if type(value) is int and abs(value) >= 10**30 else repr(value)
+
+
+def _check_int(name: str, value: object, low: int, high: int, *, optional: bool = False) -> None:
     if value is None and optional:
         return
-    if type(value) is not int or value < low or (high is not None and value > high):
-        bound = f"at least {low}" if high is None else f"in {low}..{high}"
-        raise InvalidRequest(f"{name} is {value!r}; use an integer {bound}")
+    if type(value) is not int or not low <= value <= high:
+        raise InvalidRequest(f"{name} is {_shown(value)}; use an integer in {low}..{high}")
 
 
 def _check_number(name: str, value: object, low: float, high: float, *, low_open: bool = False) -> None:
-    ok = type(value) in (int, float) and math.isfinite(value) and low <= value <= high  # type: ignore[arg-type,operator]
+    ok = type(value) in (int, float) and low <= value <= high  # type: ignore[operator]
     if not ok or (low_open and value == low):
-        raise InvalidRequest(f"{name} is {value!r}; use a number {'above' if low_open else 'from'} {low:g} to {high:g}")
+        raise InvalidRequest(
+            f"{name} is {_shown(value)}; use a number {'above' if low_open else 'from'} {low:g} to {high:g}"
+        )

@@ -18,6 +18,8 @@ from transfer.buffers import tensor_bytes
 from transfer.calls import IncomingCall
 from transfer.service import Service
 
+PROMPT_LOGPROBS_PER_PART = 2048  # a prompt's may be longer than a message: with 20 alternatives each, 600 KiB
+
 
 class Delivery:
     """Open calls by request id. `max_frame_bytes`: returned logits are cut into frames of at most that size."""
@@ -43,7 +45,7 @@ class Delivery:
             if isinstance(output, TokenChunk):
                 call = self._calls.get(output.request_id)
                 if call is not None:
-                    parts.append((call, self._body(output)))
+                    parts.append((call, self._body(call, output)))
             elif isinstance(output, PromptLogits):
                 self._send_logits(output)
             elif isinstance(output, MediaAdmitted):
@@ -56,8 +58,13 @@ class Delivery:
             elif isinstance(output, RequestFailed):
                 self._fail(output)
 
-    def _body(self, chunk: TokenChunk) -> dict[str, Any]:
+    def _body(self, call: IncomingCall, chunk: TokenChunk) -> dict[str, Any]:
+        """The chunk as a part; of long prompt log-probabilities it holds the last slice, the others leave before it."""
         body = chunk.to_body()
+        if chunk.prompt_logprobs is not None:
+            *slices, body["prompt_logprobs"] = slices_of(body["prompt_logprobs"], PROMPT_LOGPROBS_PER_PART)
+            for entries in slices:
+                call.reply({"prompt_logprobs_slice": entries})
         if chunk.request_id not in self._told:
             self._told.add(chunk.request_id)
             body["num_prompt_tokens"] = chunk.num_prompt_tokens
@@ -93,6 +100,11 @@ class Delivery:
     def _take(self, request_id: str) -> IncomingCall | None:
         self._told.discard(request_id)
         return self._calls.pop(request_id, None)
+
+
+def slices_of(entries: list[Any], size: int) -> list[list[Any]]:
+    """`entries` in order, at most `size` in each slice; one slice at least."""
+    return [entries[first : first + size] for first in range(0, len(entries), size)] or [[]]
 
 
 def logit_frames(logits: torch.Tensor, max_bytes: int) -> Iterator[tuple[int, torch.Tensor]]:

@@ -121,7 +121,7 @@ class Engine:
         if plan.windows:
             self._run(plan)
         self._stats = self._read_stats()
-        return StepReport(outputs=self._roster.drain(), did_run=bool(plan.windows))
+        return StepReport(outputs=self._roster.drain(), did_run=bool(plan.windows or plan.preempted))
 
     def close(self) -> tuple[Output, ...]:
         """Fail everything that is left, and whatever is submitted later; returns the last outputs."""

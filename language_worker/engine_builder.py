@@ -1,6 +1,6 @@
 """From a model folder and an EngineConfig to a running Engine: devices, dtypes, cache sizes, and the parts joined.
 
-The only place that resolves "auto". Knows no transport.
+The only place of this half that resolves "auto". Knows no transport.
 """
 
 import time
@@ -23,6 +23,7 @@ from language_worker.runner import ModelRunner
 from language_worker.scheduler import Scheduler
 from language_worker.tokenizer import Tokenizer
 from transfer.checkpoint import Checkpoint
+from transfer.checkpoint_dtype import checkpoint_dtype
 
 CPU_CACHE_BYTES = 512 << 20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -85,21 +86,18 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise ModelNotSupported(f"device {name!r} is unknown to torch: {error}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelNotSupported(f"device {name!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
 
 
 def resolve_dtype(name: str, checkpoint: Checkpoint) -> torch.dtype:
-    """ "auto": the config's dtype (top level or text_config), else that of the stored text weights' majority."""
+    """ "auto": the checkpoint's own."""
     if name == "auto":
-        config = checkpoint.config()
-        text = config.get("text_config") or {}
-        stated = [c.get(key) for c in (config, text) for key in ("dtype", "torch_dtype")]
-        name = next((str(value).removeprefix("torch.") for value in stated if value), "")
-        if not name:
-            stored = [t.dtype for t in checkpoint.tensors.values()]
-            name = str(max(set(stored), key=stored.count)).removeprefix("torch.")
+        name = checkpoint_dtype(checkpoint)
     if name not in DTYPES:
         raise ModelNotSupported(f"dtype {name!r} is not served; choose one of {', '.join(DTYPES)}")
     return DTYPES[name]

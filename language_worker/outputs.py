@@ -36,7 +36,7 @@ Output = MediaAdmitted | PromptLogits | TokenChunk | RequestDone | RequestFailed
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepReport:
-    """Outputs of one engine step; `did_run`: the model ran, so another step may be due at once."""
+    """Outputs of one engine step; `did_run`: the model ran or pages moved: another step may be due at once."""
 
     outputs: tuple[Output, ...]
     did_run: bool

@@ -77,20 +77,6 @@ class PagePool:
             freed += self._drop(page)
         return freed
 
-    def release_pages(self, pages: Iterable[int], owner: Owner) -> int:
-        """Give back some pages of `owner`; PageNotOwned when it does not hold one of them."""
-        given = list(pages)
-        held = self._held.get(owner, [])
-        if len(set(given)) != len(given) or not set(given) <= set(held):
-            raise PageNotOwned(f"{owner!r} does not hold (or names twice) some of pages {given}")
-        freed = sum(self._drop(page) for page in given)
-        remaining = [page for page in held if page not in set(given)]
-        if remaining:
-            self._held[owner] = remaining
-        else:
-            self._held.pop(owner, None)
-        return freed
-
     def _drop(self, page: int) -> int:
         self._refcount[page] -= 1
         if self._refcount[page]:

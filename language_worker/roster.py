@@ -126,23 +126,27 @@ class Roster:
             if self.num_waiting >= self._limits.max_waiting:
                 raise QueueFull(f"{self.num_waiting} requests wait already (max_waiting); try again later")
             intake.check_request(request, self._spec, self._limits.max_model_len)
-        except EngineError as error:
-            self.outputs.append(RequestFailed(request_id=request.request_id, error=error))
-            self.counters["request_failure_total"] += 1
+            seed = request.sampling.seed
+            active = ActiveRequest(
+                request=request,
+                order=self._next_order,
+                seed=self._new_seed() if seed is None else seed,
+                submitted_at=now,
+                deadline=None if request.deadline_ms is None else now + request.deadline_ms / 1000,
+            )
+        except Exception as error:
+            self._refuse(request.request_id, _typed(request.request_id, error))
             return
-        seed = request.sampling.seed
-        active = ActiveRequest(
-            request=request,
-            order=self._next_order,
-            seed=self._new_seed() if seed is None else seed,
-            submitted_at=now,
-            deadline=None if request.deadline_ms is None else now + request.deadline_ms / 1000,
-        )
         self._next_order += 1
         self._requests[request.request_id] = active
         self._by_order[active.order] = active
         if request.num_media == 0:
             self._guarded(active, lambda: self._schedule(active))
+
+    def _refuse(self, request_id: str, error: EngineError) -> None:
+        """Report the failure of a request of which nothing is kept."""
+        self.outputs.append(RequestFailed(request_id=request_id, error=error))
+        self.counters["request_failure_total"] += 1
 
     def on_announce(self, request_id: str, total_rows: int, items: Sequence[Any]) -> None:
         """The sizes of a request's media are known; later announcements change nothing."""
@@ -162,10 +166,14 @@ class Roster:
         """Reserve input buffers, oldest first, and queue the requests that got theirs."""
         for order in self._budget.grant():
             active = self._by_order[order]
-            rows = sum(item.rows for item in active.items or ())
-            active.media = MediaRows(rows, self._spec.hidden_size, dtype=self._dtype, device=self._device)
-            self.outputs.append(MediaAdmitted(request_id=active.request.request_id, num_rows=rows))
-            self._guarded(active, lambda active=active: self._schedule(active))  # type: ignore[misc]
+            self._guarded(active, lambda active=active: self._admit_media(active))  # type: ignore[misc]
+
+    def _admit_media(self, active: ActiveRequest) -> None:
+        """The request's rows are reserved: allocate them (which may fail for want of memory) and queue the request."""
+        rows = sum(item.rows for item in active.items or ())
+        active.media = MediaRows(rows, self._spec.hidden_size, dtype=self._dtype, device=self._device)
+        self.outputs.append(MediaAdmitted(request_id=active.request.request_id, num_rows=rows))
+        self._schedule(active)
 
     def _schedule(self, active: ActiveRequest) -> None:
         """The prompt is known and its rows are reserved: build the samples and queue them."""
@@ -185,13 +193,11 @@ class Roster:
 
     def _guarded(self, active: ActiveRequest, action: Callable[[], None]) -> None:
         """Run `action`; a typed error ends the request, and so does any other, logged."""
+        request_id = active.request.request_id
         try:
             action()
-        except EngineError as error:
-            self.on_fail(active.request.request_id, error)
         except Exception as error:
-            logger.exception("request %s failed", active.request.request_id)
-            self.on_fail(active.request.request_id, StepFailed(f"internal error: {type(error).__name__}: {error}"))
+            self.on_fail(request_id, _typed(request_id, error))
 
     def expire(self) -> None:
         """Fail every request whose deadline has passed."""
@@ -208,8 +214,7 @@ class Roster:
         if active is None:
             return
         self._forget(active)
-        self.outputs.append(RequestFailed(request_id=request_id, error=error))
-        self.counters["request_failure_total"] += 1
+        self._refuse(request_id, error)
 
     def _forget(self, active: ActiveRequest) -> None:
         """Give back everything the request holds."""
@@ -234,3 +239,11 @@ class Roster:
                 num_preemptions=sum(item.seq.num_preemptions for item in active.samples),
             )
         )
+
+
+def _typed(request_id: str, error: Exception) -> EngineError:
+    """`error` itself if it is one of ours; anything else is a fault of this side, logged."""
+    if isinstance(error, EngineError):
+        return error
+    logger.error("request %s failed", request_id, exc_info=error)
+    return StepFailed(f"internal error: {type(error).__name__}: {error}")

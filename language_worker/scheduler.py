@@ -5,14 +5,15 @@ Pure: sequences in, a StepPlan out; no tensors, clock or threads. Owns the waiti
 Rules, in order
  1. Age decides. A request's age is fixed at submission and survives preemption.
  2. Every running sequence that misses one token gets it (decodes), oldest first; when a page is lacking, the youngest
-    running sequence is preempted: it loses its KV (`kv_len = 0`) and waits again under its old age.
+    of those that can only wait for media rows is preempted, else the youngest of all: it loses its KV (`kv_len = 0`)
+    and waits again under its old age.
  3. What is left of `max_step_tokens` goes to running prefills, oldest first, in chunks.
  4. Waiting sequences are admitted oldest first while there are seats, budget, and pages for all known tokens plus one.
     The first that does not fit stops admission: nobody overtakes. Two exceptions for media whose rows have not all
     arrived: those that have every input go first, and a running sequence that can only wait for rows gives way to
     them, so a slow stream slows nobody else. Rows come whether or not their sequence runs, so it cannot starve.
-Progress: the oldest running sequence is never preempted for another, and one sequence always fits the pool
-(`max_len` is capped by it), so it runs to its end. An admitted sequence has the page its next token needs, so no
+Progress: the oldest running sequence that can compute is never preempted for another, and one sequence always fits the
+pool (`max_len` is capped by it), so it runs to its end. An admitted sequence has the page its next token needs, so no
 two sequences can trade places without one of them gaining a token.
 """
 
@@ -51,10 +52,6 @@ class Scheduler:
         self.max_prefill_chunk = min(max_prefill_chunk or max_step_tokens, max_step_tokens)
         self.waiting: list[Sequence] = []  # both lists stay sorted by age
         self.running: list[Sequence] = []
-
-    @property
-    def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
 
     def add(self, seq: Sequence) -> None:
         """Queue a new sequence; InvalidRequest when even an empty pool could not hold its longest form."""
@@ -118,7 +115,7 @@ class Scheduler:
         return self.strategy.window(seq, window.length - excess) if window.length > excess else None
 
     def _admit(self, windows: list[Window], budget: int, preempted: list[Sequence]) -> None:
-        stalled = [s for s in self.running if s.ready_len == s.kv_len] if self.waiting else []
+        stalled = self._stalled() if self.waiting else []
         while self.waiting and budget > 0:
             seq = next((s for s in self.waiting if s.is_ready), self.waiting[0])
             needed = self._pages_for(min(len(seq.tokens) + 1 + self.strategy.lookahead, seq.max_len))
@@ -134,10 +131,11 @@ class Scheduler:
             budget = self._plan_prefills([seq], windows, budget)
 
     def _cover(self, seq: Sequence, preempted: list[Sequence]) -> bool:
-        """Give `seq` the pages its next window writes to, preempting from the youngest; False if it gave way itself."""
+        """Give `seq` the pages its next window writes to, preempting by rule 2; False if it gave way itself."""
         needed = self._pages_for(len(seq.tokens) + self.strategy.lookahead) - len(seq.pages)
+        stalled = self._stalled() if needed > self.pool.num_free else []
         while needed > self.pool.num_free:
-            victim = self.running[-1]
+            victim = stalled.pop() if stalled else self.running[-1]
             self._preempt(victim)
             preempted.append(victim)
             if victim is seq:
@@ -145,6 +143,10 @@ class Scheduler:
         if needed > 0:
             seq.pages += self.pool.allocate(needed, seq.key)
         return True
+
+    def _stalled(self) -> list[Sequence]:
+        """Running sequences that can compute nothing until more of their media rows arrive, oldest first."""
+        return [s for s in self.running if not s.is_ready and self._chunk(s, self.max_prefill_chunk) is None]
 
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)

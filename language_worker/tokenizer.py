@@ -23,6 +23,7 @@ from language_worker.detokenizer import (
     token_bytes,
 )
 from language_worker.errors import InvalidRequest, ModelNotSupported
+from language_worker.token_bound import max_token_chars, min_tokens
 
 Pieces = Sequence[tuple[str, bool]]
 
@@ -40,8 +41,11 @@ class Tokenizer:
         if not path.is_file():
             raise ModelNotSupported(f"{folder} has no tokenizer.json; save the checkpoint with a fast tokenizer")
         text = path.read_text(encoding="utf-8")
-        self._parsing = RustTokenizer.from_str(text)
-        self._plain = RustTokenizer.from_str(text)
+        try:
+            self._parsing = RustTokenizer.from_str(text)
+            self._plain = RustTokenizer.from_str(text)
+        except Exception as error:  # the library raises nothing narrower
+            raise ModelNotSupported(f"{path} is no tokenizer that can be read: {error}") from error
         for tokenizer in (self._parsing, self._plain):
             tokenizer.no_truncation()
             tokenizer.no_padding()
@@ -56,8 +60,11 @@ class Tokenizer:
         self.vocab_size: int = self._parsing.get_vocab_size(with_added_tokens=True)
         self.eos_token_ids = _eos_ids(folder, self._parsing)
         self._token_bytes: list[bytes | None] | None = None
-        if _is_byte_level(json.loads(text).get("decoder")):
+        self._max_token_chars: int | None = None
+        spec = json.loads(text)
+        if _is_byte_level(spec.get("decoder")):
             self._token_bytes = token_bytes(self._parsing.get_vocab(with_added_tokens=True), self._special_ids)
+            self._max_token_chars = max_token_chars(spec, self._token_bytes)
 
     def encode(self, text: str, allow_special: bool = False, *, add_special_tokens: bool = False) -> list[int]:
         """Ids of `text`; special-token literals become special ids only with `allow_special`.
@@ -83,6 +90,10 @@ class Tokenizer:
             if sum(token_id in self._special_ids for token_id in ids) == len(found):
                 return ids
         return self._encode_by_hand(text, trusted)
+
+    def min_tokens(self, text: str) -> int:
+        """A lower bound of the ids that `text` makes, found without tokenizing it; 0 when none is known."""
+        return 0 if self._max_token_chars is None else min_tokens(text, self._max_token_chars)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `token_ids`; ids beyond the vocabulary (padded embedding rows) are no text."""

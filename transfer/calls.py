@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias
 
 from transfer.connection import Connection, Frame
-from transfer.errors import Overloaded, RemoteFailure, TransferError, error_code
+from transfer.errors import LocalProtocolError, Overloaded, RemoteFailure, TransferError, error_code
 from transfer.messages import Body, Call, Cancel, End, Fail, Message, Part, Parts
 
 logger = logging.getLogger(__name__)
@@ -130,13 +130,23 @@ class IncomingCalls:
     def send_parts(
         self, connection: Connection, parts: Sequence[tuple[IncomingCall, Part]], frames: Sequence[Frame] = ()
     ) -> None:
-        """Partial answers of calls of one peer, in one message; the calls are cancelled when it cannot be sent."""
+        """Partial answers of calls of one peer, in one message; the calls are cancelled when it cannot be sent.
+
+        When one message cannot hold them, or one of them cannot travel, each goes alone, so that only those fail that
+        cannot be sent by themselves.
+        """
         alive = [(call, part) for call, part in parts if self._is_open(call)]
         if not alive or (frames and len(alive) != len(parts)):
             return
         try:
             self._sender.send(connection, Parts(parts=tuple(part for _, part in alive)), frames)
         except TransferError as error:
+            if isinstance(error, LocalProtocolError) and len(alive) > 1:
+                start = 0
+                for call, part in alive:
+                    self.send_parts(connection, [(call, part)], frames[start : start + part.num_frames])
+                    start += part.num_frames
+                return
             logger.warning("partial answers did not leave: %s", error)
             for call, _ in alive:
                 if self._remove(call):

@@ -24,9 +24,9 @@ class TransferConfig:
     input_buffer_tokens      rows the consumer can reserve for announced streams
     credit_window_blocks     blocks a sender may have unacknowledged
     max_message_bytes        cap of one frame; a message may have many (see max_outbound_bytes)
-    max_outbound_messages/bytes  cap of what may wait for one peer; max_outbound_bytes also caps one whole message
-    idle_timeout_s           silence of a stream's peer that ends the stream
-    stream_timeout_s         time without progress while the peer (or the producer) owes something
+    max_outbound_messages/bytes  cap of what may wait for one peer; max_outbound_bytes so also caps a whole message
+    idle_timeout_s           silence of a stream's peer that ends the stream; disuse that closes a streams' connection
+    stream_timeout_s         longest wait for a stream's sender to open it, and for the Ack of a block that was sent
     admit_timeout_s          longest wait for the own consumer or the own pool
     peer_timeout_s           silence of a peer with open calls after which it is declared lost
     """

@@ -115,7 +115,7 @@ _BY_CODE: dict[str, type[TransferError]] = {
     kind.__name__: kind
     for kind in (
         ProtocolError, LocalProtocolError, RemoteProtocolError, IncompatibleBlocks, AlignmentError, IntegrityError,
-        TicketRejected, PeerLost, Overloaded, EndpointClosed, StreamTimeout,
+        MessageTooLarge, TicketRejected, PeerLost, Overloaded, EndpointClosed, StreamTimeout,
     )
 }  # fmt: skip
 

@@ -15,7 +15,7 @@ from typing import TypeAlias
 from transfer.config import TransferConfig
 from transfer.connection import Connection, Frame
 from transfer.endpoint_base import EndpointBase
-from transfer.errors import ConfigError, EndpointClosed, Overloaded, PeerLost
+from transfer.errors import ConfigError, EndpointClosed, MessageTooLarge, Overloaded, PeerLost
 from transfer.messages import Message
 
 BATCH = 64  # messages taken from the inbox at once
@@ -114,12 +114,16 @@ class InprocEndpoint(EndpointBase):
         return route
 
     def _accept(self, connection: Connection, message: Message, frames: Sequence[memoryview]) -> None:
-        size = sum(len(frame) for frame in frames)
+        size, limit = sum(len(frame) for frame in frames), self._config.max_outbound_bytes
+        if size > limit:
+            raise MessageTooLarge(
+                f"a message of {size} bytes for {self._address} is beyond max_outbound_bytes ({limit})"
+            )
         with self._news:
             if self._closing:
                 raise PeerLost(f"{self._address} is closed")
             full = len(self._inbox) >= self._config.max_outbound_messages
-            if full or (self._inbox and self._inbox_bytes + size > self._config.max_outbound_bytes):
+            if full or self._inbox_bytes + size > limit:
                 raise Overloaded(f"{len(self._inbox)} messages wait for {self._address}: slow down")
             self._inbox.append((connection, message, frames, size))
             self._inbox_bytes += size
@@ -130,9 +134,11 @@ class InprocEndpoint(EndpointBase):
         """Nothing to do."""
 
     def disconnect(self, connection: Connection) -> None:
-        """Forget a peer."""
+        """Forget a peer, and its way back to us."""
         with self._news:
-            self._routes.pop(connection.key, None)
+            route = self._routes.pop(connection.key, None)
+            if route is not None:
+                route[0]._routes.pop(route[1].key, None)
             if self._outgoing.get(connection.peer) == connection:
                 del self._outgoing[connection.peer]
 

@@ -7,11 +7,11 @@ from collections import deque
 from collections.abc import Sequence
 
 from transfer.connection import Frame
-from transfer.errors import Overloaded
+from transfer.errors import MessageTooLarge, Overloaded
 
 
 class Outbox:
-    """A FIFO of encoded messages (lists of frames) for `peer`. One message always fits an empty outbox."""
+    """A FIFO of encoded messages (lists of frames) for `peer`. A message within `max_bytes` fits an empty outbox."""
 
     def __init__(self, peer: str, max_messages: int, max_bytes: int) -> None:
         self._peer = peer
@@ -25,10 +25,14 @@ class Outbox:
         return len(self._queue)
 
     def put(self, frames: Sequence[Frame]) -> None:
-        """Append one message. Raises Overloaded when a bound is reached; then nothing is queued."""
+        """Append one message. Raises MessageTooLarge when it can never fit, Overloaded when it does not fit now."""
         size = sum(len(frame) for frame in frames)
+        if size > self._max_bytes:
+            raise MessageTooLarge(
+                f"a message of {size} bytes for {self._peer} is beyond max_outbound_bytes ({self._max_bytes})"
+            )
         with self._lock:
-            if len(self._queue) >= self._max_messages or (self._queue and self._num_bytes + size > self._max_bytes):
+            if len(self._queue) >= self._max_messages or self._num_bytes + size > self._max_bytes:
                 raise Overloaded(
                     f"{len(self._queue)} messages of {self._num_bytes} bytes wait for {self._peer}, which does not "
                     "read them: wait, or drop the peer"

@@ -29,7 +29,6 @@ from transfer.errors import (
     RemoteProtocolError,
     StreamAborted,
     StreamTimeout,
-    TicketRejected,
     TransferError,
     error_code,
     error_from_code,
@@ -112,11 +111,14 @@ class ReceiverSession:
     # -- events ---------------------------------------------------------------------------------------------------
 
     def open(self, message: Open, now: float) -> list[ReceiverAction]:
-        """An Open. The first valid one opens; a repeated one asks for what may have been lost."""
+        """An Open. The first valid one opens; a repeated one asks for what may have been lost.
+
+        One that proves nothing is refused without harm to the stream: whoever sent it need not be its sender.
+        """
         if not self._proven(message):
-            if self.state is not ReceiverState.REGISTERED or message.epoch < self.ticket.epoch:
-                return [Dropped("bad_proof"), Send(self.abort_message(TicketRejected("this ticket is not valid here")))]
-            return self.fail(TicketRejected(f"stream {self.ticket.stream_id}: the sender's proof or epoch is wrong"))
+            if self.state is not ReceiverState.REGISTERED and message.epoch == self.ticket.epoch:
+                return [Dropped("bad_proof")]  # on the proven sender's connection: a refusal would end its stream
+            return [Dropped("bad_proof"), Send(_refusal_of(message))]
         self._heard = now
         if self.state is not ReceiverState.REGISTERED:
             return self._answer_probe()
@@ -229,18 +231,22 @@ class ReceiverSession:
         return self.fail(error_from_code(message.code, message.message), tell_peer=False)
 
     def tick(self, now: float) -> list[ReceiverAction]:
-        """Check the limits; send an acknowledgement that waited for company."""
+        """Check the limits; send an acknowledgement that waited for company.
+
+        A sender that probes is alive, however long its producer takes: the producer's owner limits that.
+        """
         if self.state in TERMINAL:
             return []
         timers = self._timers
-        owes = self._sender_owes()
-        opened = self.state is not ReceiverState.REGISTERED
-        if opened and now - self._heard >= timers.idle_timeout_s:
+        if self.state is ReceiverState.REGISTERED:
+            if now - self._progressed >= timers.stream_timeout_s:
+                return self.fail(StreamTimeout(f"no sender opened the stream for {timers.stream_timeout_s:g} s"))
+            return []
+        if now - self._heard >= timers.idle_timeout_s:
             return self.fail(StreamTimeout(f"the sender was silent for {timers.idle_timeout_s:g} s"))
-        limit = timers.stream_timeout_s if owes else timers.admit_timeout_s
-        if now - self._progressed >= limit:
-            waited = "the sender did nothing" if owes else "the stream was neither granted blocks nor admitted"
-            return self.fail(StreamTimeout(f"{waited} for {limit:g} s (state {self.state.value})"))
+        if not self._sender_owes() and now - self._progressed >= timers.admit_timeout_s:
+            waited = f"the stream was neither granted blocks nor admitted for {timers.admit_timeout_s:g} s"
+            return self.fail(StreamTimeout(f"{waited} (state {self.state.value})"))
         return [Send(self._ack())] if self._acked < self._next_index else []
 
     def abort_message(self, error: TransferError) -> Abort:
@@ -308,7 +314,7 @@ class ReceiverSession:
         return [Send(self._ack()), *(Send(grant) for _, grant in self._open_grants)]
 
     def _sender_owes(self) -> bool:
-        if self.state in (ReceiverState.REGISTERED, ReceiverState.GRANTED):
+        if self.state is ReceiverState.GRANTED:
             return True
         return self.state in FLOWING and self._next_index < self._num_granted
 
@@ -318,3 +324,8 @@ class ReceiverSession:
     def _ack(self) -> Ack:
         self._acked = self._next_index
         return Ack(stream_id=self.ticket.stream_id, epoch=self.ticket.epoch, next_index=self._next_index)
+
+
+def _refusal_of(message: Open) -> Abort:
+    text = f"stream {message.stream_id}: this ticket is not valid here (wrong proof or epoch)"
+    return Abort(stream_id=message.stream_id, epoch=message.epoch, code="TicketRejected", message=text)

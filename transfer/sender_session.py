@@ -55,7 +55,8 @@ class SenderSession:
         self._round0_tokens = 0
         self._credit = 0
         self._timers = timers
-        self._started = self._heard = self._progressed = now
+        self._started = self._heard = now
+        self._acked_at = now  # when an Ack was last owed and came, or began to be owed
         self._gap = timers.open_retry_s
         self._next_probe = now + self._gap
 
@@ -77,16 +78,14 @@ class SenderSession:
             raise LocalProtocolError(f"total_rows must be an int of at least {self._rows_ready}, not {total_rows!r}")
         self.total_rows = total_rows
         self._items = tuple(items)
-        self._note_progress(now)
-        return self._advance(now)
+        return self._produced(now)
 
     def rows_written(self, num_rows: int, now: float) -> list[SenderAction]:
         """`num_rows` more rows are there. LocalProtocolError when they exceed the announced total."""
         if self.total_rows is not None and self._rows_ready + num_rows > self.total_rows:
             raise LocalProtocolError(f"{self._rows_ready + num_rows} rows written, {self.total_rows} announced")
         self._rows_ready += num_rows
-        self._note_progress(now)
-        return self._advance(now)
+        return self._produced(now)
 
     def fail(self, error: TransferError, *, tell_peer: bool = True) -> list[SenderAction]:
         """End the stream from this side; nothing happens when it is over already."""
@@ -154,6 +153,7 @@ class SenderSession:
         last = ack.next_index == self._num_blocks()
         self._apply(SenderEvent.LAST_ACK if last else SenderEvent.ACK)
         self.num_acked = ack.next_index
+        self._acked_at = now
         self._note_progress(now)
         return [ReleaseRows(self._row_after(self.num_acked)), *self._advance(now)]
 
@@ -178,14 +178,17 @@ class SenderSession:
     # -- time -----------------------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> list[SenderAction]:
-        """Check the limits and probe when nothing moved for a while."""
+        """Check the limits and probe when nothing moved for a while.
+
+        How long the producer may take is for its owner to say (`abort`): only what the peer owes is limited here.
+        """
         if self.state in TERMINAL or self.state is SenderState.IDLE:
             return []
         if now - self._heard >= self._timers.idle_timeout_s:
             return self.fail(StreamTimeout(f"the receiver was silent for {self._timers.idle_timeout_s:g} s"))
-        if self._producer_owes() and now - self._progressed >= self._timers.stream_timeout_s:
-            limit = self._timers.stream_timeout_s
-            return self.fail(StreamTimeout(f"no rows were written to the stream for {limit:g} s"))
+        limit = self._timers.stream_timeout_s
+        if self.num_sent > self.num_acked and now - self._acked_at >= limit:
+            return self.fail(StreamTimeout(f"block {self.num_acked} was sent and not acknowledged for {limit:g} s"))
         if now < self._next_probe:
             return []
         self._gap = min(self._gap * 2, self._timers.max_probe_s)
@@ -199,20 +202,20 @@ class SenderSession:
         self.num_resent += len(unacked)
         return [Send(self._announcement()), *map(self._block, unacked)]
 
-    def _producer_owes(self) -> bool:
-        if self.total_rows is None:
-            return True
-        return self._rows_ready < self.total_rows and (self.num_acked + 1) * self.block_size > self._rows_ready
-
     # -- helpers --------------------------------------------------------------------------------------------------
 
     def _apply(self, event: SenderEvent) -> None:
         self.state = apply(SENDER_TABLE, self.state, event)
 
     def _note_progress(self, now: float) -> None:
-        self._progressed = now
         self._gap = self._timers.probe_s
         self._next_probe = now + self._gap
+
+    def _produced(self, now: float) -> list[SenderAction]:
+        actions = self._advance(now)
+        if actions:  # otherwise the peer heard nothing, and probes must go on or it would think us dead
+            self._note_progress(now)
+        return actions
 
     def _advance(self, now: float) -> list[SenderAction]:
         actions: list[SenderAction] = []
@@ -224,6 +227,8 @@ class SenderSession:
         limit = min(len(self._granted), self._num_blocks(), self.num_acked + self._credit)
         while self.num_sent < limit and self._row_after(self.num_sent + 1) <= self._rows_ready:
             self._apply(SenderEvent.SEND)
+            if self.num_sent == self.num_acked:
+                self._acked_at = now
             actions.append(self._block(self.num_sent))
             self.num_sent += 1
         return actions

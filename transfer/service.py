@@ -56,6 +56,7 @@ class Service:
         self._outgoing = OutgoingCalls(endpoint, self.config.max_calls)
         self._liveness = Liveness(self.config.ping_interval_s, self.config.peer_timeout_s)
         self._next_check = 0.0
+        self._called: set[Connection] = set()  # peers that calls were made to; guarded by the lock
         self._lock = threading.Lock()
         self._closed = False  # nothing more is taken; guarded by the lock
         self._is_down = False  # everything was ended: what still comes in is ignored
@@ -108,6 +109,7 @@ class Service:
         """
         with self._lock:
             self._refuse_when_closed()
+            self._called.add(connection)
             return self._outgoing.start(connection, method, body, frames, on_part, on_end)
 
     def reply_many(self, replies: Sequence[tuple[IncomingCall, Body]]) -> None:
@@ -117,6 +119,11 @@ class Service:
             by_peer.setdefault(call.connection, []).append((call, Part(call_id=call.call_id, body=body)))
         for connection, parts in by_peer.items():
             self._incoming.send_parts(connection, parts)
+
+    def carries_calls(self, connection: Connection) -> bool:
+        """Whether a peer was called, or calls: then its connection is not a stream's alone to close."""
+        with self._lock:
+            return connection in self._called or connection in self._incoming.connections()
 
     def drop_peer(self, connection: Connection, reason: str) -> None:
         """Declare a peer lost, from any thread: its calls and streams end, what waits for it is forgotten."""
@@ -201,11 +208,13 @@ class Service:
         self._counts["peers_lost"] += 1
         error = PeerLost(f"{connection.peer}: {reason}")
         logger.warning("lost peer %s: %s", connection.peer, reason)
+        self.endpoint.disconnect(connection)  # first: who tries again when told must get a new connection
+        with self._lock:
+            self._called.discard(connection)
         for _, side in self._sides:
             side.on_peer_lost(connection, error)
         self._outgoing.drop(connection, "PeerLost", str(error))
         self._incoming.drop(connection)
-        self.endpoint.disconnect(connection)
 
     def _shut_down(self) -> None:
         self._is_down = True

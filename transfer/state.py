@@ -18,8 +18,12 @@ compares by equality. (3) Block i holds rows i*block_size ...; all are full but 
 expected (unknown stream, other epoch, other connection, duplicate, not granted, wrong size, wrong tag) are dropped
 and counted; they never change a state. (6) Only the sender probes: when nothing moved for a while it repeats Open, or
 Announce and the unacknowledged blocks; the receiver answers with Ack and every grant not used up yet, or, for a stream
-that just ended, with the Close or Abort it ended with. (7) Either side may Abort at any time; silence longer than
-idle_timeout_s, or no progress for stream_timeout_s while the other side owes something, is a StreamTimeout.
+that just ended, with the Close or Abort it ended with. (7) Either side may Abort at any time. A StreamTimeout ends a
+stream when the peer is silent for idle_timeout_s, when no sender opens it for stream_timeout_s, when a block that was
+sent is not acknowledged for stream_timeout_s, and when the receiver's own consumer or pool takes admit_timeout_s. A
+live sender may wait for its producer as long as the producer's owner allows: its probes show that it lives. (8) An Open
+without a valid proof is refused (Abort to whoever sent it) and changes nothing; a proven one that disagrees on block
+size or planes ends the stream at both ends.
 
 `apply` is the only way from one state to another. An event that a state does not allow raises (LocalProtocolError for
 our own events, RemoteProtocolError for the peer's) and leaves the state as it was.

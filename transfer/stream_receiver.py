@@ -37,7 +37,7 @@ from transfer.receiver_session import ReceiverSession
 from transfer.service import Service
 from transfer.state import TERMINAL, ReceiverState
 from transfer.strays import Strays
-from transfer.tensors import PlaneSpec
+from transfer.tensors import PlaneSpec, check_block_bytes
 from transfer.ticket import Ticket
 
 logger = logging.getLogger(__name__)
@@ -71,11 +71,12 @@ class _Entry:
 
 
 class StreamReceiver:
-    """Receives streams of fixed `planes` into one pool of blocks."""
+    """Receives streams of fixed `planes` into one pool of blocks. ConfigError when a block fits no message."""
 
     def __init__(
         self, service: Service, config: TransferConfig, planes: Sequence[PlaneSpec], device: str = "cpu"
     ) -> None:
+        check_block_bytes(planes, config)
         self._service = service
         self._config = config
         self._planes = tuple(planes)

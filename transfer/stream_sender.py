@@ -29,7 +29,7 @@ from transfer.messages import Abort, Ack, Block, Body, Close, Grant, StreamMessa
 from transfer.sender_session import SenderSession
 from transfer.service import Service
 from transfer.state import TERMINAL
-from transfer.tensors import PlaneSpec
+from transfer.tensors import PlaneSpec, check_block_bytes
 from transfer.ticket import Ticket
 
 logger = logging.getLogger(__name__)
@@ -129,13 +129,18 @@ class OutgoingStream:
 
 
 class StreamSender:
-    """Sends streams over a service, to any number of receivers."""
+    """Sends streams over a service, to any number of receivers.
+
+    A connection that no stream used for idle_timeout_s is given up, unless calls go over it: receivers come and go.
+    """
 
     def __init__(self, service: Service, config: TransferConfig) -> None:
         self._service = service
         self._config = config
         self._timers = Timers.of(config)
         self._streams: dict[str, OutgoingStream] = {}
+        self._num_using: Counter[Connection] = Counter()  # open streams by connection, and since when there are none
+        self._idle_since: dict[Connection, float] = {}
         self._lock = threading.Lock()
         self._dropped: Counter[str] = Counter()
         self._totals: Counter[str] = Counter()
@@ -151,10 +156,10 @@ class StreamSender:
     ) -> OutgoingStream:
         """Open the stream of `ticket` at its receiver, whether that knows the ticket already or will soon.
 
-        Raises ConfigError for an address that cannot be reached, LocalProtocolError when the stream is open here,
-        Overloaded beyond max_streams, EndpointClosed.
+        Raises ConfigError for an address that cannot be reached or a block that fits no message, LocalProtocolError
+        when the stream is open here, Overloaded beyond max_streams, EndpointClosed.
         """
-        connection = self._service.endpoint.connect(receiver_address, receiver_public_key)
+        check_block_bytes(planes, self._config)
         session = SenderSession(
             ticket,
             block_size=self._config.block_size,
@@ -163,13 +168,15 @@ class StreamSender:
             timers=self._timers,
             now=self._service.now(),
         )
-        stream = OutgoingStream(self, session, connection)
         with self._lock:
             if ticket.stream_id in self._streams:
                 raise LocalProtocolError(f"stream {ticket.stream_id} is open here already")
             if len(self._streams) >= self._config.max_streams:
                 raise Overloaded(f"{len(self._streams)} streams are open: raise max_streams, or try later")
-            self._streams[ticket.stream_id] = stream
+            connection = self._service.endpoint.connect(receiver_address, receiver_public_key)
+            stream = self._streams[ticket.stream_id] = OutgoingStream(self, session, connection)
+            self._num_using[connection] += 1
+            self._idle_since.pop(connection, None)
         try:
             self._service.post(lambda: self._run(stream, session.start(self._service.now())))
         except EndpointClosed:
@@ -185,9 +192,7 @@ class StreamSender:
             **{f"transfer_dropped_{reason}": count for reason, count in tuple(self._dropped.items())},
         }
 
-    def run_soon(
-        self, stream: OutgoingStream, event: Callable[[float], list[SenderAction]]
-    ) -> EndpointClosed | None:
+    def run_soon(self, stream: OutgoingStream, event: Callable[[float], list[SenderAction]]) -> EndpointClosed | None:
         """For OutgoingStream: apply an event on the I/O thread; ignored when the stream is over.
 
         Returns the error when the service is closed; the caller ends the stream with it, holding no lock.
@@ -221,17 +226,21 @@ class StreamSender:
         return True
 
     def on_tick(self, now: float) -> None:
-        """Probes and time limits; see service.StreamSide."""
+        """Probes and time limits, of streams and of connections; see service.StreamSide."""
         for stream in tuple(self._streams.values()):
             actions = stream.session.tick(now)
             if actions:
                 self._run(stream, actions)
+        self._release_idle(now)
 
     def on_peer_lost(self, connection: Connection, error: PeerLost) -> None:
         """Streams to a lost peer fail; see service.StreamSide."""
-        for stream in tuple(self._streams.values()):
-            if stream.connection == connection:
-                self._run(stream, stream.session.fail(error, tell_peer=False))
+        with self._lock:  # a stream that opens meanwhile is among these, or has a new connection
+            lost = [stream for stream in self._streams.values() if stream.connection == connection]
+        for stream in lost:
+            self._run(stream, stream.session.fail(error, tell_peer=False))
+        with self._lock:
+            self._idle_since.pop(connection, None)
 
     def on_close(self) -> None:
         """Every stream fails with EndpointClosed; see service.StreamSide."""
@@ -244,7 +253,8 @@ class StreamSender:
         for action in actions:
             match action:
                 case SendBlock():
-                    self._send_block(stream, action)
+                    if stream.session.state not in TERMINAL:  # the block before it may have ended the stream
+                        self._send_block(stream, action)
                 case Send(message):
                     self._send(stream, message)
                 case ReleaseRows(before_row):
@@ -280,12 +290,29 @@ class StreamSender:
     def _send(self, stream: OutgoingStream, message: StreamMessage, frames: Sequence[memoryview] = ()) -> None:
         try:
             self._service.endpoint.send(stream.connection, message, frames)
+        except LocalProtocolError as error:  # too large, or nothing that can travel: repeating it would not help
+            self._dropped["unsent"] += 1
+            self._run(stream, stream.session.fail(error))
         except TransferError as error:  # as if lost on the way: probes repeat it, and the idle limit ends it
             self._dropped["unsent"] += 1
             logger.info("a %s of stream %s did not leave: %s", type(message).__name__, stream.stream_id, error)
+
+    def _release_idle(self, now: float) -> None:
+        """Give up connections that no stream used for a while; under the lock, so that none opens on them meanwhile."""
+        with self._lock:
+            for connection, since in tuple(self._idle_since.items()):
+                if now - since < self._config.idle_timeout_s:
+                    continue
+                del self._idle_since[connection]
+                if not self._service.carries_calls(connection):
+                    self._service.endpoint.disconnect(connection)
 
     def _remove(self, stream: OutgoingStream) -> None:
         stream.rows.clear()
         with self._lock:
             if self._streams.get(stream.stream_id) is stream:
                 del self._streams[stream.stream_id]
+                self._num_using[stream.connection] -= 1
+                if not self._num_using[stream.connection]:
+                    del self._num_using[stream.connection]
+                    self._idle_since[stream.connection] = self._service.now()

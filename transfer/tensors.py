@@ -6,9 +6,10 @@ The same vocabulary serves tensors in flight and tensors at rest. Knows byte cou
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from transfer.config import TransferConfig
 from transfer.errors import ConfigError
 
 DTYPE_BYTES: dict[str, int] = {
@@ -60,3 +61,19 @@ class PlaneSpec:
         if not isinstance(body["dtype"], str):
             raise ConfigError("a plane's dtype is a string")
         return cls(name=body["name"], dtype=body["dtype"], row_shape=tuple(body["row_shape"]))
+
+
+def check_block_bytes(planes: Sequence[PlaneSpec], config: TransferConfig) -> None:
+    """Raise ConfigError when a block of `planes` fits no message: one frame per plane, all in one message."""
+    sizes = {plane.name: config.block_size * plane.row_bytes for plane in planes}
+    for name, size in sizes.items():
+        if size > config.max_message_bytes:
+            raise ConfigError(
+                f"a block of {config.block_size} rows of plane {name!r} is {size} bytes, beyond max_message_bytes "
+                f"({config.max_message_bytes}): lower block_size or raise max_message_bytes, at both ends"
+            )
+    if sum(sizes.values()) > config.max_outbound_bytes:
+        raise ConfigError(
+            f"a block of {config.block_size} rows is {sum(sizes.values())} bytes, beyond max_outbound_bytes "
+            f"({config.max_outbound_bytes}): lower block_size or raise max_outbound_bytes, at both ends"
+        )

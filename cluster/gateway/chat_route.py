@@ -14,7 +14,7 @@ from cluster.gateway.events import ChunkWriter
 from cluster.gateway.generation import Event
 from cluster.gateway.logprobs import chat_logprobs
 from cluster.gateway.messages import template_messages
-from cluster.gateway.sampling import chat_sampling, check_length
+from cluster.gateway.sampling import chat_sampling, check_length, check_text
 from cluster.gateway.schema import ChatRequest, Message
 from cluster.gateway.serving import Job
 from cluster.gateway.state import GatewayState, new_id
@@ -31,7 +31,7 @@ def prepare_chat(state: GatewayState, fields: dict[str, Any]) -> Job:
     context = state.context
     sampling = chat_sampling(request, context.tokenizer.vocab_size)
     token_ids, urls = render_prompt(
-        context, request.messages, request.add_generation_prompt, request.chat_template_kwargs
+        context, request.messages, request.add_generation_prompt, request.chat_template_kwargs, must_fit=True
     )
     check_length(len(token_ids), sampling.max_tokens, context.max_model_len, "messages")
     cap = context.config.max_image_bytes
@@ -52,8 +52,13 @@ def render_prompt(
     messages: Sequence[Message],
     add_generation_prompt: bool | None,
     template_kwargs: Mapping[str, Any] | None,
+    *,
+    must_fit: bool = False,
 ) -> tuple[list[int], list[str]]:
-    """(prompt token ids with one placeholder per image, image URLs in prompt order)."""
+    """(prompt token ids with one placeholder per image, image URLs in prompt order).
+
+    must_fit: refuse a prompt that is plainly too long before it is tokenized.
+    """
     template = _template(context)
     shaped = template_messages(messages)
     num_images = sum(
@@ -68,6 +73,8 @@ def render_prompt(
     pieces, urls = template.render(
         shaped, add_generation_prompt=add_generation_prompt is not False, **_checked_kwargs(template_kwargs)
     )
+    if must_fit:  # judged on the rendered text: a template may leave out what it was given
+        check_text(context, "".join(text for text, _ in pieces), "messages")
     token_ids = context.tokenizer.encode_prompt(pieces)
     if not token_ids:
         raise BadRequest("the messages render to an empty prompt", "messages")

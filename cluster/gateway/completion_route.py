@@ -15,7 +15,7 @@ from cluster.gateway.context import GatewayContext
 from cluster.gateway.events import ChunkWriter
 from cluster.gateway.generation import Event
 from cluster.gateway.logprobs import completion_logprobs
-from cluster.gateway.sampling import check_length, check_token_ids, completion_sampling
+from cluster.gateway.sampling import check_length, check_text, check_token_ids, completion_sampling
 from cluster.gateway.schema import CompletionRequest
 from cluster.gateway.serving import Job
 from cluster.gateway.state import GatewayState, new_id
@@ -57,6 +57,7 @@ def _token_ids(context: GatewayContext, prompt: str | list[int]) -> tuple[int, .
         limit = context.config.max_prompt_chars
         if len(prompt) > limit:
             raise BadRequest(f"the prompt has {len(prompt)} characters; at most {limit} are allowed", "prompt")
+        check_text(context, prompt, "prompt")
         token_ids = context.tokenizer.encode(prompt, True, add_special_tokens=True)
     else:
         check_token_ids(prompt, context.tokenizer.vocab_size, "prompt")

@@ -28,6 +28,9 @@ class TokenizerLike(Protocol):
     def encode_prompt(self, pieces: Sequence[tuple[str, bool]]) -> list[int]:
         """Token ids of a rendered prompt in (text, trusted) pieces."""
 
+    def min_tokens(self, text: str) -> int:
+        """At least so many ids come of a text."""
+
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = ...) -> str:
         """Text of token ids."""
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cluster.errors import BadRequest, ContextLengthExceeded
+from cluster.gateway.context import GatewayContext
 from cluster.gateway.schema import ChatRequest, CompletionRequest, Sampling
 from language_worker.api import SamplingParams
 from language_worker.errors import InvalidRequest
@@ -44,6 +45,7 @@ def completion_sampling(request: CompletionRequest, vocab_size: int) -> Sampling
 def _build(request: Sampling, vocab_size: int, names: dict[str, str], **given: Any) -> SamplingParams:
     values = {name: value for name in _SAME_NAME if (value := getattr(request, name)) is not None}
     values["logit_bias"] = _logit_bias(request.logit_bias or {}, vocab_size)
+    check_token_ids(request.stop_token_ids or (), vocab_size, "stop_token_ids")
     try:
         return SamplingParams(**values, **given)
     except InvalidRequest as error:
@@ -74,6 +76,17 @@ def check_length(num_prompt_tokens: int, max_tokens: int | None, max_model_len: 
         f"this model's context is {max_model_len} tokens; the prompt has {num_prompt_tokens}{asked}; shorten it",
         param,
     )
+
+
+def check_text(context: GatewayContext, text: str, param: str) -> None:
+    """Raises ContextLengthExceeded for a text that cannot fit however it is tokenized: that alone can take seconds."""
+    least = context.tokenizer.min_tokens(text)
+    if least >= context.max_model_len:
+        raise ContextLengthExceeded(
+            f"this model's context is {context.max_model_len} tokens; the prompt's {len(text)} characters are at least "
+            f"{least} tokens; shorten it",
+            param,
+        )
 
 
 def check_token_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> None:

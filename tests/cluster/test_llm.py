@@ -19,6 +19,7 @@ from PIL import Image
 import cluster.demo
 from cluster import LLM, RequestOutput, SamplingParams
 from cluster.errors import BadRequest, ConfigError
+from language_worker import delivery
 from transfer.errors import EndpointClosed, RemoteFailure
 
 DEMO = Path(cluster.demo.__file__).parent
@@ -143,6 +144,14 @@ def test_stop_logprobs_and_prompt_logprobs(llm: LLM) -> None:
     first = sample.token_ids.index(sample.token_ids[2])
     assert stopped.outputs[0].token_ids[:first] == sample.token_ids[:first]
     assert (stopped.outputs[0].finish_reason, stopped.outputs[0].stop_reason) == ("stop", sample.token_ids[2])
+
+
+def test_long_prompt_logprobs_are_put_together_again(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SamplingParams(max_tokens=3, temperature=0.0, prompt_logprobs=2)
+    prompts = ["What number is this?", "Count the digits.", "a"]
+    whole = [(output.prompt_logprobs, *_what(output)) for output in llm.generate(prompts, params)]
+    monkeypatch.setattr(delivery, "PROMPT_LOGPROBS_PER_PART", 3)
+    assert [(output.prompt_logprobs, *_what(output)) for output in llm.generate(prompts, params)] == whole
 
 
 # -- one answer, whichever way ----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A running cluster as its clients see it: requests, streams, the metrics page, and conditions that come true in time."""
+"""A running cluster as its clients see it: requests, streams, the metrics page, and waiting for conditions."""
 
 from __future__ import annotations
 
@@ -161,11 +161,10 @@ class Serving:
             left |= {worker: {"worker_up": 0} for worker, values in figures.items() if not values["worker_up"]}
             return {worker: values for worker, values in left.items() if values}
 
-        last: list[Any] = []
-        eventually(lambda: not last.append(leftovers()) and not last[-1], lambda: f"left behind: {last[-1]}")
+        eventually(lambda: not leftovers(), lambda: f"left behind: {leftovers()}")
 
 
-def eventually(condition: Callable[[], T], what: Callable[[], str] | str, timeout_s: float = 30.0) -> T:
+def eventually(condition: Callable[[], T | None], what: Callable[[], str] | str, timeout_s: float = 30.0) -> T:
     """The first true value of `condition`, asked again and again; AssertionError after `timeout_s`."""
     deadline, pause = time.monotonic() + timeout_s, threading.Event()
     while time.monotonic() < deadline:

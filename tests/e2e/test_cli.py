@@ -157,7 +157,10 @@ def test_serve_answers_and_drains_at_sigterm(ray_token: None, tmp_path: Path) ->
     (tmp_path / "c.yaml").write_text("workers: {num_cpus: 0.25}\ngateway: {port: 1}\n")
     (tmp_path / "keys").write_text("secret\n")
     arguments = ("--config", str(tmp_path / "c.yaml"), "--model", str(MODEL_DIR), "--served-model-name", MODEL_NAME)
-    with _served(*arguments, "--port", "0", "--api-key-file", str(tmp_path / "keys")) as served, Serving(served.url) as serving:
+    with (
+        _served(*arguments, "--port", "0", "--api-key-file", str(tmp_path / "keys")) as served,
+        Serving(served.url) as serving,
+    ):
         assert httpx.get(served.url + "/v1/models").status_code == 401
         serving.client.headers["authorization"] = "Bearer secret"
         ask_demo_question(serving)

@@ -63,10 +63,13 @@ def test_at_least_93_of_100_answers_are_exact(asked: list[Asked], answers: list[
         if answer.text != item.expected
     ]
     assert 1 - len(wrong) / NUM_ASKED >= MIN_EXACT, wrong
-    # 4 to 12 rows an image in blocks of 4, of which one is granted at first: more than one round but for the smallest
-    assert all(answer.hops["blocks"] == -(-answer.hops["rows"] // 4) for answer in answers)
-    assert all((answer.hops["grant_rounds"] > 1) == (answer.hops["blocks"] > 1) for answer in answers)
-    assert sum(answer.hops["grant_rounds"] > 1 for answer in answers) > NUM_ASKED / 2
+    # 4 to 12 rows an image in blocks of 4, of which one is granted at first: more than one round but for the smallest.
+    # An embedding worker's figures may come after the answer, which does not wait for them; that is rare.
+    told = [answer.hops for answer in answers if "blocks" in answer.hops]
+    assert len(told) >= 0.98 * NUM_ASKED
+    assert all(hops["blocks"] == -(-hops["rows"] // 4) for hops in told)
+    assert all((hops["grant_rounds"] > 1) == (hops["blocks"] > 1) for hops in told)
+    assert sum(hops["grant_rounds"] > 1 for hops in told) > NUM_ASKED / 2
     serving.await_empty_ledger()
 
 

@@ -109,7 +109,9 @@ def _num_pending(futures: list[Future[Any]]) -> int:
 def test_a_language_worker_is_killed_under_load(
     wide_cluster: RayCluster, wide_serving: Serving, pool: ThreadPoolExecutor
 ) -> None:
-    bodies = [long_body(f"Tell me more. {i}", NUM_TOKENS, *([_picture(i)] if i % 2 else [])) for i in range(NUM_STREAMS)]
+    bodies = [
+        long_body(f"Tell me more. {i}", NUM_TOKENS, *([_picture(i)] if i % 2 else [])) for i in range(NUM_STREAMS)
+    ]
     short = [chat_body(f"How many digits are there? {i}", max_tokens=4, ignore_eos=True) for i in range(8)]
     expected = list(pool.map(wide_serving.text, bodies))
     expected_short = list(pool.map(wide_serving.text, short))

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -50,12 +51,15 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def dashboard(environment: dict[str, str]) -> Iterator[str]:
-    """A head's dashboard address. The head is a process group of its own, ended as one."""
-    port, dashboard_port = _free_ports(2)
+    """A head's dashboard address. The head is a process group of its own, ended as one; its agent's port is not the
+    usual one, which another Ray of this machine may have.
+    """
+    port, dashboard_port, agent_port = _free_ports(3)
     folder = tempfile.mkdtemp(prefix="ray-")  # short: Ray puts sockets below it
     command = [
         str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", "--dashboard-host=127.0.0.1",
-        f"--dashboard-port={dashboard_port}", "--num-cpus=2", "--object-store-memory=200000000", f"--temp-dir={folder}",
+        f"--dashboard-port={dashboard_port}", f"--dashboard-agent-listen-port={agent_port}", "--num-cpus=2",
+        "--object-store-memory=200000000", f"--temp-dir={folder}",
     ]  # fmt: skip
     with open(Path(folder) / "head.log", "w+") as log:
         head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
@@ -79,16 +83,11 @@ def _is_up(address: str, environment: dict[str, str], head: subprocess.Popen[byt
 
 def _end(head: subprocess.Popen[bytes]) -> None:
     head.send_signal(signal.SIGTERM)
-    try:
+    with suppress(subprocess.TimeoutExpired):
         head.wait(20)
-    except subprocess.TimeoutExpired:
-        pass
-    finally:
-        try:
-            os.killpg(head.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        head.wait()
+    with suppress(ProcessLookupError):
+        os.killpg(head.pid, signal.SIGKILL)
+    head.wait()
 
 
 @pytest.fixture
@@ -139,7 +138,9 @@ def test_the_demo_runs_as_a_job(dashboard: str, environment: dict[str, str], che
 def test_the_weights_are_not_ignored() -> None:
     """What Ray leaves behind is listed in .gitignore and .rayignore; the shipped model must be in neither."""
     result = subprocess.run(
-        ["git", "check-ignore", "--no-index", "-v", "cluster/demo/model/model.safetensors"], cwd=ROOT, capture_output=True
+        ["git", "check-ignore", "--no-index", "-v", "cluster/demo/model/model.safetensors"],
+        cwd=ROOT,
+        capture_output=True,
     )
     assert result.returncode == 1, result.stdout
     assert not any("model" in line or "safetensors" in line for line in (ROOT / ".rayignore").read_text().splitlines())

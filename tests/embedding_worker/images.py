@@ -33,25 +33,47 @@ def turned(orientation: int, format_: str) -> bytes:
     return encode(random_image(90, 40, seed=orientation), format_, exif=exif)
 
 
-def late_exif_png(orientation: int) -> bytes:
-    """A PNG whose EXIF chunk comes behind the pixels."""
+def png_chunk(kind: bytes, payload: bytes) -> bytes:
+    """One chunk of a PNG file."""
+    return struct.pack(">I", len(payload)) + kind + payload + struct.pack(">I", zlib.crc32(kind + payload))
+
+
+def exif_payload(orientation: int) -> bytes:
+    """EXIF that holds an orientation."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    payload = exif.tobytes().removeprefix(b"Exif\x00\x00")
-    chunk = struct.pack(">I", len(payload)) + b"eXIf" + payload + struct.pack(">I", zlib.crc32(b"eXIf" + payload))
-    plain = png(90, 40)
-    end = plain.rindex(b"IEND") - 4
-    return plain[:end] + chunk + plain[end:]
+    return exif.tobytes().removeprefix(b"Exif\x00\x00")
+
+
+def with_chunk(plain: bytes, chunk: bytes, before: bytes = b"IEND") -> bytes:
+    """A PNG with `chunk` in front of its last chunk of the kind `before`."""
+    at = plain.rindex(before) - 4
+    return plain[:at] + chunk + plain[at:]
+
+
+def late_exif_png(orientation: int) -> bytes:
+    """A PNG whose EXIF chunk comes behind the pixels."""
+    return with_chunk(png(90, 40), png_chunk(b"eXIf", exif_payload(orientation)))
+
+
+def raw_profile(orientation: int) -> bytes:
+    """A text chunk with EXIF in hexadecimal, as ImageMagick writes it."""
+    payload = b"Exif\x00\x00" + exif_payload(orientation)
+    text = f"\nexif\n{len(payload):8d}\n{payload.hex()}\n"
+    return png_chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(text.encode()))
+
+
+def xmp(orientation: int) -> bytes:
+    """A text chunk with XMP that says how to turn the image."""
+    packet = f'<x:xmpmeta><rdf:Description tiff:Orientation="{orientation}"/></x:xmpmeta>'
+    return png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + packet.encode())
 
 
 def header_only_png(width: int, height: int) -> bytes:
     """A PNG that claims a size and has next to no pixels."""
-
-    def chunk(kind: bytes, payload: bytes) -> bytes:
-        return struct.pack(">I", len(payload)) + kind + payload + struct.pack(">I", zlib.crc32(kind + payload))
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+    pixels = png_chunk(b"IDAT", zlib.compress(b"\0" * 64))
+    data = png_chunk(b"IHDR", header) + pixels + png_chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + data
 
 
@@ -98,6 +120,16 @@ GOOD: dict[str, Callable[[], bytes]] = {
     "one pixel": lambda: png(1, 1),
     "one pixel wide": lambda: png(1, 200),
     "late exif png": lambda: late_exif_png(6),
+    "png of two exif chunks": lambda: with_chunk(turned(3, "PNG"), png_chunk(b"eXIf", exif_payload(6))),
+    "png that speaks of eXIf": lambda: with_chunk(png(90, 40), png_chunk(b"tEXt", b"Comment\0eXIf")),
+    "animated png of a late exif": lambda: with_chunk(_animated("PNG"), png_chunk(b"eXIf", exif_payload(6))),
+    **{
+        f"png of {kind} before {place}": (
+            lambda make=make, place=place: with_chunk(png(90, 40), make(8), place.encode())
+        )
+        for kind, make in (("raw profile", raw_profile), ("xmp", xmp))
+        for place in ("IDAT", "IEND")
+    },
     **{f"jpeg turned {i}": (lambda i=i: turned(i, "JPEG")) for i in range(1, 9)},
     **{f"{kind} turned 8": (lambda kind=kind: turned(8, kind)) for kind in ("PNG", "WEBP", "TIFF")},
 }

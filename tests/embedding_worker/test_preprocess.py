@@ -24,7 +24,17 @@ from embedding_worker.preprocess import (
     prepare_image,
     smart_resize,
 )
-from tests.embedding_worker.images import BAD, GOOD, header_only_png, png
+from tests.embedding_worker.images import (
+    BAD,
+    GOOD,
+    exif_payload,
+    header_only_png,
+    png,
+    png_chunk,
+    raw_profile,
+    with_chunk,
+    xmp,
+)
 
 LIMITS = ImageLimits(max_bytes=1_000_000, max_pixels=1_000_000)
 SMALL: dict[str, Any] = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 20}
@@ -116,6 +126,23 @@ def test_refusing_a_bomb_takes_no_memory() -> None:
         assert tracemalloc.get_traced_memory()[1] < 2_000_000
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "chunk", [png_chunk(b"eXIf", exif_payload(6)), raw_profile(6), xmp(6)], ids=["exif", "raw profile", "xmp"]
+)
+@pytest.mark.parametrize("place", [b"IDAT", b"IEND"])
+def test_a_png_says_how_to_turn_it_without_its_pixels(chunk: bytes, place: bytes) -> None:
+    media = with_chunk(header_only_png(280, 140), chunk, place)  # whoever decodes it finds nothing
+    assert inspect_image(media, 0, ImageSettings(), LIMITS) == (1, 20, 10)
+    assert inspect_image(memoryview(header_only_png(280, 140)), 0, ImageSettings(), LIMITS) == (1, 10, 20)
+
+
+def test_the_search_for_an_orientation_is_bounded() -> None:
+    chunk = png_chunk(b"eXIf", exif_payload(6))
+    few, many = (with_chunk(header_only_png(280, 140), png_chunk(b"tIME", b"") * n + chunk) for n in (1000, 70000))
+    assert inspect_image(few, 0, ImageSettings(), LIMITS) == (1, 20, 10)
+    assert inspect_image(many, 0, ImageSettings(), LIMITS) == (1, 10, 20)
 
 
 @pytest.mark.parametrize(

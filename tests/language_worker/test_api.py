@@ -12,25 +12,25 @@ from language_worker.config import EngineConfig
 from language_worker.errors import InvalidRequest
 
 BAD = [
-    *(("max_tokens", v) for v in (0, -1, 1.0, True, "5")),
+    *(("max_tokens", v) for v in (0, -1, 1.0, True, "5", 2**31, 10**5000)),
     *(("n", v) for v in (0, 129, None, 1.5)),
     *(("seed", v) for v in (2**64, -(2**63) - 1, 1.0, "x")),
-    *(("temperature", v) for v in (-0.1, math.nan, math.inf, "1", None, True, 101)),
+    *(("temperature", v) for v in (-0.1, math.nan, math.inf, "1", None, True, 101, 10**400)),
     *(("top_p", v) for v in (0, 0.0, 1.1, -1, None)),
-    *(("top_k", v) for v in (-2, 1.5, None)),
+    *(("top_k", v) for v in (-2, 1.5, None, 2**31, 2**63, 10**30)),
     *(("min_p", v) for v in (-0.1, 1.1)),
     *((name, v) for name in ("presence_penalty", "frequency_penalty") for v in (-2.1, 2.1, math.nan)),
     *(("repetition_penalty", v) for v in (0, -1, math.inf)),
-    *(("logit_bias", v) for v in ([1], {-1: 0.0}, {"1": 0.0}, {1: 101.0}, {1: "x"}, {True: 1.0}, None)),
+    *(("logit_bias", v) for v in ([1], {-1: 0.0}, {"1": 0.0}, {1: 101.0}, {1: "x"}, {True: 1.0}, {2**31: 1.0}, None)),
     *(("stop", v) for v in ("", [""], [1], None, ["x"] * 17, "x" * 1001, {"a": 1}, b"x")),
-    *(("stop_token_ids", v) for v in ([-1], [1.0], "12", None, [1] * 257, 5)),
-    *(("min_tokens", v) for v in (-1, None, 1.0)),
+    *(("stop_token_ids", v) for v in ([-1], [1.0], "12", None, [1] * 257, 5, [2**31], [10**30])),
+    *(("min_tokens", v) for v in (-1, None, 1.0, 2**31, 10**30)),
     *(("ignore_eos", v) for v in (1, "true", None)),
     *((name, v) for name in ("logprobs", "prompt_logprobs") for v in (-1, 21, True, 1.0)),
 ]
 
 
-@pytest.mark.parametrize(("name", "value"), BAD, ids=str)
+@pytest.mark.parametrize(("name", "value"), BAD, ids=lambda value: "huge" if value == 10**5000 else repr(value)[:30])
 def test_bad_values_are_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(InvalidRequest, match=name):
         SamplingParams(**{name: value})

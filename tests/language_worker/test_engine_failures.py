@@ -2,11 +2,13 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from language_worker.api import SamplingParams
+from language_worker import intake, roster
+from language_worker.api import GenerateRequest, SamplingParams
 from language_worker.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -19,6 +21,7 @@ from language_worker.errors import (
     QueueFull,
     StepFailed,
 )
+from language_worker.media import MediaRows
 from tests.language_worker.helpers import ManualClock, Media, Results, drive, make_engine, prompt, request
 from tests.tiny_tokenizer import TOKEN_IDS
 
@@ -230,4 +233,35 @@ def test_a_step_that_raises_for_one_request_harms_no_other(tiny: Path) -> None:
     for n in ("r0", "r1", "r3"):
         if poison not in (*healthy[n].tokens(), *prompt(5, int(n[1]))):
             assert results[n].tokens() == healthy[n].tokens()
+    _assert_empty(engine)
+
+
+def test_a_request_whose_rows_find_no_memory_fails_alone(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def allocate(*_: object, **__: object) -> MediaRows:
+        monkeypatch.setattr(roster, "MediaRows", MediaRows)
+        raise torch.OutOfMemoryError("no memory for the rows")
+
+    monkeypatch.setattr(roster, "MediaRows", allocate)
+    engine = make_engine(tiny)
+    media = {n: Media(grids=[(1, 4, 4)], rows=torch.randn(4, 64)) for n in ("first", "second")}
+    asked = [request(n, (1, PAD, 2), num_media=1) for n in media]
+    results = drive(engine, [*asked, request("text", prompt(4))], media)
+    assert type(results["first"].error) is StepFailed and "no memory for the rows" in str(results["first"].error)
+    assert results["second"].done is not None and results["text"].done is not None
+    _assert_empty(engine)
+
+
+def test_an_intake_that_raises_anything_fails_its_request_only(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = intake.check_request
+
+    def check_or_break(wanted: GenerateRequest, *rest: Any) -> None:
+        if wanted.request_id == "bad":
+            raise RuntimeError("a bug in a check")
+        check(wanted, *rest)
+
+    monkeypatch.setattr(intake, "check_request", check_or_break)
+    engine = make_engine(tiny)
+    results = drive(engine, [request("bad", prompt(4)), request("good", prompt(4))])
+    assert type(results["bad"].error) is StepFailed and "a bug in a check" in str(results["bad"].error)
+    assert results["good"].done is not None
     _assert_empty(engine)

@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from language_worker.errors import PageError, PageNotOwned, PagesExhausted
+from language_worker.errors import PageError, PagesExhausted
 from language_worker.page_pool import PagePool
 
 SIZE = 8
@@ -48,15 +48,6 @@ class Ledger(RuleBasedStateMachine):
         freed = self.pool.release(owner)
         self.held[owner] = set()
         assert freed == len(self.free()) - before
-
-    @rule(owner=OWNERS, pages=st.lists(st.integers(-1, SIZE), max_size=3))
-    def release_pages(self, owner: str, pages: list[int]) -> None:
-        if not set(pages) <= self.held[owner] or len(set(pages)) != len(pages):
-            with pytest.raises(PageNotOwned):
-                self.pool.release_pages(pages, owner)
-            return
-        self.pool.release_pages(pages, owner)
-        self.held[owner] -= set(pages)
 
     @invariant()
     def agrees(self) -> None:

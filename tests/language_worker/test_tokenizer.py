@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from language_worker.detokenizer import ByteLevelDetokenizer, RedecodingDetokenizer, byte_level_alphabet
 from language_worker.errors import InvalidRequest, ModelNotSupported
+from language_worker.token_bound import max_token_chars
 from language_worker.tokenizer import Tokenizer
 from tests.tiny_models import reference_tokenizer
 from tests.tiny_tokenizer import SPECIAL_TOKENS, TOKEN_IDS, save_tokenizer
@@ -160,3 +161,45 @@ def test_token_bytes(tokenizer) -> None:
     for text in ("number", "é", "€"):
         assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))) == text.encode()
     assert tokenizer.token_bytes(TOKEN_IDS["<|im_end|>"]) == b"<|im_end|>"
+
+
+DECOMPOSED = st.lists(
+    st.sampled_from(["e\u0301", "\u1112\u1161\u11ab", "a", "  ", "\u03b1\u0313\u0300\u0345", "<|im_end|>"])
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(text=PIECE | DECOMPOSED.map("".join), allow_special=st.booleans())
+def test_the_bound_never_exceeds_the_tokens(text: str, allow_special: bool, tokenizer) -> None:
+    assert tokenizer.min_tokens(text) <= len(tokenizer.encode(text, allow_special))
+
+
+def test_the_bound_counts_characters_by_the_longest_token(tokenizer) -> None:
+    longest = max(map(len, TOKEN_IDS))
+    assert tokenizer.min_tokens("x" * (longest * 1000 + 1)) == 1001
+    assert tokenizer.min_tokens("<|object_ref_start|>" * 50) <= 50
+    assert tokenizer.min_tokens("") == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, {"type": "ByteLevel"}]}},
+        {"pre_tokenizer": {"type": "Split", "behavior": "Removed"}},
+        {"added_tokens": [{"content": "<x>", "rstrip": True}]},
+    ],
+    ids=str,
+)
+def test_no_bound_where_text_can_vanish(change: dict) -> None:
+    table = [bytes([i]) for i in range(256)]
+    plain = {"normalizer": None, "pre_tokenizer": {"type": "ByteLevel"}, "added_tokens": []}
+    assert max_token_chars(plain, [*table, b"abc", None]) == 3
+    assert max_token_chars({**plain, **change}, [*table, b"abc", None]) is None
+    assert max_token_chars(plain, table[1:]) is None
+
+
+def test_the_longest_token_is_measured_in_characters() -> None:
+    table = [*(bytes([i]) for i in range(256)), "日本語".encode(), "日".encode() + b"\xe6\x9c"]
+    assert max_token_chars({}, table) == 3
+    assert max_token_chars({"added_tokens": [{"content": "<five>"}]}, table) == 6

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from language_worker import delivery
 from language_worker.api import SamplingParams, TokenChunk
 from language_worker.config import EngineConfig
 from language_worker.delivery import logit_frames
@@ -183,6 +184,26 @@ def test_logits_come_in_frames_that_fit(client: Client, tiny: Path) -> None:
     pieces = list(logit_frames(expected.logits, 7 * expected.logits.shape[1] * 4))
     assert [first for first, _ in pieces] == [0, 7, 14, 21, 28]
     assert torch.equal(torch.cat([rows for _, rows in pieces]), expected.logits)
+
+
+def test_prompt_logprobs_come_in_parts_that_fit(client: Client, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delivery, "PROMPT_LOGPROBS_PER_PART", 8)
+    sampling = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, prompt_logprobs=2)
+    for length in (1, 8, 30):
+        ids, name = prompt(length), f"r{length}"
+        expected = drive(make_engine(tiny), [request(name, ids, sampling)])[name]
+        answer, _ = client.generate(request_id=name, prompt_token_ids=list(ids), sampling=sampling.to_body())
+        answer.wait()
+        bodies = [body for body, _ in answer.parts]
+        slices = [body["prompt_logprobs_slice"] for body in bodies if "prompt_logprobs_slice" in body]
+        first = bodies[len(slices)]
+        assert [len(s) for s in (*slices, first["prompt_logprobs"])] == [8] * ((length - 1) // 8) + [
+            (length - 1) % 8 + 1
+        ]
+        first["prompt_logprobs"] = [*(entry for s in slices for entry in s), *first["prompt_logprobs"]]
+        chunks = [TokenChunk.from_body(name, body, length) for body in bodies[len(slices) :]]
+        assert chunks == expected.chunks
+    client.await_empty()
 
 
 def test_many_requests_at_once_some_cancelled(client: Client, tiny: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import pickle
@@ -10,7 +11,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,9 @@ from transfer.errors import ConfigError, EndpointClosed, LocalProtocolError, Mes
 from transfer.messages import Call
 from transfer.service import Service
 from transfer.stream_receiver import StreamReceiver
-from transfer.stream_sender import StreamSender
+from transfer.stream_sender import OutgoingStream, StreamSender
 from transfer.ticket import Ticket
+from transfer.zmq_endpoint import ZmqEndpoint
 
 TRANSPORTS = ["inproc", "tcp", "ipc", "curve"]
 NAMES = itertools.count()
@@ -274,6 +276,76 @@ def test_close_ends_everything_once_and_refuses_more(workers: Workers) -> None:
     assert cancelled.is_set()
 
 
+def test_what_starts_while_a_service_closes_is_refused_or_ends(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, client = workers.service(), workers.service()
+    server.register("hold", lambda incoming: None)
+    sender, receiver = StreamSender(client, CONFIG), StreamReceiver(client, CONFIG, PLANES)
+    server.start()
+    client.start()
+    target, close, refused = workers.connect(client, server), client.endpoint.close, []
+    late, ticket = Answers(), Ticket.issue("late")
+    starts: list[Callable[[], object]] = [
+        lambda: client.call(target, "hold", {}, on_end=late.on_end),
+        lambda: sender.open(ticket, server.endpoint.address, server.endpoint.public_key, PLANES),
+        lambda: receiver.open(ticket, Consumer(receiver, ticket.stream_id)),
+    ]
+
+    def close_late() -> None:  # the moment between the end of everything and the end of the endpoint
+        for start in starts:
+            try:
+                start()
+            except EndpointClosed as error:
+                refused.append(error)
+        close()
+
+    monkeypatch.setattr(client.endpoint, "close", close_late)
+    answers: list[Answers] = []
+
+    def keep_calling() -> None:
+        with contextlib.suppress(EndpointClosed):
+            while True:
+                mine = Answers()
+                client.call(target, "hold", {}, on_end=mine.on_end)
+                answers.append(mine)
+
+    threads = [threading.Thread(target=keep_calling) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: len(answers) > 20)
+    client.close()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 3 and not late.ends
+    assert {len(a.ends) for a in answers} == {1}
+    assert client.stats()["calls_outgoing"] == sender.stats()["transfer_streams_sending"] == 0
+    assert receiver.stats()["transfer_tickets_open"] == receiver.stats()["transfer_streams_open"] == 0
+
+
+@pytest.mark.parametrize("closed", ["service", "endpoint"])
+def test_rows_written_after_the_close_block_nobody(workers: Workers, closed: str) -> None:
+    server, client = workers.service(), workers.service()
+    sender = StreamSender(client, CONFIG)
+    client.start()
+    stream = sender.open(Ticket.issue("test"), server.endpoint.address, server.endpoint.public_key, PLANES)
+    ends: list[Exception] = []
+
+    def on_done(stream: OutgoingStream) -> None:
+        with pytest.raises(EndpointClosed) as caught:
+            stream.result(0)
+        stream.abort("Again", "from inside the callback")
+        ends.append(caught.value)
+
+    stream.on_done(on_done)
+    (client if closed == "service" else client.endpoint).close()
+    writer = threading.Thread(target=stream.write, args=(0, make_rows(3)), daemon=True)
+    writer.start()
+    writer.join(WAIT_S)
+    assert not writer.is_alive() and len(ends) == 1
+    stream.announce(3)
+
+
 def test_streams_both_ways_at_once(workers: Workers) -> None:
     one, two = workers.service(), workers.service()
     receivers = {s: StreamReceiver(s, CONFIG, PLANES) for s in (one, two)}
@@ -360,6 +432,99 @@ def answers_good_calls(server: Service) -> None:
         assert answers.ended.wait(WAIT_S) and answers.ends == [({}, None)]
     finally:
         client.close()
+
+
+class Interrupted:
+    """A socket's reading end that lets `during` happen before and after every read."""
+
+    def __init__(self, sock: socket.socket, during: Callable[[], None]) -> None:
+        self._sock, self._during = sock, during
+
+    def recv(self, num_bytes: int) -> bytes:
+        self._during()
+        try:
+            return self._sock.recv(num_bytes)
+        finally:
+            self._during()
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+def test_a_wake_up_while_the_last_one_is_read_is_not_swallowed() -> None:
+    endpoint = ZmqEndpoint("tcp://127.0.0.1:0", CONFIG)
+    done: list[int] = []
+    endpoint._wake_read = Interrupted(endpoint._wake_read, lambda: endpoint.post(lambda: done.append(1)))  # type: ignore[assignment]
+    endpoint.post(lambda: done.append(0))
+    endpoint._read_ready(endpoint._wake_read)
+    assert not endpoint._awake  # so that whoever posts from now on wakes the thread
+    endpoint._run_posted()
+    assert done == [0, 1, 1]
+    endpoint.close()
+
+
+def test_an_idle_endpoint_wakes_after_any_storm_of_posts() -> None:
+    config = TransferConfig(tick_s=3600.0)  # no tick comes to the rescue
+    endpoint = ZmqEndpoint("tcp://127.0.0.1:0", config)
+    endpoint.start(lambda connection, message, frames: None)
+    done: list[int] = []
+
+    def storm() -> None:
+        for number in range(3000):
+            endpoint.post(functools.partial(done.append, number))
+
+    threads = [threading.Thread(target=storm) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for _ in range(20):
+        ran = threading.Event()
+        endpoint.post(ran.set)
+        assert ran.wait(WAIT_S), "a post did not wake the thread"
+        wait_for(lambda: not endpoint._awake)
+    assert len(done) == 9000
+    endpoint.close()
+
+
+def test_connections_to_receivers_that_went_are_closed() -> None:
+    config = replace(CONFIG, idle_timeout_s=0.3)
+    client = Service(ZmqEndpoint("tcp://127.0.0.1:0", config), config)
+    sender, endpoint = StreamSender(client, config), client.endpoint
+    assert isinstance(endpoint, ZmqEndpoint)
+    client.start()
+    called = Service(open_endpoint("tcp://127.0.0.1:0", config), config)
+    receivers = [called, *(Service(open_endpoint("tcp://127.0.0.1:0", config), config) for _ in range(3))]
+
+    def transfer(service: Service, receiver: StreamReceiver) -> None:
+        ticket, data = Ticket.issue("test"), make_rows(40)
+        consumer = Consumer(receiver, ticket.stream_id)
+        receiver.open(ticket, consumer)
+        stream = sender.open(ticket, service.endpoint.address, None, PLANES)
+        stream.announce(40)
+        stream.write(0, data)
+        stream.result(WAIT_S)
+        assert_rows_equal(consumer, data)
+
+    try:
+        sides = [StreamReceiver(service, config, PLANES) for service in receivers]
+        for service, receiver in zip(receivers, sides, strict=True):
+            service.start()
+            transfer(service, receiver)
+        held = endpoint.connect(called.endpoint.address)
+        first = Answers()
+        client.call(held, "ping", {}, on_end=first.on_end)
+        assert first.ended.wait(WAIT_S)
+        receivers[1].close()
+        wait_for(lambda: set(endpoint._dealers) == {held})  # calls went over that one: it is not the streams' to close
+        assert len(endpoint._connections) == 1
+        transfer(receivers[2], sides[2])  # closed meanwhile, and made again
+        second = Answers()
+        client.call(held, "ping", {}, on_end=second.on_end)
+        assert second.ended.wait(WAIT_S) and second.ends == [({}, None)]
+    finally:
+        for service in (client, *receivers):
+            service.close()
 
 
 class Bomb:

@@ -107,21 +107,63 @@ def test_other_planes_are_refused() -> None:
 
 
 @pytest.mark.parametrize("fault", ["secret", "epoch"])
-def test_a_wrong_ticket_is_refused_at_both_ends(fault: str) -> None:
+def test_a_wrong_ticket_is_refused_and_the_right_one_goes_on(fault: str) -> None:
     pair = Pair(configure(16, 100, 40))
     ticket = Ticket.issue("test")
     wrong = replace(ticket, secret=b"\0" * 16) if fault == "secret" else replace(ticket, epoch=2)
     consumer, stream = pair.listen(ticket), pair.send(wrong)
     pair.network.settle()
-    assert isinstance(consumer.ends[0], TicketRejected)
-    pair.network.rewrite = None
-    if fault == "secret":
-        with pytest.raises(TicketRejected):
-            stream.result(0)
-    else:
-        stream.abort("Stop", "")
-        pair.network.advance(6)
+    with pytest.raises(TicketRejected):
+        stream.result(0)
+    assert not consumer.ends and pair.receiver.stats()["transfer_dropped_bad_proof"] == 1
+    right = pair.send(ticket)
+    right.announce(40)
+    right.write(0, make_rows(40))
     pair.network.settle()
+    assert_rows_equal(consumer, make_rows(40))
+    pair.assert_ledger_zero()
+
+
+@pytest.mark.parametrize("parked", [True, False])
+def test_who_knows_a_streams_id_only_cannot_end_it(parked: bool) -> None:
+    pair = Pair(configure(16, 100, 40))
+    ticket = Ticket.issue("test")
+    stranger = VirtualEndpoint(pair.network, "virtual://stranger")
+    replies: list[Message] = []
+    stranger.start(lambda c, m, f: replies.append(m))
+    guess = Open(stream_id=ticket.stream_id, epoch=1, proof=b"\0" * 32, block_size=16, planes=PLANES, content_key="")
+    consumer = None if parked else pair.listen(ticket)
+    pair.network.settle()
+    stranger.send(stranger.connect("virtual://receiver"), guess)
+    stranger.send(
+        stranger.connect("virtual://receiver"), Abort(stream_id=ticket.stream_id, epoch=1, code="x", message="")
+    )
+    pair.network.settle()
+    consumer = consumer or pair.listen(ticket)
+    pair.network.settle()
+    assert not consumer.ends
+    assert [m.code for m in replies if isinstance(m, Abort)] == ["TicketRejected"]
+    stream = pair.send(ticket)
+    stream.announce(40)
+    stream.write(0, make_rows(40))
+    pair.network.settle()
+    assert_rows_equal(consumer, make_rows(40))
+    pair.assert_ledger_zero()
+
+
+def test_an_open_that_proves_nothing_on_the_senders_own_connection_is_dropped() -> None:
+    pair = Pair(configure(16, 32, 4))
+    stream, consumer, data = pair.transfer(1000, admit=False)
+    pair.network.settle()
+    own = next(m for _, _, m, _ in pair.network.log if isinstance(m, Open))
+    sender = pair.network.endpoints["virtual://sender"]
+    for change in ({"proof": b"\0" * 32}, {"epoch": 2}, {"block_size": 32}):
+        sender.send(sender.connect("virtual://receiver"), replace(own, **change))
+    pair.network.settle()
+    assert pair.receiver.stats()["transfer_dropped_bad_proof"] == 3
+    pair.receiver.admit(stream.stream_id)
+    pair.network.settle()
+    assert_rows_equal(consumer, data)
     pair.assert_ledger_zero()
 
 
@@ -133,8 +175,8 @@ def test_an_open_of_an_older_epoch_does_not_hurt_the_current_one() -> None:
     late = pair.send(old)
     pair.network.settle()
     assert not consumer.ends and pair.receiver.stats()["transfer_dropped_bad_proof"] == 1
-    late.abort("Stop", "")
-    pair.network.settle()
+    with pytest.raises(TicketRejected):
+        late.result(0)
     stream = pair.send(current)
     stream.announce(40)
     stream.write(0, make_rows(40))

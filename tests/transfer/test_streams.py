@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,16 @@ from hypothesis import strategies as st
 from tests.transfer.virtual import Faults, Pair, VirtualNetwork, assert_rows_equal, make_rows
 from transfer.actions import StreamStats
 from transfer.config import TransferConfig
-from transfer.errors import EndpointClosed, LocalProtocolError, Overloaded, PeerLost, StreamAborted, StreamTimeout
+from transfer.errors import (
+    ConfigError,
+    EndpointClosed,
+    LocalProtocolError,
+    MessageTooLarge,
+    Overloaded,
+    PeerLost,
+    StreamAborted,
+    StreamTimeout,
+)
 from transfer.messages import Block, Grant
 from transfer.ticket import Ticket
 
@@ -206,16 +216,108 @@ def test_a_silent_sender_times_out_and_others_go_on() -> None:
     pair.assert_ledger_zero()
 
 
-def test_a_producer_that_never_writes_times_out_at_both_ends() -> None:
-    pair = Pair(configure(16, 32, 4, stream_timeout_s=50.0))
-    ticket = Ticket.issue("test")
+def test_a_slow_producer_ends_no_stream_while_its_sender_lives() -> None:
+    pair = Pair(configure(16, 32, 4, stream_timeout_s=50.0, admit_timeout_s=60.0))
+    ticket, data = Ticket.issue("test"), make_rows(200)
     consumer, stream = pair.listen(ticket), pair.send(ticket)
+    pair.network.advance(400, step=0.5)  # queued before anything is known
+    stream.announce(200)
+    pair.network.advance(400, step=0.5)  # queued between the announcement and the first row
+    stream.write(0, {n: r[:40].clone() for n, r in data.items()})
+    pair.network.advance(400, step=0.5)
+    assert not consumer.ends and consumer.num_rows == 32
+    stream.write(40, {n: r[40:].clone() for n, r in data.items()})
+    pair.network.settle()
+    assert_rows_equal(consumer, data)
+    assert stream.result(0).resent_blocks == 0
+    pair.assert_ledger_zero()
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_rows_that_trickle_in_without_filling_a_block_keep_the_stream_alive(announced: bool) -> None:
+    pair = Pair(configure(128, 128, 4, idle_timeout_s=30.0))
+    ticket, data = Ticket.issue("test"), make_rows(120)
+    consumer, stream = pair.listen(ticket), pair.send(ticket)
+    if announced:
+        stream.announce(120)
+    for row in range(120):
+        pair.network.advance(0.5)
+        stream.write(row, {n: r[row : row + 1].clone() for n, r in data.items()})
+    if not announced:
+        stream.announce(120)
+    pair.network.settle()
+    assert_rows_equal(consumer, data)
+    pair.assert_ledger_zero()
+
+
+def test_a_ticket_that_no_sender_opens_times_out() -> None:
+    pair = Pair(configure(16, 32, 4, stream_timeout_s=50.0))
+    consumer = pair.listen(Ticket.issue("test"))
     pair.network.advance(49, step=0.5)
     assert not consumer.ends
     pair.network.advance(2, step=0.5)
     assert isinstance(consumer.ends[0], StreamTimeout)
-    with pytest.raises(StreamTimeout):
+    pair.assert_ledger_zero()
+
+
+@pytest.mark.parametrize("producing", [True, False])
+def test_a_block_that_is_never_acknowledged_times_out_at_both_ends(producing: bool) -> None:
+    pair = Pair(configure(16, 32, 4, stream_timeout_s=50.0))
+    pair.network.rewrite = lambda m, f: None if isinstance(m, Block) else (m, f)
+    ticket, data = Ticket.issue("test"), make_rows(1000)
+    consumer, stream = pair.listen(ticket), pair.send(ticket)
+    stream.announce(1000)
+    stream.write(0, {n: r[:100].clone() for n, r in data.items()})
+    for row in range(100, 198):
+        pair.network.advance(0.5)
+        assert not consumer.ends
+        if producing:  # rows that are written are no sign that rows arrive
+            stream.write(row, {n: r[row : row + 1].clone() for n, r in data.items()})
+    pair.network.advance(2)
+    assert pair.network.fired["rewritten away"] > 10
+    with pytest.raises(StreamTimeout, match="block 0 was sent and not acknowledged"):
         stream.result(0)
+    assert isinstance(consumer.ends[0], StreamTimeout)
+    pair.assert_ledger_zero()
+
+
+def test_a_block_that_fits_no_message_is_refused_at_both_ends() -> None:
+    row_bytes = 6  # of the wider plane; the other has 4
+    fits, whole = configure(16, 32, 4, max_message_bytes=16 * row_bytes), configure(16, 32, 4, max_outbound_bytes=160)
+    for config in (fits, whole):
+        Pair(config).send(Ticket.issue("test"))
+    for config, name in (
+        (replace(fits, max_message_bytes=16 * row_bytes - 1), "max_message_bytes"),
+        (replace(whole, max_outbound_bytes=159), "max_outbound_bytes"),
+    ):
+        with pytest.raises(ConfigError, match=name):
+            Pair(config)
+        pair = Pair(configure(16, 32, 4), sender_config=config)
+        with pytest.raises(ConfigError, match=name):
+            pair.send(Ticket.issue("test"))
+        pair.assert_ledger_zero()
+
+
+def test_a_message_that_can_never_leave_ends_its_stream_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(configure(16, 64, 4))
+    stream, consumer, _ = pair.transfer(100)
+    endpoint = pair.network.endpoints["virtual://sender"]
+    send, refused = endpoint.send, []
+
+    def refuse_blocks(connection, message, frames=()) -> None:  # type: ignore[no-untyped-def]
+        if isinstance(message, Block) and message.stream_id == stream.stream_id:
+            refused.append(message.index)
+            raise MessageTooLarge("a block is beyond the cap")
+        send(connection, message, frames)
+
+    monkeypatch.setattr(endpoint, "send", refuse_blocks)
+    _, other, data = pair.transfer(100)
+    pair.network.settle()
+    assert refused == [0]
+    with pytest.raises(MessageTooLarge):
+        stream.result(0)
+    assert isinstance(consumer.ends[0], MessageTooLarge)
+    assert_rows_equal(other, data)
     pair.assert_ledger_zero()
 
 

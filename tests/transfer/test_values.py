@@ -17,7 +17,15 @@ from transfer import errors
 from transfer.addresses import ZAP_DOMAIN, AllowList, check_bind_host, is_loopback, prepare_ipc
 from transfer.buffers import PlaneBuffers, RowQueue, tensor_bytes
 from transfer.config import TransferConfig
-from transfer.errors import ConfigError, Overloaded, RemoteFailure, StreamAborted, TicketRejected, TransferError
+from transfer.errors import (
+    ConfigError,
+    MessageTooLarge,
+    Overloaded,
+    RemoteFailure,
+    StreamAborted,
+    TicketRejected,
+    TransferError,
+)
 from transfer.integrity import block_tag, tag_seed
 from transfer.outbox import Outbox
 from transfer.tensors import DTYPE_BYTES, PlaneSpec
@@ -40,6 +48,7 @@ def test_every_error_survives_pickling(kind: type[TransferError]) -> None:
 
 def test_codes_come_back_as_their_errors() -> None:
     assert isinstance(errors.error_from_code("AlignmentError", "x"), errors.AlignmentError)
+    assert isinstance(errors.error_from_code("MessageTooLarge", "x"), MessageTooLarge)
     assert errors.error_from_code("BadImage", "x").args == ("BadImage", "x")
     assert errors.error_code(StreamAborted("BadImage", "x")) == "BadImage"
     assert errors.error_code(RemoteFailure("PeerLost", "x")) == "PeerLost"
@@ -161,7 +170,9 @@ def test_frames_inside_one_write_are_not_copied() -> None:
 
 def test_an_outbox_is_bounded_both_ways() -> None:
     outbox = Outbox("peer", 3, 100)
-    outbox.put([b"0" * 1000])  # one message always fits
+    with pytest.raises(MessageTooLarge, match="101 bytes"):
+        outbox.put([b"0" * 60, b"0" * 41])
+    outbox.put([b"0" * 60, b"0" * 40])
     with pytest.raises(Overloaded, match="peer"):
         outbox.put([b"1"])
     outbox.pop()

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.gateway.schema import ChatRequest, CompletionRequest
+from language_worker.tokenizer import Tokenizer
 from tests.cluster.gateway.harness import assert_error, gateway, run
 
 USER = [{"role": "user", "content": "hi"}]
@@ -72,6 +73,13 @@ CHAT_CASES: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"logit_bias": {"x": 1}}, 400, "invalid_request", "logit_bias"),
     ({"logit_bias": {"99999999": 1}}, 400, "invalid_request", "logit_bias"),
     ({"logit_bias": {"1": 500}}, 400, "invalid_request", "logit_bias"),
+    ({"top_k": 2**63}, 400, "invalid_request", "top_k"),
+    ({"top_k": 10**30}, 400, "invalid_request", "top_k"),
+    ({"min_tokens": 10**30}, 400, "invalid_request", "min_tokens"),
+    ({"max_tokens": 10**30}, 400, "invalid_request", "max_tokens"),
+    ({"stop_token_ids": [10**30]}, 400, "invalid_request", "stop_token_ids"),
+    ({"stop_token_ids": [1, 100_000]}, 400, "invalid_request", "stop_token_ids"),
+    ({"stop_token_ids": [-1]}, 400, "invalid_request", "stop_token_ids"),
     ({"top_logprobs": 3}, 400, "invalid_request", None),
     ({"logprobs": True, "top_logprobs": 99}, 400, "invalid_request", "top_logprobs"),
     ({"stream_options": {"include_usage": True}}, 400, "invalid_request", None),
@@ -131,6 +139,33 @@ def test_a_wrong_completion_field_is_a_precise_error(
         async with gateway(tmp_path) as server:
             error = assert_error(await server.complete(**fields), 400, code)
             assert error["param"] == param
+
+    run(main())
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_a_plainly_too_long_prompt_is_refused_before_it_is_tokenized(
+    tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(*_: object, **__: object) -> list[int]:
+        raise AssertionError("the prompt was tokenized")
+
+    async def main() -> None:
+        async with gateway(tmp_path) as server:
+            with monkeypatch.context() as patch:
+                patch.setattr(Tokenizer, "encode", encode)
+                patch.setattr(Tokenizer, "encode_prompt", encode)
+                text = "word " * 100_000
+                fields = (
+                    {"prompt": text}
+                    if path == "/v1/completions"
+                    else {"messages": user({"type": "text", "text": text})}
+                )
+                response = await server.client.post(path, json={"model": "tiny", **fields})
+                error = assert_error(response, 400, "context_length_exceeded")
+                assert "4096 tokens" in error["message"] and "at least" in error["message"]
+            counted = await server.client.post("/tokenize", json={"model": "tiny", "prompt": "word " * 20_000})
+            assert counted.json()["count"] > 4096  # counting is what that path is for
 
     run(main())
 
