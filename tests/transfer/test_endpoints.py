@@ -244,6 +244,25 @@ def test_a_vanished_server_fails_calls_and_drop_peer_does_so_at_once(workers: Wo
     assert_no_calls(client)
 
 
+def test_who_tries_again_when_told_of_a_loss_gets_a_new_connection(workers: Workers) -> None:
+    server, client = workers.service(), workers.service()
+    server.register("wait", lambda incoming: None)
+    server.start()
+    client.start()
+    old, again, told = workers.connect(client, server), [], threading.Event()
+
+    def on_end(body: object, failure: object) -> None:
+        again.append(workers.connect(client, server))
+        told.set()
+
+    client.call(old, "wait", {}, on_end=on_end)
+    client.drop_peer(old, "its actor died")
+    assert told.wait(WAIT_S) and again[0] != old
+    answers = Answers()
+    client.call(again[0], "ping", {}, on_end=answers.on_end)
+    assert answers.ended.wait(WAIT_S) and answers.ends == [({}, None)]
+
+
 def test_a_long_call_survives_on_keep_alives(workers: Workers) -> None:
     server, client = workers.service(), workers.service()
     waiting: list[IncomingCall] = []
