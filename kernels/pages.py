@@ -1,4 +1,4 @@
-"""Writing keys and values into a paged cache, and the arithmetic of slots.
+"""Writing keys and values into a paged cache, copying its pages, and the arithmetic of slots.
 
 A cache is [num_pages, page_size, Hk, D]. A *slot* is a token's place in it: `page * page_size + offset`. A page table
 row lists the pages of one sequence in order. Which page belongs to whom is the engine's business.
@@ -21,6 +21,15 @@ def write_pages(
     num_slots = k_cache.shape[0] * k_cache.shape[1]
     k_cache.view(num_slots, -1).index_copy_(0, slots, k.reshape(k.shape[0], -1))
     v_cache.view(num_slots, -1).index_copy_(0, slots, v.reshape(v.shape[0], -1))
+
+
+def copy_pages(k_cache: torch.Tensor, v_cache: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
+    """Copy whole pages `sources` [n] onto `targets` [n] in both caches, in place; both int64, on the caches' device.
+
+    All sources are read before any target is written; targets must be distinct.
+    """
+    for cache in (k_cache, v_cache):
+        cache.index_copy_(0, targets, cache.index_select(0, sources))
 
 
 def query_slots(

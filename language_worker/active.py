@@ -12,6 +12,7 @@ from language_worker.api import GenerateRequest, TokenChunk, TokenLogprob
 from language_worker.media import MediaItem, MediaRows
 from language_worker.models.base import PromptPositions
 from language_worker.outputs import PromptCollector
+from language_worker.ranking import Ranking
 from language_worker.request import Sequence
 from language_worker.sampler import Choice
 from language_worker.sampling_state import SamplingState
@@ -64,6 +65,7 @@ class ActiveRequest:
     media_positions: tuple[int, ...] = ()
     samples: list[Sample] = field(default_factory=list)
     collector: PromptCollector | None = None
+    ranking: Ranking | None = None
     first_token_at: float | None = None
     num_generated: int = 0
 
@@ -75,6 +77,11 @@ class ActiveRequest:
     def is_done(self) -> bool:
         return bool(self.samples) and all(sample.is_done for sample in self.samples)
 
+    def states_served_by(self, index: int) -> list[SamplingState]:
+        """Whose next token the next logits of sample `index` choose: all samples' at the end of the prompt."""
+        state = self.samples[index].state
+        return [state] if state.num_generated else [sample.state for sample in self.samples]
+
     def take_prompt_logprobs(self, index: int) -> tuple[TokenLogprob | None, ...] | None:
         """The prompt's log-probabilities, once, for the first chunk of sample 0."""
         if index or self.collector is None or self.collector.logprobs is None:
@@ -84,8 +91,9 @@ class ActiveRequest:
 
     def build_samples(
         self, tokenizer: Tokenizer, positions: PromptPositions | None, *, max_model_len: int, vocab_size: int
-    ) -> list[Sequence]:
-        """Create the n samples; returns their sequences. The prompt must fit max_model_len with one token to spare."""
+    ) -> Sequence:
+        """Create the samples; returns the sequence of the first, which computes the prompt for all of them. The prompt
+        must fit max_model_len with one token to spare."""
         params = self.request.sampling
         limit = max_model_len - len(self.prompt)
         max_tokens = limit if params.max_tokens is None else min(params.max_tokens, limit)
@@ -96,8 +104,10 @@ class ActiveRequest:
                 keep_logits=self.request.return_logits,
                 num_top=params.prompt_logprobs,
             )
-        self.samples = [self._sample(i, tokenizer, positions, max_tokens) for i in range(params.n)]
-        return [sample.seq for sample in self.samples]
+        if params.num_samples > params.n:
+            self.ranking = Ranking(params.num_samples)
+        self.samples = [self._sample(i, tokenizer, positions, max_tokens) for i in range(params.num_samples)]
+        return self.samples[0].seq
 
     def _sample(self, index: int, tokenizer: Tokenizer, positions: PromptPositions | None, max_tokens: int) -> Sample:
         params = self.request.sampling
@@ -110,6 +120,7 @@ class ActiveRequest:
             media=self.media,
             positions=positions,
             wants_prompt_logits=self.wants_prompt_logits and index == 0,
+            has_siblings=params.num_samples > 1,
         )
         state = SamplingState(
             params,

@@ -25,7 +25,8 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 class SamplingParams:
     """How one request's tokens are chosen; raises InvalidRequest naming the field that is wrong.
 
-    max_tokens: generated tokens at most (None: up to the model's length). n: independent samples.
+    max_tokens: generated tokens at most (None: up to the model's length). n: independent samples. best_of: so many
+    are generated and the n with the highest mean log-probability per token returned, best first (None: n).
     seed: sample i at output position p depends on (seed, i, p) only; None draws a seed per request.
     temperature 0 is greedy, ties going to the lowest id. top_k 0 or -1, top_p 1 and min_p 0 are off.
     Penalties: repetition over prompt and output, presence and frequency over the output.
@@ -36,6 +37,7 @@ class SamplingParams:
 
     max_tokens: int | None = None
     n: int = 1
+    best_of: int | None = None
     seed: int | None = None
     temperature: float = 1.0
     top_p: float = 1.0
@@ -55,6 +57,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         _check_int("max_tokens", self.max_tokens, 1, MAX_INT, optional=True)
         _check_int("n", self.n, 1, MAX_SAMPLES)
+        _check_int("best_of", self.best_of, self.n, MAX_SAMPLES, optional=True)
         _check_int("seed", self.seed, -(2**63), 2**64 - 1, optional=True)
         _check_number("temperature", self.temperature, 0.0, 100.0)
         _check_number("top_p", self.top_p, 0.0, 1.0, low_open=True)
@@ -97,6 +100,11 @@ class SamplingParams:
         if not isinstance(self.stop, Sequence):
             raise InvalidRequest(f"stop is {self.stop!r}; use a string or a list of strings")
         return tuple(self.stop)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples that are generated; `n` of them are returned."""
+        return self.best_of or self.n
 
     @property
     def is_greedy(self) -> bool:

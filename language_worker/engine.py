@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from language_worker.active import ActiveRequest, Sample
 from language_worker.api import GenerateRequest
 from language_worker.errors import Cancelled, EngineError, StepFailed
 from language_worker.media import MediaRows
@@ -25,6 +26,7 @@ from language_worker.request import Status
 from language_worker.roster import EngineLimits, Roster
 from language_worker.runner import ModelRunner, StepLogits
 from language_worker.sampler import Choice, sample
+from language_worker.sampling_state import SamplingState
 from language_worker.scheduler import Scheduler
 from language_worker.tokenizer import Tokenizer
 
@@ -118,6 +120,8 @@ class Engine:
         self._roster.grant_media()
         plan = self.scheduler.plan()
         self._roster.counters["num_preemptions_total"] += len(plan.preempted)
+        if plan.copies:
+            self.runner.copy_pages(plan.copies)
         if plan.windows:
             self._run(plan)
         self._stats = self._read_stats()
@@ -150,12 +154,12 @@ class Engine:
             return
         self._apply(plan, step, choices)
 
-    def _compute(self, plan: StepPlan) -> tuple[StepLogits, list[Choice]]:
-        """Everything that can fail; changes no state."""
+    def _compute(self, plan: StepPlan) -> tuple[StepLogits, list[list[Choice]]]:
+        """Everything that can fail; changes no state. For each sampling window, a choice for each sample it serves."""
         with torch.inference_mode():
             step = self.runner.run(plan)
-            states = [self._roster.sample_of(window.seq.key).state for window in step.sampling]
-            return step, sample(step.sampled(), states) if states else []
+            served = [self._roster.active_of(w.seq.key).states_served_by(w.seq.key[1]) for w in step.sampling]
+            return step, choose(step, served) if served else []
 
     def _fail_window(self, plan: StepPlan, error: Exception) -> None:
         active = self._roster.active_of(plan.windows[0].seq.key)
@@ -163,16 +167,16 @@ class Engine:
         message = f"the model step failed: {type(error).__name__}: {error}"
         self._roster.on_fail(active.request.request_id, StepFailed(message))
 
-    def _apply(self, plan: StepPlan, step: StepLogits, choices: Iterable[Choice]) -> None:
+    def _apply(self, plan: StepPlan, step: StepLogits, choices: Iterable[list[Choice]]) -> None:
         for part in step.prompt_slices:
             self._collect(part.window.seq.key, part.window.start, step.logits[part.first_row :][: part.length])
-        chosen = {id(window): choice for window, choice in zip(step.sampling, choices, strict=True)}
+        chosen = {id(window): served for window, served in zip(step.sampling, choices, strict=True)}
         now = self._clock()
         for window in plan.windows:
-            choice = chosen.get(id(window))
-            self.scheduler.commit(window, () if choice is None else (choice.token_id,))
-            if choice is not None:
-                self._emit(window.seq.key, choice, now)
+            served = chosen.get(id(window))
+            self.scheduler.commit(window, () if served is None else (served[0].token_id,))
+            if served is not None:
+                self._serve(window.seq.key, served, now)
 
     def _collect(self, key: tuple[int, int], start: int, logits: torch.Tensor) -> None:
         active = self._roster.active_of(key)
@@ -180,20 +184,28 @@ class Engine:
         if collector is not None and collector.add(start, logits) and collector.logits is not None:
             self._roster.outputs.append(PromptLogits(request_id=active.request.request_id, logits=collector.logits))
 
-    def _emit(self, key: tuple[int, int], choice: Choice, now: float) -> None:
+    def _serve(self, key: tuple[int, int], choices: list[Choice], now: float) -> None:
+        """Give a window's choices to its sample, and at the end of the prompt to the others, which begin with them."""
         active = self._roster.active_of(key)
-        item = active.samples[key[1]]
-        chunk = item.accept(active.request.request_id, choice, active.take_prompt_logprobs(key[1]))
-        self._roster.outputs.append(chunk)
-        active.num_generated += 1
-        self._roster.counters["generation_tokens_total"] += 1
         if active.first_token_at is None:
             active.first_token_at = now
-        if not item.is_done:
-            return
-        self.scheduler.end(item.seq)
+        item = active.samples[key[1]]
+        self._emit(active, item, choices[0])
+        for other, choice in zip(active.samples[1:], choices[1:], strict=False):
+            other.seq.tokens.append(choice.token_id)
+            self._emit(active, other, choice)
+            if not other.is_done:
+                self.scheduler.fork(other.seq)  # while the first still holds the prompt's pages
+        if item.is_done:
+            self.scheduler.end(item.seq)
         if active.is_done:
             self._roster.finish(active, now)
+
+    def _emit(self, active: ActiveRequest, item: Sample, choice: Choice) -> None:
+        chunk = item.accept(active.request.request_id, choice, active.take_prompt_logprobs(item.state.index))
+        self._roster.emit(active, chunk)
+        active.num_generated += 1
+        self._roster.counters["generation_tokens_total"] += 1
 
     def _read_stats(self) -> dict[str, float]:
         pool, roster = self.scheduler.pool, self._roster
@@ -207,3 +219,12 @@ class Engine:
             "input_buffer_rows_reserved": roster.num_rows_reserved,
             **{name: roster.counters[name] for name in (*names, "num_preemptions_total")},
         }
+
+
+def choose(step: StepLogits, served: Sequence[list[SamplingState]]) -> list[list[Choice]]:
+    """Choices of every sampling window, one for each of the states that its logits row serves."""
+    if all(len(states) == 1 for states in served):
+        return [[choice] for choice in sample(step.sampled(), [states[0] for states in served])]
+    rows = [row for row, states in zip(step.sample_rows, served, strict=True) for _ in states]
+    choices = iter(sample(step.logits[rows], [state for states in served for state in states]))
+    return [[next(choices) for _ in states] for states in served]

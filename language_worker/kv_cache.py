@@ -1,8 +1,11 @@
 """KVCache: the tensors behind the page ids. Knows sizes, not who owns which page."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
+from kernels.pages import copy_pages
 from language_worker.models.base import KVSpec
 
 
@@ -21,6 +24,14 @@ class KVCache:
         self.layers: list[tuple[torch.Tensor, torch.Tensor]] = [
             (_zeros(shape, dtype, device), _zeros(shape, dtype, device)) for _ in range(spec.num_layers)
         ]
+
+    def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy pages (source, target) in every layer; all sources are read before any target is written."""
+        device = self.layers[0][0].device
+        sources = torch.tensor([source for source, _ in copies], device=device)
+        targets = torch.tensor([target for _, target in copies], device=device)
+        for keys, values in self.layers:
+            copy_pages(keys, values, sources, targets)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -37,6 +37,9 @@ class PagePool:
     def num_in_use(self) -> int:
         return self.num_pages - len(self._free)
 
+    def num_holders(self, page: int) -> int:
+        return self._refcount[page]
+
     def held_by(self, owner: Owner) -> tuple[int, ...]:
         """Pages of `owner` in the order it got them."""
         return tuple(self._held.get(owner, ()))

@@ -32,10 +32,15 @@ class Window:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepPlan:
-    """Windows of one step (decodes first, then prefill chunks) and who was preempted to make it possible."""
+    """Windows of one step (decodes first, then prefill chunks) and who was preempted to make it possible.
+
+    copies: (source, target) pages whose content must be copied, all sources read before any target is written, before
+    the windows run. Each target occurs once.
+    """
 
     windows: tuple[Window, ...]
     preempted: tuple[Sequence, ...] = ()
+    copies: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_tokens(self) -> int:

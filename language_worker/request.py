@@ -13,18 +13,22 @@ from language_worker.errors import IllegalTransition
 
 
 class Status(Enum):
+    NEW = "new"  # known to its request only
     WAITING = "waiting"  # holds no pages
     RUNNING = "running"  # holds pages, takes part in steps
     FINISHED = "finished"  # holds nothing, never comes back
 
 
 class Event(Enum):
+    QUEUED = "queued"
     ADMITTED = "admitted"
     PREEMPTED = "preempted"
     ENDED = "ended"
 
 
 TRANSITIONS: dict[tuple[Status, Event], Status] = {
+    (Status.NEW, Event.QUEUED): Status.WAITING,
+    (Status.NEW, Event.ENDED): Status.FINISHED,
     (Status.WAITING, Event.ADMITTED): Status.RUNNING,
     (Status.WAITING, Event.ENDED): Status.FINISHED,
     (Status.RUNNING, Event.PREEMPTED): Status.WAITING,
@@ -46,9 +50,11 @@ class Sequence:
     followed by generated ids. kv_len: leading tokens whose KV is final. media_positions: where the prompt's media
     tokens are, ascending; the n-th takes media row n. positions: the model's own description of the prompt's
     positions (None: 0, 1, 2, ...). wants_prompt_logits: someone asked for the logits of every prompt position.
+    has_siblings: other samples continue the same prompt and may lend their pages.
     """
 
     __slots__ = (
+        "has_siblings",
         "key",
         "kv_len",
         "max_len",
@@ -73,6 +79,7 @@ class Sequence:
         media: MediaProgress | None = None,
         positions: object = None,
         wants_prompt_logits: bool = False,
+        has_siblings: bool = False,
     ) -> None:
         self.key = key
         self.tokens: list[int] = list(prompt)
@@ -82,8 +89,9 @@ class Sequence:
         self.media = media
         self.positions = positions
         self.wants_prompt_logits = wants_prompt_logits
+        self.has_siblings = has_siblings
         self.kv_len = 0
-        self.status = Status.WAITING
+        self.status = Status.NEW
         self.pages: list[int] = []
         self.num_preemptions = 0
 

@@ -16,7 +16,7 @@ import torch
 
 from language_worker import intake
 from language_worker.active import ActiveRequest, Sample
-from language_worker.api import GenerateRequest, RequestDone, RequestFailed
+from language_worker.api import GenerateRequest, RequestDone, RequestFailed, TokenChunk
 from language_worker.errors import (
     DeadlineExceeded,
     EngineError,
@@ -185,11 +185,18 @@ class Roster:
             intake.check_logits_size(len(active.prompt), self._spec.vocab_size, self._limits.max_logits_bytes)
         grids = [(start, item.grid) for start, item in zip(active.starts, items, strict=True)]
         positions = self._model.prompt_positions(len(active.prompt), grids)
-        for seq in active.build_samples(
+        first = active.build_samples(
             self._tokenizer, positions, max_model_len=self._limits.max_model_len, vocab_size=self._spec.vocab_size
-        ):
-            self._scheduler.add(seq)
+        )
+        self._scheduler.add(first)
         self.counters["prompt_tokens_total"] += len(active.prompt)
+
+    def emit(self, active: ActiveRequest, chunk: TokenChunk) -> None:
+        """Hand out a chunk; of a request that keeps only its best samples, once all have ended."""
+        if active.ranking is None:
+            self.outputs.append(chunk)
+        else:
+            active.ranking.add(chunk)
 
     def _guarded(self, active: ActiveRequest, action: Callable[[], None]) -> None:
         """Run `action`; a typed error ends the request, and so does any other, logged."""
@@ -226,6 +233,8 @@ class Roster:
 
     def finish(self, active: ActiveRequest, now: float) -> None:
         """Every sample has ended: report and forget the request."""
+        if active.ranking is not None:
+            self.outputs += active.ranking.best(active.request.sampling)
         self._forget(active)
         self.counters["request_success_total"] += 1
         first = now if active.first_token_at is None else active.first_token_at

@@ -5,6 +5,7 @@ The only place where token lists turn into device tensors. Keeps no state betwee
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,11 @@ class ModelRunner:
         self.cache = cache
         self.device = device
         self._num_threads = num_threads
+
+    @torch.inference_mode()
+    def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Carry out a plan's page copies; before its windows run, and once."""
+        self.cache.copy_pages(copies)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepLogits:

@@ -37,12 +37,11 @@ def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> list[Choice
         ids = draw_tokens(work[drawn], [states[r] for r in drawn])
         for r, token in zip(drawn, ids.tolist(), strict=True):
             tokens[r] = token
-    return [
-        Choice(token_id=token, logprob=token_logprob(raw[r], token, states[r].params.logprobs or 0))
-        if states[r].params.logprobs is not None
-        else Choice(token_id=token)
-        for r, token in enumerate(tokens)
-    ]
+    return [_choice(raw[r], token, state.num_top) for r, (token, state) in enumerate(zip(tokens, states, strict=True))]
+
+
+def _choice(row: torch.Tensor, token_id: int, num_top: int | None) -> Choice:
+    return Choice(token_id=token_id, logprob=None if num_top is None else token_logprob(row, token_id, num_top))
 
 
 def argmax_rows(logits: torch.Tensor) -> list[int]:

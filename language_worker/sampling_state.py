@@ -21,9 +21,14 @@ def uniform_draw(seed: int, index: int, position: int) -> float:
 
 
 class SamplingState:
-    """State of one sample. `stop_ids`: ids that min_tokens keeps from being chosen (EOS and stop token ids)."""
+    """State of one sample. `stop_ids`: ids that min_tokens keeps from being chosen (EOS and stop token ids).
 
-    __slots__ = ("counts", "index", "is_plain_greedy", "num_generated", "params", "prompt_ids", "seed", "stop_ids")
+    num_top: alternatives to report beside each token's log-probability; None: no report is needed.
+    """
+
+    __slots__ = (
+        "counts", "index", "is_plain_greedy", "num_generated", "num_top", "params", "prompt_ids", "seed", "stop_ids",
+    )  # fmt: skip
 
     def __init__(
         self, params: SamplingParams, *, index: int, seed: int, prompt: Sequence[int], stop_ids: Sequence[int]
@@ -35,7 +40,8 @@ class SamplingState:
         self.num_generated = 0
         self.counts: dict[int, int] = {}
         self.prompt_ids = sorted(set(prompt)) if params.repetition_penalty != 1.0 else []
-        self.is_plain_greedy = params.is_greedy and params.logprobs is None and not self.adjusts_logits
+        self.num_top = 0 if params.logprobs is None and params.num_samples > params.n else params.logprobs
+        self.is_plain_greedy = params.is_greedy and self.num_top is None and not self.adjusts_logits
 
     @property
     def has_penalties(self) -> bool:

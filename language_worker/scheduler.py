@@ -12,6 +12,8 @@ Rules, in order
     The first that does not fit stops admission: nobody overtakes. Two exceptions for media whose rows have not all
     arrived: those that have every input go first, and a running sequence that can only wait for rows gives way to
     them, so a slow stream slows nobody else. Rows come whether or not their sequence runs, so it cannot starve.
+ 5. A request's samples share its prompt: the first computes it, the others are forked off it then, or wait while one of
+    them computes it again.
 Progress: the oldest running sequence that can compute is never preempted for another, and one sequence always fits the
 pool (`max_len` is capped by it), so it runs to its end. An admitted sequence has the page its next token needs, so no
 two sequences can trade places without one of them gaining a token.
@@ -22,6 +24,7 @@ from collections.abc import Iterable
 
 from language_worker.decode.base import DecodeStrategy
 from language_worker.errors import InvalidRequest
+from language_worker.page_keeper import PageKeeper
 from language_worker.page_pool import PagePool
 from language_worker.plan import StepPlan, Window
 from language_worker.request import Event, Sequence, Status
@@ -45,6 +48,7 @@ class Scheduler:
         max_prefill_chunk: int = 0,
     ) -> None:
         self.pool = pool
+        self.pages = PageKeeper(pool, page_size)
         self.strategy = strategy
         self.page_size = page_size
         self.max_num_seqs = max_num_seqs
@@ -55,19 +59,28 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Queue a new sequence; InvalidRequest when even an empty pool could not hold its longest form."""
-        if self._pages_for(seq.max_len) > self.pool.num_pages:
+        needed = self.pages.pages_for(seq.max_len)
+        if needed > self.pool.num_pages:
             raise InvalidRequest(
-                f"a sequence of {seq.max_len} tokens needs {self._pages_for(seq.max_len)} pages and the cache has "
+                f"a sequence of {seq.max_len} tokens needs {needed} pages and the cache has "
                 f"{self.pool.num_pages}; lower max_model_len or raise kv_cache_tokens"
             )
+        seq.apply(Event.QUEUED)
         insort(self.waiting, seq, key=_age)
+
+    def fork(self, child: Sequence) -> None:
+        """Queue another sample of a running sequence's prompt; it begins at once if there is a seat and room for it."""
+        self.add(child)
+        if self._next_waiting() is child:
+            self._try_start(child)
 
     def end(self, seq: Sequence) -> None:
         """Finish a sequence in whatever state it is and take back its pages; ending it twice changes nothing."""
         if seq.status is Status.FINISHED:
             return
-        (self.running if seq.status is Status.RUNNING else self.waiting).remove(seq)
-        self.pool.release(seq.key)
+        if seq.status is not Status.NEW:
+            (self.running if seq.status is Status.RUNNING else self.waiting).remove(seq)
+        self.pages.release(seq)
         seq.apply(Event.ENDED)
 
     def plan(self) -> StepPlan:
@@ -78,7 +91,7 @@ class Scheduler:
         budget = self._plan_prefills([s for s in self.running if s.missing > 1], windows, budget)
         if not preempted:
             self._admit(windows, budget, preempted)
-        return StepPlan(windows=tuple(windows), preempted=tuple(preempted))
+        return StepPlan(windows=tuple(windows), preempted=tuple(preempted), copies=self.pages.take_copies())
 
     def commit(self, window: Window, tokens: Iterable[int] = ()) -> None:
         """The window's step ran: advance its sequence, unless it ended meanwhile."""
@@ -116,23 +129,44 @@ class Scheduler:
 
     def _admit(self, windows: list[Window], budget: int, preempted: list[Sequence]) -> None:
         stalled = self._stalled() if self.waiting else []
-        while self.waiting and budget > 0:
-            seq = next((s for s in self.waiting if s.is_ready), self.waiting[0])
-            needed = self._pages_for(min(len(seq.tokens) + 1 + self.strategy.lookahead, seq.max_len))
-            while needed > self.pool.num_free or len(self.running) >= self.max_num_seqs:
+        while budget > 0 and (seq := self._next_waiting()) is not None:
+            while not self._try_start(seq):
                 if not stalled or not seq.is_ready:
                     return
                 preempted.append(stalled[-1])
                 self._preempt(stalled.pop())
-            self.waiting.remove(seq)
-            seq.pages = self.pool.allocate(needed, seq.key)
-            seq.apply(Event.ADMITTED)
-            insort(self.running, seq, key=_age)
             budget = self._plan_prefills([seq], windows, budget)
+
+    def _next_waiting(self) -> Sequence | None:
+        """Whose turn it is by rules 4 and 5."""
+        oldest = None
+        for seq in self.waiting:
+            if seq.has_siblings and any(s.kv_len < s.prompt_len for s in self._siblings(seq)):
+                continue
+            if seq.is_ready:
+                return seq
+            oldest = oldest or seq
+        return oldest
+
+    def _siblings(self, seq: Sequence) -> list[Sequence]:
+        """Running samples of the same prompt."""
+        return [s for s in self.running if s.key[0] == seq.key[0]] if seq.has_siblings else []
+
+    def _try_start(self, seq: Sequence) -> bool:
+        """Admit a waiting sequence if there is a seat, and pages for its tokens and the next one."""
+        prefix = self.pages.find_prefix(seq, self._siblings(seq))
+        num_tokens = min(len(seq.tokens) + 1 + self.strategy.lookahead, seq.max_len)
+        if len(self.running) >= self.max_num_seqs or not self.pages.can_start(prefix, num_tokens):
+            return False
+        self.waiting.remove(seq)
+        seq.apply(Event.ADMITTED)
+        self.pages.start(seq, prefix, num_tokens)
+        insort(self.running, seq, key=_age)
+        return True
 
     def _cover(self, seq: Sequence, preempted: list[Sequence]) -> bool:
         """Give `seq` the pages its next window writes to, preempting by rule 2; False if it gave way itself."""
-        needed = self._pages_for(len(seq.tokens) + self.strategy.lookahead) - len(seq.pages)
+        needed = self.pages.num_lacking(seq, len(seq.tokens) + self.strategy.lookahead)
         stalled = self._stalled() if needed > self.pool.num_free else []
         while needed > self.pool.num_free:
             victim = stalled.pop() if stalled else self.running[-1]
@@ -141,7 +175,7 @@ class Scheduler:
             if victim is seq:
                 return False
         if needed > 0:
-            seq.pages += self.pool.allocate(needed, seq.key)
+            self.pages.grow(seq, needed)
         return True
 
     def _stalled(self) -> list[Sequence]:
@@ -150,12 +184,9 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)
-        self.pool.release(seq.key)
+        self.pages.release(seq)
         seq.apply(Event.PREEMPTED)
         insort(self.waiting, seq, key=_age)
-
-    def _pages_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.page_size)
 
     def check_invariants(self) -> None:
         """Assert the lists, statuses and pages agree (tests; our own bugs only)."""
@@ -169,4 +200,6 @@ class Scheduler:
             assert list(self.pool.held_by(seq.key)) == seq.pages, "pages differ from the ledger"
             assert 0 <= seq.kv_len <= len(seq.tokens) <= seq.max_len, "lengths out of order"
             assert seq.kv_len <= len(seq.pages) * self.page_size, "KV beyond the pages"
-        assert self.pool.num_in_use == sum(len(s.pages) for s in self.running), "pages leaked"
+            num_sealed = seq.kv_len // self.page_size
+            assert all(self.pool.num_holders(page) == 1 for page in seq.pages[num_sealed:]), "a page to write is shared"
+        assert self.pool.num_in_use == len({page for s in self.running for page in s.pages}), "pages leaked"

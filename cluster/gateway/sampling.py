@@ -14,7 +14,7 @@ from language_worker.errors import InvalidRequest
 
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's completions
 _SAME_NAME = (
-    "n", "seed", "temperature", "top_p", "presence_penalty", "frequency_penalty", "stop",
+    "n", "best_of", "seed", "temperature", "top_p", "presence_penalty", "frequency_penalty", "stop",
     "top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids",
 )  # fmt: skip
 _FIELD = re.compile(r"\A[a-z_]+")
@@ -43,7 +43,7 @@ def completion_sampling(request: CompletionRequest, vocab_size: int) -> Sampling
 
 
 def _build(request: Sampling, vocab_size: int, names: dict[str, str], **given: Any) -> SamplingParams:
-    values = {name: value for name in _SAME_NAME if (value := getattr(request, name)) is not None}
+    values = {name: value for name in _SAME_NAME if (value := getattr(request, name, None)) is not None}
     values["logit_bias"] = _logit_bias(request.logit_bias or {}, vocab_size)
     check_token_ids(request.stop_token_ids or (), vocab_size, "stop_token_ids")
     try:

@@ -191,6 +191,13 @@ class CompletionRequest(Sampling):
     prompt: Annotated[str | list[int] | list[str | list[int]], PlainValidator(_check_prompt)]
     echo: bool | None = None
     logprobs: int | None = None
+    best_of: int | None = None
+
+    @model_validator(mode="after")
+    def _check_best_of(self) -> CompletionRequest:
+        if self.stream and self.best_of is not None and self.best_of > (self.n or 1):
+            raise ValueError("best_of above n cannot be streamed: the best are known at the end; set stream to false")
+        return self
 
     @property
     def prompts(self) -> list[str | list[int]]:

@@ -199,6 +199,21 @@ def _mixed(rng: random.Random, count: int) -> tuple[list[Any], list[SamplingPara
     return prompts, params
 
 
+def test_samples_of_an_image_prompt_and_the_best_of_them(llm: LLM) -> None:
+    """Sample i of any n is the same; best_of keeps those with the highest mean log-probability, best first."""
+    case = QUESTIONS[0]
+    asked = _image_prompt(case["file"], case["question"])
+    wanted = {"temperature": WARM, "seed": 3, "max_tokens": 6, "logprobs": 0, "ignore_eos": True}
+    (many,) = llm.generate([asked], SamplingParams(n=6, **wanted))
+    (few,) = llm.generate([asked], SamplingParams(n=2, **wanted))
+    (best,) = llm.generate([asked], SamplingParams(n=2, best_of=6, **wanted))
+    assert [s.token_ids for s in few.outputs] == [s.token_ids for s in many.outputs[:2]]
+    assert len({tuple(s.token_ids) for s in many.outputs}) > 1
+    ranked = sorted(many.outputs, key=lambda s: -sum(e.logprob for e in s.logprobs or ()))  # all of one length
+    assert [s.token_ids for s in best.outputs] == [s.token_ids for s in ranked[:2]]
+    assert [s.index for s in best.outputs] == [0, 1]
+
+
 def test_64_mixed_requests_at_once_equal_one_by_one(shared: LLM) -> None:
     """With a receive pool of a few blocks, little input buffer and a cache that cannot hold a quarter of them."""
     prompts, params = _mixed(random.Random(7), 64)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.paged_attention import AttentionBatch, paged_attention
-from kernels.pages import query_slots, write_pages
+from kernels.pages import copy_pages, query_slots, write_pages
 from kernels.varlen_attention import Segments, varlen_attention
 from tests import oracles
 from tests.tolerances import assert_matches
@@ -125,6 +125,14 @@ def test_rows_may_lie_in_any_order_and_scale_is_honoured() -> None:
     actual = paged_attention(q[:23], cache.k, cache.v, batch, 0.25)
     for rows, (k, v) in zip((slice(22, 23), slice(1, 21), slice(0, 1)), cache.histories, strict=True):
         assert_matches(actual[rows], oracles.attention(q[rows], k, v, scale=0.25, causal_end=True), reduced=4)
+
+
+def test_copies_read_every_source_before_a_target_is_written() -> None:
+    k, v = (torch.randn(6, 4, 2, 3, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    before = k.clone(), v.clone()
+    copy_pages(k, v, torch.tensor([1, 2, 1]), torch.tensor([2, 3, 5]))
+    for cache, old in zip((k, v), before, strict=True):
+        assert torch.equal(cache, old[[0, 1, 1, 2, 4, 1]])
 
 
 def test_written_pages_hold_the_rows_and_nothing_else_changes() -> None:

@@ -44,6 +44,18 @@ def test_every_kind_of_prompt(tmp_path: Path, prompt: Any, n: int) -> None:
     run(main())
 
 
+def test_best_of_reaches_the_workers_and_n_choices_come_back(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with gateway(tmp_path) as server:
+            body = (await server.complete(n=2, best_of=5)).json()
+            assert [c["index"] for c in body["choices"]] == [0, 1]
+            sampling = server.handoff.submitted[0].request.sampling
+            assert (sampling.n, sampling.best_of) == (2, 5)
+            assert (await server.complete(n=2, best_of=2, stream=True)).status_code == 200
+
+    run(main())
+
+
 @pytest.mark.parametrize("path", ["chat", "complete"])
 def test_usage_in_every_chunk_if_asked_for(tmp_path: Path, path: str) -> None:
     async def main() -> None:

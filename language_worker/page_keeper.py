@@ -1,0 +1,92 @@
+"""PageKeeper: where a sequence's pages come from: the pool, and what siblings computed.
+
+Full pages are shared: their KV is final and nobody writes to them. The page that a fork writes to next is copied when
+the fork begins (its next step would write to it anyway); the copies of one plan are handed to the runner, which makes
+them before it runs. Pure: page ids and lengths, no tensors.
+
+    donor    | page 3 | page 7 | page 9 (head: prompt, tail: the donor's own tokens) |
+    fork     | page 3 | page 7 | page 4 (copied from 9, its tail overwritten)        |
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from language_worker.page_pool import PagePool
+from language_worker.request import Sequence
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prefix:
+    """KV that is there already: `pages` can be shared whole; of `partial` (None: of none) the head can be copied.
+
+    num_tokens: leading positions that are covered.
+    """
+
+    pages: tuple[int, ...] = ()
+    partial: int | None = None
+    num_tokens: int = 0
+
+
+NOTHING = Prefix()
+
+
+class PageKeeper:
+    """Pages of one scheduler's sequences."""
+
+    def __init__(self, pool: PagePool, page_size: int) -> None:
+        self.pool = pool
+        self.page_size = page_size
+        self._copies: dict[int, int] = {}  # target -> source, until they are taken
+
+    def pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
+    def find_prefix(self, seq: Sequence, siblings: Iterable[Sequence]) -> Prefix:
+        """The longest prefix of a waiting sequence that need not be computed; its last token always must be."""
+        if seq.wants_prompt_logits:
+            return NOTHING
+        return max((self._lent(seq, sibling) for sibling in siblings), key=_length, default=NOTHING)
+
+    def _lent(self, seq: Sequence, sibling: Sequence) -> Prefix:
+        """What a running sample of the same prompt has of it."""
+        length = min(sibling.kv_len, seq.prompt_len, len(seq.tokens) - 1)
+        num_full, rest = divmod(length, self.page_size)
+        return Prefix(
+            pages=tuple(sibling.pages[:num_full]),
+            partial=sibling.pages[num_full] if rest else None,
+            num_tokens=length,
+        )
+
+    def can_start(self, prefix: Prefix, num_tokens: int) -> bool:
+        """Whether `start` with these arguments would succeed."""
+        return self.pages_for(num_tokens) - len(prefix.pages) <= self.pool.num_free
+
+    def start(self, seq: Sequence, prefix: Prefix, num_tokens: int) -> None:
+        """Give a sequence that holds nothing its pages for `num_tokens`, the first of them those of `prefix`."""
+        self.pool.share(prefix.pages, seq.key)
+        fresh = self.pool.allocate(self.pages_for(num_tokens) - len(prefix.pages), seq.key)
+        if prefix.partial is not None:  # a source may itself be the target of a copy that was not yet made
+            self._copies[fresh[0]] = self._copies.get(prefix.partial, prefix.partial)
+        seq.pages = [*prefix.pages, *fresh]
+        seq.kv_len = prefix.num_tokens
+
+    def num_lacking(self, seq: Sequence, num_tokens: int) -> int:
+        """Pages that `seq` needs beyond its own to hold `num_tokens`."""
+        return self.pages_for(num_tokens) - len(seq.pages)
+
+    def grow(self, seq: Sequence, num_pages: int) -> None:
+        """Add fresh pages at the end; PagesExhausted when they are lacking."""
+        seq.pages += self.pool.allocate(num_pages, seq.key)
+
+    def release(self, seq: Sequence) -> None:
+        """Let go of everything `seq` holds."""
+        self.pool.release(seq.key)
+
+    def take_copies(self) -> tuple[tuple[int, int], ...]:
+        """(source, target) page copies that became due since the last call."""
+        copies, self._copies = tuple((source, target) for target, source in self._copies.items()), {}
+        return copies
+
+
+def _length(prefix: Prefix) -> int:
+    return prefix.num_tokens
