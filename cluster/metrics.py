@@ -28,6 +28,8 @@ WORKER_HELP = {
     "kv_cache_usage_perc": "Share of KV pages in use, 0 to 1",
     "kv_pages_referenced": "KV pages that live requests hold (caches excluded)",
     "kv_pages_cached": "KV pages that only the prefix cache holds",
+    "prefix_cache_queries_total": "Tokens of admitted sequences, looked up in the prefix cache",
+    "prefix_cache_hits_total": "Tokens whose KV the prefix cache had",
     "transfer_blocks_in_use": "Receive blocks granted and not yet freed",
     "transfer_streams_open": "Block streams open",
     "transfer_tickets_open": "Tickets that can still be redeemed",

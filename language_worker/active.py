@@ -13,7 +13,7 @@ from language_worker.media import MediaItem, MediaRows
 from language_worker.models.base import PromptPositions
 from language_worker.outputs import PromptCollector
 from language_worker.ranking import Ranking
-from language_worker.request import Sequence
+from language_worker.request import MediaSpan, Sequence
 from language_worker.sampler import Choice
 from language_worker.sampling_state import SamplingState
 from language_worker.stop import StopChecker
@@ -45,6 +45,7 @@ class Sample:
             stop_reason=verdict.stop_reason,
             logprobs=None if choice.logprob is None else (choice.logprob,),
             num_prompt_tokens=self.seq.prompt_len,
+            num_cached_tokens=self.seq.num_cached if self.state.num_generated == 1 else 0,
             prompt_logprobs=prompt_logprobs,
         )
 
@@ -63,6 +64,7 @@ class ActiveRequest:
     prompt: tuple[int, ...] = ()
     starts: tuple[int, ...] = ()
     media_positions: tuple[int, ...] = ()
+    media_spans: tuple[MediaSpan, ...] = ()
     samples: list[Sample] = field(default_factory=list)
     collector: PromptCollector | None = None
     ranking: Ranking | None = None
@@ -117,6 +119,7 @@ class ActiveRequest:
             prompt=self.prompt,
             max_len=len(self.prompt) + max_tokens,
             media_positions=self.media_positions,
+            media_spans=self.media_spans,
             media=self.media,
             positions=positions,
             wants_prompt_logits=self.wants_prompt_logits and index == 0,

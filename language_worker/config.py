@@ -20,6 +20,7 @@ class EngineConfig:
     num_threads: torch threads of the engine, 0 leaves torch's default.
     page_size: tokens per KV page. kv_cache_tokens: capacity in tokens; 0 derives it from kv_cache_bytes,
     which itself is 0 for "512 MiB on CPU, gpu_memory_fraction of the free memory on a GPU".
+    prefix_cache: keep the KV of ended sequences while pages are free, and let requests that begin alike start from it.
     max_model_len: prompt + generated tokens of one sequence; 0 takes the checkpoint's limit capped by the cache.
     max_step_tokens: query tokens in one step; max_prefill_chunk: of one sequence in one step (0: max_step_tokens).
     max_waiting: requests that may wait before QueueFull. max_logits_bytes: cap on one request's returned logits.
@@ -32,6 +33,7 @@ class EngineConfig:
     kv_cache_tokens: int = 0
     kv_cache_bytes: int = 0
     gpu_memory_fraction: float = 0.85
+    prefix_cache: bool = True
     max_model_len: int = 0
     max_num_seqs: int = 64
     max_step_tokens: int = 2048

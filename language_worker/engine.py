@@ -208,14 +208,16 @@ class Engine:
         self._roster.counters["generation_tokens_total"] += 1
 
     def _read_stats(self) -> dict[str, float]:
-        pool, roster = self.scheduler.pool, self._roster
+        pool, cache, roster = self.scheduler.pool, self.scheduler.pages.cache, self._roster
         names = ("prompt_tokens_total", "generation_tokens_total", "request_success_total", "request_failure_total")
         return {
             "num_requests_running": roster.num_running,
             "num_requests_waiting": roster.num_waiting,
             "kv_cache_usage_perc": pool.num_in_use / pool.num_pages,
             "kv_pages_referenced": pool.num_in_use,
-            "kv_pages_cached": 0,
+            "kv_pages_cached": pool.num_idle,
+            "prefix_cache_queries_total": 0 if cache is None else cache.num_queried,
+            "prefix_cache_hits_total": 0 if cache is None else cache.num_hit,
             "input_buffer_rows_reserved": roster.num_rows_reserved,
             **{name: roster.counters[name] for name in (*names, "num_preemptions_total")},
         }

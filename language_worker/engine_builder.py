@@ -3,9 +3,11 @@
 The only place of this half that resolves "auto". Knows no transport.
 """
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ from language_worker.kv_cache import KVCache
 from language_worker.models import resolve_model
 from language_worker.models.base import ModelSpec
 from language_worker.page_pool import PagePool
+from language_worker.prefix_cache import DIGEST_BYTES, PrefixCache
 from language_worker.roster import EngineLimits
 from language_worker.runner import ModelRunner
 from language_worker.scheduler import Scheduler
@@ -58,13 +61,16 @@ def build_engine(
     size = resolve_cache(config, model.spec, dtype, device)
     model.reserve_positions(size.max_model_len)
     cache = KVCache(model.spec.kv, num_pages=size.num_pages, page_size=config.page_size, dtype=dtype, device=device)
+    pool = PagePool(size.num_pages)
+    root = _cache_root(checkpoint, dtype, config.page_size)
     scheduler = Scheduler(
-        pool=PagePool(size.num_pages),
+        pool=pool,
         strategy=create_strategy(model.spec.decode_strategy),
         page_size=config.page_size,
         max_num_seqs=config.max_num_seqs,
         max_step_tokens=config.max_step_tokens,
         max_prefill_chunk=config.max_prefill_chunk,
+        prefix_cache=PrefixCache(pool, config.page_size, root) if config.prefix_cache else None,
     )
     return Engine(
         runner=ModelRunner(model, cache, device, config.num_threads),
@@ -127,6 +133,14 @@ def resolve_cache(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, dev
             "raise kv_cache_tokens or kv_cache_bytes, or lower max_model_len"
         )
     return CacheSize(num_pages=num_pages, max_model_len=max_model_len)
+
+
+def _cache_root(checkpoint: Checkpoint, dtype: torch.dtype, page_size: int) -> bytes:
+    """Digest of what besides tokens and media decides a page's KV. Weights count by name and shape only: the cache
+    never leaves the engine that loaded them."""
+    tensors = sorted((t.name, tuple(t.shape), str(t.dtype)) for t in checkpoint.tensors.values())
+    described = json.dumps([checkpoint.config(), tensors, str(dtype), page_size], sort_keys=True)
+    return blake2b(described.encode(), digest_size=DIGEST_BYTES).digest()
 
 
 def _default_bytes(config: EngineConfig, device: torch.device) -> int:

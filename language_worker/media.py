@@ -16,22 +16,35 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MediaItem:
-    """One announced media item: grid (temporal, height, width) in patches and the rows it will send."""
+    """One announced media item: grid (temporal, height, width) in patches and the rows it will send.
+
+    content_key: equal for equal rows, "" when the sender does not say.
+    """
 
     grid: Grid
     rows: int
+    content_key: str = ""
+
+    @property
+    def cache_key(self) -> bytes | None:
+        """What the prefix cache names the item's positions by; None without a content key."""
+        return f"{self.grid}:{self.content_key}".encode() if self.content_key else None
 
     @classmethod
     def from_body(cls, body: object, index: int) -> "MediaItem":
-        """From an announced map {"grid": [t, h, w], "rows": n}; MediaMismatch when it is malformed."""
+        """From an announced map {"grid": [t, h, w], "rows": n, "content_key": hex}, the last optional; MediaMismatch
+        when it is malformed."""
         try:
             grid = tuple(body["grid"])  # type: ignore[index]
             rows = body["rows"]  # type: ignore[index]
-        except (TypeError, KeyError):
+            key = body.get("content_key", "")  # type: ignore[attr-defined]
+        except (TypeError, KeyError, AttributeError):
             raise MediaMismatch(f"media item {index} was announced without grid and rows") from None
         if len(grid) != 3 or any(type(value) is not int or value < 1 for value in (*grid, rows)):
             raise MediaMismatch(f"media item {index} was announced with grid {grid} and {rows!r} rows")
-        return cls(grid=grid, rows=rows)
+        if not isinstance(key, str):
+            raise MediaMismatch(f"media item {index} was announced with the content key {key!r}; use a string")
+        return cls(grid=grid, rows=rows, content_key=key)
 
 
 class MediaRows:

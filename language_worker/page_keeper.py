@@ -1,4 +1,4 @@
-"""PageKeeper: where a sequence's pages come from: the pool, and what siblings computed.
+"""PageKeeper: where a sequence's pages come from: the pool, what siblings computed, and what the prefix cache has.
 
 Full pages are shared: their KV is final and nobody writes to them. The page that a fork writes to next is copied when
 the fork begins (its next step would write to it anyway); the copies of one plan are handed to the runner, which makes
@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from language_worker.page_pool import PagePool
+from language_worker.prefix_cache import PrefixCache
 from language_worker.request import Sequence
 
 
@@ -19,22 +20,24 @@ from language_worker.request import Sequence
 class Prefix:
     """KV that is there already: `pages` can be shared whole; of `partial` (None: of none) the head can be copied.
 
-    num_tokens: leading positions that are covered.
+    num_tokens: leading positions that are covered. is_cached: it is the prefix cache that has it.
     """
 
     pages: tuple[int, ...] = ()
     partial: int | None = None
     num_tokens: int = 0
+    is_cached: bool = False
 
 
 NOTHING = Prefix()
 
 
 class PageKeeper:
-    """Pages of one scheduler's sequences."""
+    """Pages of one scheduler's sequences. `cache`: None to keep nothing that no sequence holds."""
 
-    def __init__(self, pool: PagePool, page_size: int) -> None:
+    def __init__(self, pool: PagePool, page_size: int, cache: PrefixCache | None = None) -> None:
         self.pool = pool
+        self.cache = cache
         self.page_size = page_size
         self._copies: dict[int, int] = {}  # target -> source, until they are taken
 
@@ -45,7 +48,10 @@ class PageKeeper:
         """The longest prefix of a waiting sequence that need not be computed; its last token always must be."""
         if seq.wants_prompt_logits:
             return NOTHING
-        return max((self._lent(seq, sibling) for sibling in siblings), key=_length, default=NOTHING)
+        found = [self._lent(seq, sibling) for sibling in siblings]
+        if self.cache is not None and (pages := self.cache.find(seq)):
+            found.append(Prefix(pages=pages, num_tokens=len(pages) * self.page_size, is_cached=True))
+        return max(found, key=_length, default=NOTHING)
 
     def _lent(self, seq: Sequence, sibling: Sequence) -> Prefix:
         """What a running sample of the same prompt has of it."""
@@ -59,7 +65,8 @@ class PageKeeper:
 
     def can_start(self, prefix: Prefix, num_tokens: int) -> bool:
         """Whether `start` with these arguments would succeed."""
-        return self.pages_for(num_tokens) - len(prefix.pages) <= self.pool.num_free
+        num_idle = sum(not self.pool.num_holders(page) for page in prefix.pages)
+        return self.pages_for(num_tokens) - len(prefix.pages) + num_idle <= self.pool.num_free
 
     def start(self, seq: Sequence, prefix: Prefix, num_tokens: int) -> None:
         """Give a sequence that holds nothing its pages for `num_tokens`, the first of them those of `prefix`."""
@@ -69,6 +76,16 @@ class PageKeeper:
             self._copies[fresh[0]] = self._copies.get(prefix.partial, prefix.partial)
         seq.pages = [*prefix.pages, *fresh]
         seq.kv_len = prefix.num_tokens
+        if self.cache is not None:
+            self.cache.count(seq, prefix.num_tokens if prefix.is_cached else 0)
+        if prefix.is_cached and not seq.num_preemptions:
+            seq.num_cached = prefix.num_tokens
+
+    def seal(self, seq: Sequence, old_len: int) -> None:
+        """`kv_len` moved from `old_len`: pages that became full can serve others."""
+        first, end = old_len // self.page_size, seq.kv_len // self.page_size
+        if first < end and self.cache is not None:
+            self.cache.record(seq, first, end)
 
     def num_lacking(self, seq: Sequence, num_tokens: int) -> int:
         """Pages that `seq` needs beyond its own to hold `num_tokens`."""

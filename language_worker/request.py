@@ -6,6 +6,7 @@ transport; the text side of a sequence (`output`) and its media buffer are opaqu
 
 from bisect import bisect_left
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
@@ -43,14 +44,25 @@ class MediaProgress(Protocol):
     def num_filled(self) -> int: ...
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MediaSpan:
+    """Token positions [start, end) of one media item. key: names its content and grid; None when that is not known."""
+
+    start: int
+    end: int
+    key: bytes | None
+
+
 class Sequence:
     """One sample of one request.
 
     key: (request order, sample index): age first, so sorting by key is sorting by age. tokens: expanded prompt
     followed by generated ids. kv_len: leading tokens whose KV is final. media_positions: where the prompt's media
-    tokens are, ascending; the n-th takes media row n. positions: the model's own description of the prompt's
-    positions (None: 0, 1, 2, ...). wants_prompt_logits: someone asked for the logits of every prompt position.
-    has_siblings: other samples continue the same prompt and may lend their pages.
+    tokens are, ascending; the n-th takes media row n. media_spans: the same by item, with content keys. positions: the
+    model's own description of the prompt's positions (None: 0, 1, 2, ...). wants_prompt_logits: someone asked for the
+    logits of every prompt position. has_siblings: other samples continue the same prompt and may lend their pages.
+    num_cached: prompt tokens whose KV the prefix cache had at the first admission. page_names: names of the first full
+    pages, for the prefix cache.
     """
 
     __slots__ = (
@@ -60,7 +72,10 @@ class Sequence:
         "max_len",
         "media",
         "media_positions",
+        "media_spans",
+        "num_cached",
         "num_preemptions",
+        "page_names",
         "pages",
         "positions",
         "prompt_len",
@@ -76,6 +91,7 @@ class Sequence:
         prompt: SequenceOf[int],
         max_len: int,
         media_positions: SequenceOf[int] = (),
+        media_spans: SequenceOf[MediaSpan] = (),
         media: MediaProgress | None = None,
         positions: object = None,
         wants_prompt_logits: bool = False,
@@ -86,6 +102,7 @@ class Sequence:
         self.prompt_len = len(self.tokens)
         self.max_len = max_len
         self.media_positions = media_positions
+        self.media_spans = media_spans
         self.media = media
         self.positions = positions
         self.wants_prompt_logits = wants_prompt_logits
@@ -93,7 +110,9 @@ class Sequence:
         self.kv_len = 0
         self.status = Status.NEW
         self.pages: list[int] = []
+        self.page_names: list[bytes] = []
         self.num_preemptions = 0
+        self.num_cached = 0
 
     def __repr__(self) -> str:
         progress = f"kv {self.kv_len}/{len(self.tokens)}, {len(self.pages)} pages"
@@ -110,16 +129,17 @@ class Sequence:
 
     @property
     def ready_len(self) -> int:
-        """Leading tokens whose inputs are known: up to the first media token whose row has not arrived."""
-        if self.media is None:
+        """Leading tokens whose inputs are known: up to the first media token that needs its row and has it not."""
+        positions = self.media_positions
+        if self.media is None or self.media.num_filled >= len(positions):
             return len(self.tokens)
-        filled = self.media.num_filled
-        return len(self.tokens) if filled >= len(self.media_positions) else self.media_positions[filled]
+        awaited = max(self.media.num_filled, bisect_left(positions, self.kv_len))  # rows below kv_len are not needed
+        return len(self.tokens) if awaited >= len(positions) else positions[awaited]
 
     @property
     def is_ready(self) -> bool:
-        """Every input of the known tokens has arrived."""
-        return self.media is None or self.media.num_filled >= len(self.media_positions)
+        """Every input that is still needed has arrived."""
+        return self.ready_len == len(self.tokens)
 
     def media_rows(self, start: int, end: int) -> tuple[int, int]:
         """Range of media rows that belong to token positions [start, end)."""

@@ -28,6 +28,7 @@ from language_worker.errors import (
 from language_worker.media import InputBudget, MediaItem, MediaRows, expand_prompt
 from language_worker.models.base import LanguageModel
 from language_worker.outputs import MediaAdmitted, Output
+from language_worker.request import MediaSpan
 from language_worker.scheduler import Scheduler
 from language_worker.tokenizer import Tokenizer
 
@@ -181,6 +182,10 @@ class Roster:
         expanded = expand_prompt(active.request.prompt_token_ids, self._spec.media_token_id, items)
         active.prompt, active.starts = expanded.token_ids, expanded.starts
         active.media_positions = expanded.media_positions
+        active.media_spans = tuple(
+            MediaSpan(start=start, end=start + item.rows, key=item.cache_key)
+            for start, item in zip(active.starts, items, strict=True)
+        )
         if active.request.return_logits:
             intake.check_logits_size(len(active.prompt), self._spec.vocab_size, self._limits.max_logits_bytes)
         grids = [(start, item.grid) for start, item in zip(active.starts, items, strict=True)]

@@ -27,6 +27,7 @@ from language_worker.errors import InvalidRequest
 from language_worker.page_keeper import PageKeeper
 from language_worker.page_pool import PagePool
 from language_worker.plan import StepPlan, Window
+from language_worker.prefix_cache import PrefixCache
 from language_worker.request import Event, Sequence, Status
 
 
@@ -35,7 +36,7 @@ def _age(seq: Sequence) -> tuple[int, int]:
 
 
 class Scheduler:
-    """See the module's rules. `pool` is exclusively this scheduler's."""
+    """See the module's rules. `pool` is exclusively this scheduler's; `prefix_cache`, if any, is over that pool."""
 
     def __init__(
         self,
@@ -46,9 +47,10 @@ class Scheduler:
         max_num_seqs: int,
         max_step_tokens: int,
         max_prefill_chunk: int = 0,
+        prefix_cache: PrefixCache | None = None,
     ) -> None:
         self.pool = pool
-        self.pages = PageKeeper(pool, page_size)
+        self.pages = PageKeeper(pool, page_size, prefix_cache)
         self.strategy = strategy
         self.page_size = page_size
         self.max_num_seqs = max_num_seqs
@@ -96,7 +98,9 @@ class Scheduler:
     def commit(self, window: Window, tokens: Iterable[int] = ()) -> None:
         """The window's step ran: advance its sequence, unless it ended meanwhile."""
         if window.seq.status is Status.RUNNING:
+            old_len = window.seq.kv_len
             self.strategy.advance(window, list(tokens))
+            self.pages.seal(window.seq, old_len)
 
     def _plan_decodes(self, preempted: list[Sequence]) -> list[Window]:
         windows: list[Window] = []
@@ -191,6 +195,8 @@ class Scheduler:
     def check_invariants(self) -> None:
         """Assert the lists, statuses and pages agree (tests; our own bugs only)."""
         self.pool.check_invariants()
+        if self.pages.cache is not None:
+            self.pages.cache.check_invariants()
         for queue, status in ((self.waiting, Status.WAITING), (self.running, Status.RUNNING)):
             assert [s.key for s in queue] == sorted(s.key for s in queue), "queue out of order"
             assert all(s.status is status for s in queue), "status differs from queue"

@@ -17,10 +17,20 @@ class Ledger(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool, self.held = PagePool(SIZE), {owner: set() for owner in "abcd"}
+        self.pool, self.held = PagePool(SIZE), {owner: [] for owner in "abcd"}
+        self.kept: set[int] = set()  # pages to keep, held or not
+        self.idle: list[int] = []  # kept pages that nobody holds, let go longest ago first
+        self.pool.on_evict = self.evicted
+
+    def evicted(self, page: int) -> None:
+        assert page == self.idle.pop(0), "not the one that was let go longest ago"
+        self.kept.remove(page)
+
+    def in_use(self) -> set[int]:
+        return set().union(*self.held.values())
 
     def free(self) -> set[int]:
-        return set(range(SIZE)) - set().union(*self.held.values())
+        return set(range(SIZE)) - self.in_use()
 
     @rule(owner=OWNERS, count=st.integers(0, SIZE + 1))
     def allocate(self, owner: str, count: int) -> None:
@@ -28,36 +38,51 @@ class Ledger(RuleBasedStateMachine):
             with pytest.raises(PagesExhausted):
                 self.pool.allocate(count, owner)
             return
+        before, num_idle = self.free(), len(self.idle)
         pages = self.pool.allocate(count, owner)
-        assert len(set(pages)) == count and set(pages) <= self.free()
-        self.held[owner] |= set(pages)
+        assert len(set(pages)) == count and set(pages) <= before
+        assert not set(pages) & set(self.idle), "given away unnoticed"
+        assert num_idle - len(self.idle) <= max(0, count - (len(before) - num_idle)), "evicted without need"
+        self.held[owner] += pages
 
     @rule(owner=OWNERS, pages=st.lists(st.integers(-1, SIZE), max_size=3))
     def share(self, owner: str, pages: list[int]) -> None:
-        in_use = set().union(*self.held.values())
-        if not set(pages) <= in_use or len(set(pages)) != len(pages) or set(pages) & self.held[owner]:
+        there = self.in_use() | set(self.idle)
+        if not set(pages) <= there or len(set(pages)) != len(pages) or set(pages) & set(self.held[owner]):
             with pytest.raises(PageError):
                 self.pool.share(pages, owner)
             return
         self.pool.share(pages, owner)
-        self.held[owner] |= set(pages)
+        self.idle = [page for page in self.idle if page not in pages]
+        self.held[owner] += pages
+
+    @rule(page=st.integers(0, SIZE - 1))
+    def keep(self, page: int) -> None:
+        if page not in self.in_use():
+            with pytest.raises(PageError):
+                self.pool.keep(page)
+            return
+        self.pool.keep(page)
+        self.kept.add(page)
 
     @rule(owner=OWNERS)
     def release(self, owner: str) -> None:
         before = len(self.free())
         freed = self.pool.release(owner)
-        self.held[owner] = set()
+        pages, self.held[owner] = self.held[owner], []
+        self.idle += [page for page in reversed(pages) if page in self.kept - self.in_use()]
         assert freed == len(self.free()) - before
 
     @invariant()
     def agrees(self) -> None:
         self.pool.check_invariants()
         assert self.pool.num_free == len(self.free())
-        assert all(set(self.pool.held_by(owner)) == pages for owner, pages in self.held.items())
+        assert self.pool.num_idle == len(self.idle)
+        assert all(list(self.pool.held_by(owner)) == pages for owner, pages in self.held.items())
 
 
 TestLedger = Ledger.TestCase
-TestLedger.settings = settings(max_examples=60, stateful_step_count=30, deadline=None, derandomize=True)
+TestLedger.settings = settings(max_examples=150, stateful_step_count=30, deadline=None, derandomize=True)
 
 
 def test_the_lowest_free_pages_go_first_however_they_were_freed() -> None:
