@@ -16,6 +16,7 @@ MAX_LOGIT_BIAS = 1024
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1000
 MAX_STOP_TOKEN_IDS = 256
+MAX_LISTED_TOKEN_IDS = 32768  # allowed or banned
 MAX_INT = 2**31 - 1  # of counts and token ids: what every tensor, and every field of the wire, can hold
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -30,8 +31,9 @@ class SamplingParams:
     seed: sample i at output position p depends on (seed, i, p) only; None draws a seed per request.
     temperature 0 is greedy, ties going to the lowest id. top_k 0 or -1, top_p 1 and min_p 0 are off.
     Penalties: repetition over prompt and output, presence and frequency over the output.
-    logit_bias: token id -> added to its logit. stop: strings that end the text (never emitted).
-    min_tokens: EOS, stop ids and stop strings do not end the output before that many tokens.
+    logit_bias: token id -> added to its logit. allowed_token_ids: nothing else is chosen (None: everything may be);
+    banned_token_ids: never chosen, whatever allows or favours them. stop: strings that end the text (never emitted).
+    min_tokens: EOS, stop ids and stop strings do not end the output before that many tokens; the ids are not chosen.
     logprobs / prompt_logprobs: how many alternatives to report beside the token itself (None: no report).
     """
 
@@ -47,6 +49,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_token_ids: Sequence[int] | None = None
+    banned_token_ids: Sequence[int] = ()
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     min_tokens: int = 0
@@ -85,12 +89,12 @@ class SamplingParams:
         for text in stops:
             if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_CHARS:
                 raise InvalidRequest(f"stop holds {text!r}; use strings of 1 to {MAX_STOP_CHARS} characters")
-        if not isinstance(self.stop_token_ids, (list, tuple)):
-            raise InvalidRequest(f"stop_token_ids is {self.stop_token_ids!r}; use a list of token ids")
-        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-            raise InvalidRequest(f"stop_token_ids has more than {MAX_STOP_TOKEN_IDS} entries")
-        for token_id in self.stop_token_ids:
-            _check_int("stop_token_ids entry", token_id, 0, MAX_INT)
+        _check_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
+        _check_ids("banned_token_ids", self.banned_token_ids, MAX_LISTED_TOKEN_IDS)
+        if self.allowed_token_ids is not None:
+            _check_ids("allowed_token_ids", self.allowed_token_ids, MAX_LISTED_TOKEN_IDS)
+            if not set(self.allowed_token_ids) - set(self.banned_token_ids):
+                raise InvalidRequest("allowed_token_ids holds nothing that is not banned; allow at least one token id")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -107,6 +111,10 @@ class SamplingParams:
         return self.best_of or self.n
 
     @property
+    def has_penalties(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1.0
+
+    @property
     def is_greedy(self) -> bool:
         return self.temperature == 0
 
@@ -115,7 +123,9 @@ class SamplingParams:
         body: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         body["logit_bias"] = [[token_id, float(bias)] for token_id, bias in self.logit_bias.items()]
         body["stop"] = list(self.stop_strings)
-        body["stop_token_ids"] = list(self.stop_token_ids)
+        for name in ("stop_token_ids", "banned_token_ids"):
+            body[name] = list(body[name])
+        body["allowed_token_ids"] = None if self.allowed_token_ids is None else list(self.allowed_token_ids)
         return body
 
     @classmethod
@@ -291,6 +301,15 @@ def _check_int(name: str, value: object, low: int, high: int, *, optional: bool 
         return
     if type(value) is not int or not low <= value <= high:
         raise InvalidRequest(f"{name} is {_shown(value)}; use an integer in {low}..{high}")
+
+
+def _check_ids(name: str, value: object, most: int) -> None:
+    if not isinstance(value, (list, tuple)):
+        raise InvalidRequest(f"{name} is {value!r}; use a list of token ids")
+    if len(value) > most:
+        raise InvalidRequest(f"{name} has {len(value)} entries; at most {most} are allowed")
+    for token_id in value:
+        _check_int(f"{name} entry", token_id, 0, MAX_INT)
 
 
 def _check_number(name: str, value: object, low: float, high: float, *, low_open: bool = False) -> None:

@@ -3,24 +3,42 @@
 Pure functions; each raises the typed error that names the field, what it holds and what would be accepted.
 """
 
-from language_worker.api import GenerateRequest
+from collections.abc import Sequence
+
+from language_worker.api import GenerateRequest, SamplingParams
 from language_worker.errors import InvalidRequest, MediaMismatch, PromptTooLong
 from language_worker.media import MediaItem, count_placeholders
 from language_worker.models.base import LanguageModel, ModelSpec
 
 
-def check_request(request: GenerateRequest, spec: ModelSpec, max_model_len: int) -> None:
-    """Token ids within the vocabulary, placeholders equal to media, and a prompt that could fit."""
+def check_request(request: GenerateRequest, spec: ModelSpec, max_model_len: int, eos_ids: Sequence[int] = ()) -> None:
+    """Token ids within the vocabulary, one of them choosable, placeholders equal to media, a prompt that could fit."""
     vocab = spec.vocab_size
     for name, ids in (
         ("prompt_token_ids", request.prompt_token_ids),
         ("logit_bias", tuple(request.sampling.logit_bias)),
         ("stop_token_ids", tuple(request.sampling.stop_token_ids)),
+        ("allowed_token_ids", tuple(request.sampling.allowed_token_ids or ())),
+        ("banned_token_ids", tuple(request.sampling.banned_token_ids)),
     ):
         if ids and max(ids) >= vocab:
             raise InvalidRequest(f"{name} holds token id {max(ids)}; the model's ids are 0..{vocab - 1}")
+    check_choosable(request.sampling, eos_ids, vocab)
     count_placeholders(request.prompt_token_ids, spec.media_token_id, request.num_media)
     check_prompt_length(len(request.prompt_token_ids), max_model_len)
+
+
+def check_choosable(params: SamplingParams, eos_ids: Sequence[int], vocab_size: int) -> None:
+    """InvalidRequest when the token lists and min_tokens leave nothing to choose."""
+    excluded = set(params.banned_token_ids)
+    if params.min_tokens:
+        excluded.update(params.stop_token_ids, () if params.ignore_eos else eos_ids)
+    allowed = params.allowed_token_ids
+    if len(excluded) >= vocab_size or (allowed is not None and not set(allowed) - excluded):
+        raise InvalidRequest(
+            "allowed_token_ids, banned_token_ids and what min_tokens holds back (EOS and stop_token_ids) leave no "
+            "token to choose; allow more"
+        )
 
 
 def check_items(items: tuple[MediaItem, ...], num_media: int, total_rows: int, model: LanguageModel) -> None:

@@ -126,7 +126,8 @@ class Roster:
                 raise InvalidRequest(f"request_id {request.request_id!r} is already running")
             if self.num_waiting >= self._limits.max_waiting:
                 raise QueueFull(f"{self.num_waiting} requests wait already (max_waiting); try again later")
-            intake.check_request(request, self._spec, self._limits.max_model_len)
+            eos_ids = self._tokenizer.eos_token_ids
+            intake.check_request(request, self._spec, self._limits.max_model_len, eos_ids)
             seed = request.sampling.seed
             active = ActiveRequest(
                 request=request,

@@ -1,8 +1,8 @@
 """Sampler: a batch of logits rows in, one token per row out.
 
 Each row follows its own SamplingState, and nothing in a row's result depends on the other rows. Order of operations:
-repetition penalty, presence and frequency penalties, logit bias, min_tokens (EOS at -inf), temperature, top-k, top-p,
-min-p, draw. Temperature 0 is the argmax; every tie goes to the lowest id. Input logits are never modified.
+the rules of `logit_rules.py` (penalties, bias, what may not be chosen), temperature, top-k, top-p, min-p, draw.
+Temperature 0 is the argmax; every tie goes to the lowest id. Input logits are never modified.
 """
 
 from collections.abc import Sequence
@@ -27,10 +27,12 @@ def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> list[Choice
     if all(state.is_plain_greedy for state in states):
         return [Choice(token_id=token_id) for token_id in argmax_rows(logits)]
     raw = logits.float()
-    work = raw.clone() if any(state.adjusts_logits for state in states) else raw
-    for r, state in enumerate(states):
-        if state.adjusts_logits:
-            _adjust(work[r], state)
+    ruled = [r for r, state in enumerate(states) if state.rules is not None]
+    work = raw.clone() if ruled else raw
+    for r in ruled:
+        rules = states[r].rules
+        assert rules is not None
+        rules.apply(work[r], states[r].counts, states[r].num_generated)
     tokens = argmax_rows(work)
     drawn = [r for r, state in enumerate(states) if not state.params.is_greedy]
     if drawn:
@@ -119,21 +121,3 @@ def _invert(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     index = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
     last = (cumulative < cumulative[:, -1:]).sum(dim=-1)  # first index that reaches the total
     return torch.minimum(index, last)
-
-
-def _adjust(row: torch.Tensor, state: SamplingState) -> None:
-    """Penalties, bias and suppressed stops on one row [V] float32, in place."""
-    params, device = state.params, row.device
-    if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(state.counts.keys() | set(state.prompt_ids)), dtype=torch.int64, device=device)
-        values = row[seen]
-        row[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-    if state.counts and (params.presence_penalty or params.frequency_penalty):
-        ids = torch.tensor(list(state.counts), dtype=torch.int64, device=device)
-        counts = torch.tensor(list(state.counts.values()), dtype=row.dtype, device=device)
-        row[ids] -= params.presence_penalty + params.frequency_penalty * counts
-    if params.logit_bias:
-        ids = torch.tensor(list(params.logit_bias), dtype=torch.int64, device=device)
-        row[ids] += torch.tensor(list(params.logit_bias.values()), dtype=row.dtype, device=device)
-    if state.suppresses_stop and state.stop_ids:
-        row[torch.tensor(state.stop_ids, dtype=torch.int64, device=device)] = -torch.inf

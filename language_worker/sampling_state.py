@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from hashlib import blake2b
 
 from language_worker.api import SamplingParams
+from language_worker.logit_rules import LogitRules
 
 _SCALE = 2.0**-53
 
@@ -21,13 +22,14 @@ def uniform_draw(seed: int, index: int, position: int) -> float:
 
 
 class SamplingState:
-    """State of one sample. `stop_ids`: ids that min_tokens keeps from being chosen (EOS and stop token ids).
+    """State of one sample. `stop_ids`: EOS and stop token ids, which min_tokens keeps from being chosen.
 
+    rules: what happens to its logits first (None: nothing). counts: how often its output holds each id, if rules ask.
     num_top: alternatives to report beside each token's log-probability; None: no report is needed.
     """
 
     __slots__ = (
-        "counts", "index", "is_plain_greedy", "num_generated", "num_top", "params", "prompt_ids", "seed", "stop_ids",
+        "counts", "index", "is_plain_greedy", "num_generated", "num_top", "params", "rules", "seed",
     )  # fmt: skip
 
     def __init__(
@@ -36,26 +38,12 @@ class SamplingState:
         self.params = params
         self.index = index
         self.seed = seed
-        self.stop_ids = tuple(stop_ids) if params.min_tokens else ()
         self.num_generated = 0
         self.counts: dict[int, int] = {}
-        self.prompt_ids = sorted(set(prompt)) if params.repetition_penalty != 1.0 else []
+        needs_rules = LogitRules.are_needed(params, stop_ids)
+        self.rules = LogitRules(params, prompt=prompt, stop_ids=stop_ids) if needs_rules else None
         self.num_top = 0 if params.logprobs is None and params.num_samples > params.n else params.logprobs
-        self.is_plain_greedy = params.is_greedy and self.num_top is None and not self.adjusts_logits
-
-    @property
-    def has_penalties(self) -> bool:
-        params = self.params
-        return bool(params.presence_penalty or params.frequency_penalty) or params.repetition_penalty != 1.0
-
-    @property
-    def adjusts_logits(self) -> bool:
-        return self.has_penalties or bool(self.params.logit_bias) or bool(self.stop_ids)
-
-    @property
-    def suppresses_stop(self) -> bool:
-        """The output is still shorter than min_tokens."""
-        return self.num_generated < self.params.min_tokens
+        self.is_plain_greedy = params.is_greedy and self.num_top is None and self.rules is None
 
     def draw(self) -> float:
         """The random number of the next output position."""
@@ -64,5 +52,5 @@ class SamplingState:
     def observe(self, token_id: int) -> None:
         """Record a chosen token."""
         self.num_generated += 1
-        if self.has_penalties:
+        if self.rules is not None:
             self.counts[token_id] = self.counts.get(token_id, 0) + 1

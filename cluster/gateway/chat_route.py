@@ -12,7 +12,7 @@ from cluster.gateway.body import validate
 from cluster.gateway.context import GatewayContext
 from cluster.gateway.events import ChunkWriter
 from cluster.gateway.generation import Event
-from cluster.gateway.logprobs import chat_logprobs
+from cluster.gateway.logprobs import chat_logprobs, prompt_logprobs
 from cluster.gateway.messages import template_messages
 from cluster.gateway.sampling import chat_sampling, check_length, check_text
 from cluster.gateway.schema import ChatRequest, Message
@@ -138,6 +138,7 @@ class ChatAnswer:
         self._roles: set[int] = set()
         self._usage = UsageCounter()
         self._continuous_usage = request.continuous_usage
+        self._prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
         self._texts: list[list[str]] = [[] for _ in range(request.n or 1)]
         self._logprobs: list[list[TokenLogprob]] = [[] for _ in range(request.n or 1)]
         self._ends: list[tuple[str, str | int | None]] = [("length", None)] * (request.n or 1)
@@ -167,6 +168,8 @@ class ChatAnswer:
         for event in events:
             chunk = event.chunk
             self._usage.note(event)
+            if chunk.prompt_logprobs is not None:
+                self._prompt_logprobs = chunk.prompt_logprobs
             self._texts[chunk.index].append(chunk.text)
             self._logprobs[chunk.index].extend(chunk.logprobs or ())
             if chunk.finish_reason is not None:
@@ -183,5 +186,7 @@ class ChatAnswer:
             }
             for i, texts in enumerate(self._texts)
         ]
-        usage = self._usage.final(stats)
-        return {**self._head, "choices": choices, "usage": usage, "system_fingerprint": self._fingerprint}
+        body = {**self._head, "choices": choices, "usage": self._usage.final(stats)}
+        if self._prompt_logprobs is not None:
+            body["prompt_logprobs"] = prompt_logprobs(self._prompt_logprobs, self._tokenizer)
+        return {**body, "system_fingerprint": self._fingerprint}

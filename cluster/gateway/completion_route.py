@@ -14,7 +14,7 @@ from cluster.gateway.body import validate
 from cluster.gateway.context import GatewayContext
 from cluster.gateway.events import ChunkWriter
 from cluster.gateway.generation import Event
-from cluster.gateway.logprobs import completion_logprobs
+from cluster.gateway.logprobs import completion_logprobs, prompt_logprobs
 from cluster.gateway.sampling import check_length, check_text, check_token_ids, completion_sampling
 from cluster.gateway.schema import CompletionRequest
 from cluster.gateway.serving import Job
@@ -80,6 +80,7 @@ class CompletionAnswer:
         self._n = request.n or 1
         self._with_logprobs = request.logprobs is not None
         self._echo = bool(request.echo)
+        self._with_prompt_logprobs = request.prompt_logprobs is not None
         self._include_usage = request.include_usage
         created = int(time.time())
         self._head = {"id": response_id, "object": "text_completion", "created": created, "model": request.model}
@@ -168,6 +169,8 @@ class CompletionAnswer:
         for index, chunks in enumerate(self._chunks):
             text, logprobs = self._shown(index // self._n, index, chunks, with_prompt=self._echo)
             end = next((chunk for chunk in chunks if chunk.finish_reason is not None), chunks[-1])
+            known = self._prompt_logprobs.get(index // self._n, ()) if self._with_prompt_logprobs else ()
+            extra = {"prompt_logprobs": prompt_logprobs(known, self._tokenizer)} if known else {}
             choices.append(
                 {
                     "index": index,
@@ -175,6 +178,7 @@ class CompletionAnswer:
                     "logprobs": logprobs,
                     "finish_reason": end.finish_reason,
                     "stop_reason": end.stop_reason,
+                    **extra,
                 }
             )
         usage = self._usage.final(stats)

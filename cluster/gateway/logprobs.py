@@ -25,6 +25,23 @@ def _chat_token(token_id: int, logprob: float, tokenizer: TokenizerLike) -> dict
     return {"token": text, "logprob": max(logprob, LOWEST), "bytes": list(data)}
 
 
+def prompt_logprobs(entries: Iterable[TokenLogprob | None], tokenizer: TokenizerLike) -> list[dict[str, Any] | None]:
+    """The extension `prompt_logprobs`: per prompt token (images expanded) a map of token id to its log-probability,
+    rank and text, the token itself and the most likely ones; null for the first, which nothing precedes."""
+    return [None if entry is None else _ranked(entry, tokenizer) for entry in entries]
+
+
+def _ranked(entry: TokenLogprob, tokenizer: TokenizerLike) -> dict[str, Any]:
+    listed = [(entry.token_id, entry.logprob, entry.rank)]
+    listed += [
+        (token_id, value, rank) for rank, (token_id, value) in enumerate(entry.top, 1) if token_id != entry.token_id
+    ]
+    return {
+        str(token_id): {"logprob": max(value, LOWEST), "rank": rank, "decoded_token": tokenizer.token_text(token_id)}
+        for token_id, value, rank in listed
+    }
+
+
 def completion_logprobs(
     entries: Iterable[tuple[int, TokenLogprob | None]], tokenizer: TokenizerLike, offset: int
 ) -> tuple[dict[str, Any], int]:

@@ -15,7 +15,8 @@ from language_worker.errors import InvalidRequest
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's completions
 _SAME_NAME = (
     "n", "best_of", "seed", "temperature", "top_p", "presence_penalty", "frequency_penalty", "stop",
-    "top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids",
+    "top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids", "allowed_token_ids",
+    "banned_token_ids",
 )  # fmt: skip
 _FIELD = re.compile(r"\A[a-z_]+")
 
@@ -25,17 +26,25 @@ def chat_sampling(request: ChatRequest, vocab_size: int) -> SamplingParams:
     limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     names = {"max_tokens": "max_tokens" if request.max_tokens is not None else "max_completion_tokens"}
-    return _build(request, vocab_size, {**names, "logprobs": "top_logprobs"}, max_tokens=limit, logprobs=logprobs)
+    return _build(
+        request,
+        vocab_size,
+        {**names, "logprobs": "top_logprobs"},
+        max_tokens=limit,
+        logprobs=logprobs,
+        prompt_logprobs=request.prompt_logprobs,
+    )
 
 
 def completion_sampling(request: CompletionRequest, vocab_size: int) -> SamplingParams:
     """Raises BadRequest naming the field that is out of range."""
     limit = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
-    prompt_logprobs = request.logprobs if request.echo else None
+    of_echo = request.logprobs if request.echo else None
+    prompt_logprobs = request.prompt_logprobs if of_echo is None else of_echo
     return _build(
         request,
         vocab_size,
-        {"prompt_logprobs": "logprobs"},
+        {} if of_echo is None else {"prompt_logprobs": "logprobs"},
         max_tokens=limit,
         logprobs=request.logprobs,
         prompt_logprobs=prompt_logprobs,
@@ -45,7 +54,8 @@ def completion_sampling(request: CompletionRequest, vocab_size: int) -> Sampling
 def _build(request: Sampling, vocab_size: int, names: dict[str, str], **given: Any) -> SamplingParams:
     values = {name: value for name in _SAME_NAME if (value := getattr(request, name, None)) is not None}
     values["logit_bias"] = _logit_bias(request.logit_bias or {}, vocab_size)
-    check_token_ids(request.stop_token_ids or (), vocab_size, "stop_token_ids")
+    for name in ("stop_token_ids", "allowed_token_ids", "banned_token_ids"):
+        check_token_ids(getattr(request, name) or (), vocab_size, name)
     try:
         return SamplingParams(**values, **given)
     except InvalidRequest as error:

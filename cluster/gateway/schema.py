@@ -126,6 +126,9 @@ class Sampling(Strict):
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
+    allowed_token_ids: list[int] | None = None
+    banned_token_ids: list[int] | None = None
+    prompt_logprobs: int | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -143,6 +146,8 @@ class Sampling(Strict):
     def _check_stream_options(self) -> Sampling:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is only allowed when stream is true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs come with the whole answer; set stream to false")
         return self
 
     @property
@@ -192,6 +197,12 @@ class CompletionRequest(Sampling):
     echo: bool | None = None
     logprobs: int | None = None
     best_of: int | None = None
+
+    @model_validator(mode="after")
+    def _check_echo(self) -> CompletionRequest:
+        if self.echo and self.logprobs is not None and self.prompt_logprobs is not None:
+            raise ValueError("echo with logprobs shows the prompt's already; leave out prompt_logprobs")
+        return self
 
     @model_validator(mode="after")
     def _check_best_of(self) -> CompletionRequest:

@@ -103,11 +103,29 @@ def test_images_and_detail_reach_the_handoff_in_order(tmp_path: Path) -> None:
     run(main())
 
 
+@pytest.mark.parametrize("path", ["chat", "complete"])
+def test_prompt_logprobs_come_with_the_answer(tmp_path: Path, path: str) -> None:
+    async def main() -> None:
+        async with gateway(tmp_path) as server:
+            call = server.chat if path == "chat" else server.complete
+            body = (await call(prompt_logprobs=2)).json()
+            entries = (body if path == "chat" else body["choices"][0])["prompt_logprobs"]
+            ids = server.handoff.submitted[0].request.prompt_token_ids
+            assert len(entries) == len(ids) > 1 and entries[0] is None
+            token = server.app.state.gateway.context.tokenizer.token_text(ids[1])
+            assert entries[1][str(ids[1])] == {"logprob": -0.5, "rank": 1, "decoded_token": token}
+            assert entries[1]["66"]["logprob"] == -9999.0 and entries[1]["66"]["rank"] == 2
+            plain = (await call()).json()
+            assert "prompt_logprobs" not in plain | plain["choices"][0]
+
+    run(main())
+
+
 def test_every_sampling_parameter_reaches_the_handoff(tmp_path: Path) -> None:
     given: dict[str, Any] = {
         "n": 2, "seed": 7, "temperature": 0.5, "top_p": 0.9, "presence_penalty": 0.1, "frequency_penalty": -0.2,
         "stop": ["x", "y"], "top_k": 5, "min_p": 0.05, "repetition_penalty": 1.1, "min_tokens": 2, "ignore_eos": True,
-        "stop_token_ids": [3, 4],
+        "stop_token_ids": [3, 4], "allowed_token_ids": [3, 9], "banned_token_ids": [4], "prompt_logprobs": 2,
     }  # fmt: skip
 
     async def main() -> None:
