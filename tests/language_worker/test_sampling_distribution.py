@@ -58,7 +58,8 @@ MIXED = {
     "allowed, but stops held back": {"allowed_token_ids": [5, 11, 12, 13, 14], "min_tokens": 9, "temperature": 2.0},
     "all": {
         "temperature": 1.2, "top_k": 15, "top_p": 0.85, "min_p": 0.01, "presence_penalty": 0.4,
-        "frequency_penalty": 0.3, "repetition_penalty": 1.2, "logit_bias": {2: 1.0}, "banned_token_ids": [3], "min_tokens": 8,
+        "frequency_penalty": 0.3, "repetition_penalty": 1.2, "logit_bias": {2: 1.0}, "banned_token_ids": [3],
+        "min_tokens": 8,
     },
 }  # fmt: skip
 

@@ -1,0 +1,161 @@
+"""A toy model that sees its prefix only through physical pages, an engine around it, and the naive decoder.
+
+Every logits row depends on every key and value of its prefix, as read through the page table: whoever hands it a wrong,
+stale or half-copied page gets other tokens. It mostly follows short cycles, so that drafts are often right, and leaves
+them where the prefix says so. The naive decoder computes the same from the true tokens, one sample at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from language_worker.api import GenerateRequest
+from language_worker.config import EngineConfig
+from language_worker.decode import create_strategy
+from language_worker.engine import Engine
+from language_worker.kv_cache import KVCache
+from language_worker.models.base import KVSpec, LanguageModel, ModelSpec, PromptPositions, StepInputs
+from language_worker.page_pool import PagePool
+from language_worker.prefix_cache import PrefixCache
+from language_worker.roster import EngineLimits
+from language_worker.runner import ModelRunner
+from language_worker.sampler import sample
+from language_worker.sampling_state import SamplingState
+from language_worker.scheduler import Scheduler
+from language_worker.tokenizer import Tokenizer
+
+VOCAB = 24
+MEDIA_ID = VOCAB - 1
+MAX_LEN = 512
+_PRIME = 1_000_003
+_GENERATOR = torch.Generator().manual_seed(0)
+_KEY_WEIGHTS = torch.randint(1, _PRIME, (MAX_LEN,), generator=_GENERATOR)
+_VALUE_WEIGHTS = torch.randint(1, _PRIME, (MAX_LEN,), generator=_GENERATOR)
+_NOISE = torch.randn(1009, VOCAB, generator=_GENERATOR) * 2
+
+
+def toy_logits(values: torch.Tensor, others: torch.Tensor, count: int) -> torch.Tensor:
+    """Logits [count, VOCAB] of the last positions of a sequence with these keys and values [n] int64."""
+    length = values.shape[0]
+    mixed = (values * _KEY_WEIGHTS[:length] + others * _VALUE_WEIGHTS[:length]) % _PRIME
+    states = mixed.cumsum(0)[length - count :] % _PRIME
+    logits = _NOISE[states % 1009].clone()
+    follower = (values[length - count :] * 5 + 3) % 7  # cycles of length 6 at most
+    logits[torch.arange(count), follower] += torch.where(states % 5 == 0, 0.0, 9.0)
+    logits[:, MEDIA_ID] = -torch.inf
+    return logits
+
+
+class ToyModel(LanguageModel):
+    """See the module. Keys hold a position's value, values hold what is derived from it and its position."""
+
+    spec = ModelSpec(
+        vocab_size=VOCAB,
+        hidden_size=1,
+        max_position_embeddings=MAX_LEN,
+        kv=KVSpec(num_layers=1, num_kv_heads=1, head_dim=1),
+        media_token_id=MEDIA_ID,
+    )
+
+    @classmethod
+    def load(cls, checkpoint: Any, *, dtype: torch.dtype, device: torch.device) -> ToyModel:
+        return cls()
+
+    @classmethod
+    def read_spec(cls, config: Any) -> ModelSpec:
+        return cls.spec
+
+    def reserve_positions(self, max_len: int) -> None: ...
+
+    def prompt_positions(self, length: int, media: Any) -> PromptPositions | None:
+        return None
+
+    def media_rows(self, grid: tuple[int, int, int]) -> int:
+        return grid[0] * grid[1] * grid[2]
+
+    def forward(self, inputs: StepInputs, caches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        keys, values = (tensor.view(-1) for tensor in caches[0])
+        size = caches[0][0].shape[1]
+        own = inputs.token_ids.clone()
+        for span in inputs.media:
+            own[span.targets] = span.rows[:, 0].to(torch.int64)
+        keys[inputs.slots] = own.float()
+        values[inputs.slots] = _other(own, inputs.positions).float()
+        batch, rows = inputs.attention, []
+        for table, kv_len, query_len in zip(batch.page_table, batch.kv_lens, batch.query_lens, strict=True):
+            slots = (table[:, None] * size + torch.arange(size)).view(-1)[:kv_len]
+            rows.append(toy_logits(keys[slots].long(), values[slots].long(), query_len))
+        logits = torch.cat(rows)
+        return logits if inputs.logit_rows is None else logits[inputs.logit_rows]
+
+
+def _other(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    return (values * 31 + positions * 17) % 4093
+
+
+@cache
+def _tokenizer(folder: Path) -> Tokenizer:
+    return Tokenizer(folder)
+
+
+def toy_engine(folder: Path, *, num_pages: int, strategy: Any = None, **config: Any) -> Engine:
+    """An engine of the toy with a pool of `num_pages`; folder: any model folder with a tokenizer."""
+    values = EngineConfig(**{"page_size": 4, "max_num_seqs": 4, "max_step_tokens": 32, **config})
+    cpu, pool = torch.device("cpu"), PagePool(num_pages)
+    model = ToyModel()
+    kv = KVCache(model.spec.kv, num_pages=num_pages, page_size=values.page_size, dtype=torch.float32, device=cpu)
+    for tensor in kv.layers[0]:
+        tensor.fill_(99_991)  # what nobody wrote must not be read
+    scheduler = Scheduler(
+        pool=pool,
+        strategy=strategy or create_strategy("autoregressive"),
+        page_size=values.page_size,
+        max_num_seqs=values.max_num_seqs,
+        max_step_tokens=values.max_step_tokens,
+        max_prefill_chunk=values.max_prefill_chunk,
+        prefix_cache=PrefixCache(pool, values.page_size, b"toy") if values.prefix_cache else None,
+    )
+    limits = EngineLimits(
+        max_model_len=min(MAX_LEN, num_pages * values.page_size),
+        max_waiting=values.max_waiting,
+        input_buffer_tokens=64,
+        max_logits_bytes=1 << 20,
+    )
+    runner = ModelRunner(model, kv, cpu)
+    return Engine(runner=runner, scheduler=scheduler, tokenizer=_tokenizer(folder), limits=limits, dtype=torch.float32)
+
+
+def naive(request: GenerateRequest, rows: Sequence[Sequence[int]] = (), *, max_len: int = MAX_LEN) -> list[list[int]]:
+    """Tokens of every sample of a request with a seed, one sample and one token at a time. rows: of each media item.
+    max_len: of prompt and output together."""
+    params, items = request.sampling, iter(rows)
+    shown, values = [], []
+    for token_id in request.prompt_token_ids:
+        item = list(next(items)) if token_id == MEDIA_ID else [token_id]
+        shown += [token_id] * len(item)
+        values += item
+    limit = min(params.max_tokens or max_len, max_len - len(shown))
+    return [_naive_sample(request, i, shown, values, limit) for i in range(params.n)]
+
+
+def _naive_sample(
+    request: GenerateRequest, index: int, shown: list[int], prompt_values: list[int], limit: int
+) -> list[int]:
+    params = request.sampling
+    assert params.seed is not None and params.ignore_eos
+    state = SamplingState(params, index=index, seed=params.seed, prompt=shown, stop_ids=params.stop_token_ids)
+    values, tokens = list(prompt_values), []
+    while len(tokens) < limit:
+        known = torch.tensor(values)
+        (choice,) = sample(toy_logits(known, _other(known, torch.arange(len(values))), 1), [state])
+        state.observe(choice.token_id)
+        tokens.append(choice.token_id)
+        values.append(choice.token_id)
+        if choice.token_id in params.stop_token_ids:
+            break
+    return tokens
