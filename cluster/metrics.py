@@ -30,6 +30,8 @@ WORKER_HELP = {
     "kv_pages_cached": "KV pages that only the prefix cache holds",
     "prefix_cache_queries_total": "Tokens of admitted sequences, looked up in the prefix cache",
     "prefix_cache_hits_total": "Tokens whose KV the prefix cache had",
+    "spec_decode_num_draft_tokens_total": "Tokens that speculative decoding guessed",
+    "spec_decode_num_accepted_tokens_total": "Guessed tokens that were right",
     "transfer_blocks_in_use": "Receive blocks granted and not yet freed",
     "transfer_streams_open": "Block streams open",
     "transfer_tickets_open": "Tickets that can still be redeemed",

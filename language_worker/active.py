@@ -30,22 +30,31 @@ class Sample:
     is_done: bool = False
 
     def accept(
-        self, request_id: str, choice: Choice, prompt_logprobs: tuple[TokenLogprob | None, ...] | None
+        self, request_id: str, choices: SequenceOf[Choice], prompt_logprobs: tuple[TokenLogprob | None, ...] | None
     ) -> TokenChunk:
-        """Account for a chosen token (already appended to the sequence) and show what may be seen of it."""
-        self.state.observe(choice.token_id)
-        verdict = self.checker.push(choice.token_id)
-        self.is_done = verdict.finish_reason is not None
+        """Account for chosen tokens (in the sequence already) and show what may be seen of them; those behind the one
+        that ends the output are dropped."""
+        num_cached = 0 if self.state.num_generated else self.seq.num_cached
+        text, num_taken = "", 0
+        for choice in choices:
+            num_taken += 1
+            self.state.observe(choice.token_id)
+            verdict = self.checker.push(choice.token_id)
+            text += verdict.text
+            if verdict.finish_reason is not None:
+                self.is_done = True
+                break
+        taken = choices[:num_taken]
         return TokenChunk(
             request_id=request_id,
             index=self.state.index,
-            token_ids=(choice.token_id,),
-            text=verdict.text,
+            token_ids=tuple(choice.token_id for choice in taken),
+            text=text,
             finish_reason=verdict.finish_reason,
             stop_reason=verdict.stop_reason,
-            logprobs=None if choice.logprob is None else (choice.logprob,),
+            logprobs=tuple(choice.logprob for choice in taken if choice.logprob is not None) or None,
             num_prompt_tokens=self.seq.prompt_len,
-            num_cached_tokens=self.seq.num_cached if self.state.num_generated == 1 else 0,
+            num_cached_tokens=num_cached,
             prompt_logprobs=prompt_logprobs,
         )
 

@@ -9,7 +9,10 @@ from typing import Literal, get_args
 
 from language_worker.errors import InvalidRequest
 
+StrategyName = Literal["auto", "autoregressive", "speculative"]
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+MAX_DRAFT_TOKENS = 15  # with the token before them they make a window that attention answers in a batch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +26,8 @@ class EngineConfig:
     prefix_cache: keep the KV of ended sequences while pages are free, and let requests that begin alike start from it.
     max_model_len: prompt + generated tokens of one sequence; 0 takes the checkpoint's limit capped by the cache.
     max_step_tokens: query tokens in one step; max_prefill_chunk: of one sequence in one step (0: max_step_tokens).
+    decode_strategy: "auto" takes the model's own; "speculative" drafts up to num_draft_tokens a step from what followed
+    the same words before: equal output, fewer steps where text repeats itself.
     max_waiting: requests that may wait before QueueFull. max_logits_bytes: cap on one request's returned logits.
     """
 
@@ -38,6 +43,8 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_step_tokens: int = 2048
     max_prefill_chunk: int = 0
+    decode_strategy: StrategyName = "auto"
+    num_draft_tokens: int = 8
     max_waiting: int = 1024
     max_logits_bytes: int = 1 << 30
 
@@ -45,10 +52,16 @@ class EngineConfig:
         """Raises InvalidRequest naming the first field that is out of range."""
         if self.dtype not in get_args(DTypeName):
             raise InvalidRequest(f"dtype is {self.dtype!r}; use one of {', '.join(get_args(DTypeName))}")
+        if self.decode_strategy not in get_args(StrategyName):
+            known = ", ".join(get_args(StrategyName))
+            raise InvalidRequest(f"decode_strategy is {self.decode_strategy!r}; use one of {known}")
         for name in ("num_threads", "kv_cache_tokens", "kv_cache_bytes", "max_model_len", "max_prefill_chunk"):
             self._require_int(name, 0)
         for name in ("page_size", "max_num_seqs", "max_step_tokens", "max_waiting", "max_logits_bytes"):
             self._require_int(name, 1)
+        self._require_int("num_draft_tokens", 1)
+        if self.num_draft_tokens > MAX_DRAFT_TOKENS:
+            raise InvalidRequest(f"num_draft_tokens is {self.num_draft_tokens}; use at most {MAX_DRAFT_TOKENS}")
         if not 0.0 < self.gpu_memory_fraction <= 1.0:
             raise InvalidRequest(f"gpu_memory_fraction is {self.gpu_memory_fraction}; use a value in (0, 1]")
         if self.max_step_tokens < self.max_num_seqs:

@@ -25,12 +25,17 @@ from language_worker.plan import StepPlan
 from language_worker.request import Status
 from language_worker.roster import EngineLimits, Roster
 from language_worker.runner import ModelRunner, StepLogits
-from language_worker.sampler import Choice, sample
-from language_worker.sampling_state import SamplingState
+from language_worker.sampler import Choice
 from language_worker.scheduler import Scheduler
 from language_worker.tokenizer import Tokenizer
+from language_worker.verification import choose
 
 logger = logging.getLogger(__name__)
+
+STATS_COUNTERS = (
+    "prompt_tokens_total", "generation_tokens_total", "request_success_total", "request_failure_total",
+    "num_preemptions_total", "spec_decode_num_draft_tokens_total", "spec_decode_num_accepted_tokens_total",
+)  # fmt: skip
 
 
 class Engine:
@@ -154,8 +159,8 @@ class Engine:
             return
         self._apply(plan, step, choices)
 
-    def _compute(self, plan: StepPlan) -> tuple[StepLogits, list[list[Choice]]]:
-        """Everything that can fail; changes no state. For each sampling window, a choice for each sample it serves."""
+    def _compute(self, plan: StepPlan) -> tuple[StepLogits, list[list[list[Choice]]]]:
+        """Everything that can fail; changes no state. Choices: of each sampling window, for each sample it serves."""
         with torch.inference_mode():
             step = self.runner.run(plan)
             served = [self._roster.active_of(w.seq.key).states_served_by(w.seq.key[1]) for w in step.sampling]
@@ -167,14 +172,16 @@ class Engine:
         message = f"the model step failed: {type(error).__name__}: {error}"
         self._roster.on_fail(active.request.request_id, StepFailed(message))
 
-    def _apply(self, plan: StepPlan, step: StepLogits, choices: Iterable[list[Choice]]) -> None:
+    def _apply(self, plan: StepPlan, step: StepLogits, choices: Iterable[list[list[Choice]]]) -> None:
         for part in step.prompt_slices:
             self._collect(part.window.seq.key, part.window.start, step.logits[part.first_row :][: part.length])
         chosen = {id(window): served for window, served in zip(step.sampling, choices, strict=True)}
         now = self._clock()
         for window in plan.windows:
             served = chosen.get(id(window))
-            self.scheduler.commit(window, () if served is None else (served[0].token_id,))
+            self.scheduler.commit(window, () if served is None else [choice.token_id for choice in served[0]])
+            if window.drafts and served is not None:
+                self._count_drafts(len(window.drafts), len(served[0]) - 1)
             if served is not None:
                 self._serve(window.seq.key, served, now)
 
@@ -184,16 +191,16 @@ class Engine:
         if collector is not None and collector.add(start, logits) and collector.logits is not None:
             self._roster.outputs.append(PromptLogits(request_id=active.request.request_id, logits=collector.logits))
 
-    def _serve(self, key: tuple[int, int], choices: list[Choice], now: float) -> None:
+    def _serve(self, key: tuple[int, int], choices: list[list[Choice]], now: float) -> None:
         """Give a window's choices to its sample, and at the end of the prompt to the others, which begin with them."""
         active = self._roster.active_of(key)
         if active.first_token_at is None:
             active.first_token_at = now
         item = active.samples[key[1]]
         self._emit(active, item, choices[0])
-        for other, choice in zip(active.samples[1:], choices[1:], strict=False):
-            other.seq.tokens.append(choice.token_id)
-            self._emit(active, other, choice)
+        for other, first in zip(active.samples[1:], choices[1:], strict=False):
+            other.seq.tokens.append(first[0].token_id)
+            self._emit(active, other, first)
             if not other.is_done:
                 self.scheduler.fork(other.seq)  # while the first still holds the prompt's pages
         if item.is_done:
@@ -201,15 +208,18 @@ class Engine:
         if active.is_done:
             self._roster.finish(active, now)
 
-    def _emit(self, active: ActiveRequest, item: Sample, choice: Choice) -> None:
-        chunk = item.accept(active.request.request_id, choice, active.take_prompt_logprobs(item.state.index))
+    def _emit(self, active: ActiveRequest, item: Sample, choices: list[Choice]) -> None:
+        chunk = item.accept(active.request.request_id, choices, active.take_prompt_logprobs(item.state.index))
         self._roster.emit(active, chunk)
-        active.num_generated += 1
-        self._roster.counters["generation_tokens_total"] += 1
+        active.num_generated += len(chunk.token_ids)
+        self._roster.counters["generation_tokens_total"] += len(chunk.token_ids)
+
+    def _count_drafts(self, num_proposed: int, num_accepted: int) -> None:
+        self._roster.counters["spec_decode_num_draft_tokens_total"] += num_proposed
+        self._roster.counters["spec_decode_num_accepted_tokens_total"] += num_accepted
 
     def _read_stats(self) -> dict[str, float]:
         pool, cache, roster = self.scheduler.pool, self.scheduler.pages.cache, self._roster
-        names = ("prompt_tokens_total", "generation_tokens_total", "request_success_total", "request_failure_total")
         return {
             "num_requests_running": roster.num_running,
             "num_requests_waiting": roster.num_waiting,
@@ -219,14 +229,5 @@ class Engine:
             "prefix_cache_queries_total": 0 if cache is None else cache.num_queried,
             "prefix_cache_hits_total": 0 if cache is None else cache.num_hit,
             "input_buffer_rows_reserved": roster.num_rows_reserved,
-            **{name: roster.counters[name] for name in (*names, "num_preemptions_total")},
+            **{name: roster.counters[name] for name in STATS_COUNTERS},
         }
-
-
-def choose(step: StepLogits, served: Sequence[list[SamplingState]]) -> list[list[Choice]]:
-    """Choices of every sampling window, one for each of the states that its logits row serves."""
-    if all(len(states) == 1 for states in served):
-        return [[choice] for choice in sample(step.sampled(), [states[0] for states in served])]
-    rows = [row for row, states in zip(step.sample_rows, served, strict=True) for _ in states]
-    choices = iter(sample(step.logits[rows], [state for states in served for state in states]))
-    return [[next(choices) for _ in states] for states in served]

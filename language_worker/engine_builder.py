@@ -65,7 +65,10 @@ def build_engine(
     root = _cache_root(checkpoint, dtype, config.page_size)
     scheduler = Scheduler(
         pool=pool,
-        strategy=create_strategy(model.spec.decode_strategy),
+        strategy=create_strategy(
+            model.spec.decode_strategy if config.decode_strategy == "auto" else config.decode_strategy,
+            num_draft_tokens=config.num_draft_tokens,
+        ),
         page_size=config.page_size,
         max_num_seqs=config.max_num_seqs,
         max_step_tokens=config.max_step_tokens,

@@ -91,6 +91,10 @@ class PageKeeper:
         """Pages that `seq` needs beyond its own to hold `num_tokens`."""
         return self.pages_for(num_tokens) - len(seq.pages)
 
+    def num_spare(self, seq: Sequence) -> int:
+        """Tokens beyond the known ones that the pages of `seq` hold."""
+        return len(seq.pages) * self.page_size - len(seq.tokens)
+
     def grow(self, seq: Sequence, num_pages: int) -> None:
         """Add fresh pages at the end; PagesExhausted when they are lacking."""
         seq.pages += self.pool.allocate(num_pages, seq.key)

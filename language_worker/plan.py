@@ -16,7 +16,9 @@ from language_worker.request import Sequence
 class Window:
     """Query positions [start, start + length) of one sequence.
 
-    num_final: how many leading positions leave final KV. samples: the logits of the last position choose a token.
+    num_final: how many leading positions are known to leave final KV. samples: the logits of the last known token
+    choose the next one. drafts: guesses at the tokens behind the known ones, on the last positions of the window; each
+    that is right makes its logits choose another.
     """
 
     seq: Sequence
@@ -24,6 +26,7 @@ class Window:
     length: int
     num_final: int
     samples: bool
+    drafts: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:

@@ -33,7 +33,8 @@ class PromptSlice:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepLogits:
-    """Logits [R, vocab] of a step: row `sample_rows[i]` for the i-th sampling window, and whole prompt slices."""
+    """Logits [R, vocab] of a step: row `sample_rows[i]` for the i-th sampling window, followed by the rows of its
+    drafts, and whole prompt slices."""
 
     logits: torch.Tensor
     sampling: tuple[Window, ...]
@@ -41,7 +42,7 @@ class StepLogits:
     prompt_slices: tuple[PromptSlice, ...]
 
     def sampled(self) -> torch.Tensor:
-        """Rows of the sampling windows, in their order."""
+        """Rows of the sampling windows, in their order; those of drafts left out."""
         if len(self.sample_rows) == self.logits.shape[0]:
             return self.logits
         return self.logits[self.sample_rows]
@@ -68,7 +69,7 @@ class ModelRunner:
         windows = plan.windows
         rows, sampling, sample_rows, slices = _logit_rows(windows)
         inputs = StepInputs(
-            token_ids=torch.tensor([t for w in windows for t in w.seq.tokens[w.start : w.end]]).to(self.device),
+            token_ids=torch.tensor(_token_ids(windows)).to(self.device),
             positions=self._positions(windows).to(self.device),
             slots=torch.tensor(self._slots(windows)).to(self.device),
             attention=self._attention(windows),
@@ -138,6 +139,14 @@ class ModelRunner:
         return tuple(spans)
 
 
+def _token_ids(windows: tuple[Window, ...]) -> list[int]:
+    ids: list[int] = []
+    for w in windows:
+        ids += w.seq.tokens[w.start : w.end]
+        ids += w.drafts
+    return ids
+
+
 def _delta(window: Window) -> int:
     positions = window.seq.positions
     return positions.delta if isinstance(positions, PromptPositions) else 0
@@ -171,9 +180,9 @@ def _logit_rows(
             slices.append(PromptSlice(window=w, first_row=len(rows), length=min(w.end, w.seq.prompt_len) - w.start))
             rows.extend(range(offset, offset + w.length))
         elif w.samples:
-            rows.append(offset + w.length - 1)
+            rows.extend(range(offset + w.num_final - 1, offset + w.length))
         offset += w.length
         if w.samples:
             sampling.append(w)
-            sample_rows.append(len(rows) - 1)
+            sample_rows.append(len(rows) - 1 - len(w.drafts))
     return (None if len(rows) == offset else rows), tuple(sampling), sample_rows, tuple(slices)

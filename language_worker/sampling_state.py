@@ -6,6 +6,7 @@ at output position p is a keyed hash of (seed, i, p): it knows nothing of batche
 
 import struct
 from collections.abc import Sequence
+from copy import copy
 from hashlib import blake2b
 
 from language_worker.api import SamplingParams
@@ -48,6 +49,16 @@ class SamplingState:
     def draw(self) -> float:
         """The random number of the next output position."""
         return uniform_draw(self.seed, self.index, self.num_generated)
+
+    def after(self, token_ids: Sequence[int]) -> "SamplingState":
+        """The state that it will be in once these are observed; itself when there are none."""
+        if not token_ids:
+            return self
+        later = copy(self)
+        later.counts = dict(self.counts)
+        for token_id in token_ids:
+            later.observe(token_id)
+        return later
 
     def observe(self, token_id: int) -> None:
         """Record a chosen token."""

@@ -89,7 +89,7 @@ class Scheduler:
         """Choose the next step's windows; preempts and admits as a side effect. Empty when nothing can run now."""
         preempted: list[Sequence] = []
         windows = self._plan_decodes(preempted)
-        budget = self.max_step_tokens - len(windows)
+        budget = self.max_step_tokens - sum(window.length for window in windows)
         budget = self._plan_prefills([s for s in self.running if s.missing > 1], windows, budget)
         if not preempted:
             self._admit(windows, budget, preempted)
@@ -103,14 +103,35 @@ class Scheduler:
             self.pages.seal(window.seq, old_len)
 
     def _plan_decodes(self, preempted: list[Sequence]) -> list[Window]:
-        windows: list[Window] = []
+        covered: list[Sequence] = []
         for seq in [s for s in self.running if s.missing == 1]:
-            if seq.status is not Status.RUNNING or not self._cover(seq, preempted):
-                continue
-            window = self.strategy.window(seq, 1)
+            if seq.status is Status.RUNNING and self._cover(seq, preempted):
+                covered.append(seq)
+        covered = [seq for seq in covered if seq.status is Status.RUNNING]  # a later one may have taken its pages
+        windows, spare = [], self._spare_for_drafts(len(covered))
+        for seq in covered:
+            window = self.strategy.window(seq, 1, self._room_for_drafts(seq, spare))
             if window is not None:
                 windows.append(window)
+                spare -= len(window.drafts)
         return windows
+
+    def _spare_for_drafts(self, num_decodes: int) -> int:
+        """Query tokens of this step that drafts may take; half of what is left where prefills want them too."""
+        if not self.strategy.max_drafts:
+            return 0
+        spare = self.max_step_tokens - num_decodes
+        return spare // 2 if self.waiting or any(s.missing > 1 for s in self.running) else spare
+
+    def _room_for_drafts(self, seq: Sequence, spare: int) -> int:
+        """Drafts that `seq` may try; pages for them are taken if free, and from nobody."""
+        wanted = min(self.strategy.max_drafts, spare, seq.max_len - len(seq.tokens) - 1)
+        if wanted <= 0:
+            return 0
+        lacking = self.pages.num_lacking(seq, len(seq.tokens) + wanted)
+        if lacking > 0 and lacking <= self.pool.num_free:
+            self.pages.grow(seq, lacking)
+        return min(wanted, self.pages.num_spare(seq))
 
     def _plan_prefills(self, seqs: list[Sequence], windows: list[Window], budget: int) -> int:
         for seq in seqs:

@@ -7,12 +7,15 @@ from language_worker.errors import ModelNotSupported
 
 STRATEGIES = {
     "autoregressive": "language_worker.decode.autoregressive:Autoregressive",
+    "speculative": "language_worker.decode.speculative:Speculative",
 }
+DRAFTING = frozenset({"speculative"})
 
 
-def create_strategy(name: str) -> DecodeStrategy:
-    """The strategy called `name`; ModelNotSupported when there is none."""
+def create_strategy(name: str, *, num_draft_tokens: int = 8) -> DecodeStrategy:
+    """The strategy called `name`; ModelNotSupported when there is none. num_draft_tokens: for those that draft."""
     if name not in STRATEGIES:
         raise ModelNotSupported(f"decode strategy {name!r} is unknown; known: {', '.join(sorted(STRATEGIES))}")
-    strategy: DecodeStrategy = pkgutil.resolve_name(STRATEGIES[name])()
+    kind = pkgutil.resolve_name(STRATEGIES[name])
+    strategy: DecodeStrategy = kind(num_draft_tokens) if name in DRAFTING else kind()
     return strategy

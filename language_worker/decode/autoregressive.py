@@ -11,8 +11,9 @@ class Autoregressive:
 
     alignment = 1
     lookahead = 0
+    max_drafts = 0
 
-    def window(self, seq: Sequence, budget: int) -> Window | None:
+    def window(self, seq: Sequence, budget: int, max_drafts: int = 0) -> Window | None:
         """Up to `budget` of the missing tokens whose inputs have arrived; None when there are none."""
         start = seq.kv_len
         length = min(seq.ready_len - start, budget)

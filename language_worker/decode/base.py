@@ -13,15 +13,19 @@ from language_worker.request import Sequence
 
 class DecodeStrategy(Protocol):
     """alignment: prefill chunks end on a multiple of it (the last chunk excepted).
-    lookahead: provisional positions past the known tokens that need pages."""
+    lookahead: provisional positions past the known tokens that need pages. max_drafts: positions past the known tokens
+    that it can use where budget and pages are left."""
 
     alignment: int
     lookahead: int
+    max_drafts: int
 
-    def window(self, seq: Sequence, budget: int) -> Window | None:
-        """Next query window of at most `budget` positions, or None when nothing can be computed now."""
+    def window(self, seq: Sequence, budget: int, max_drafts: int = 0) -> Window | None:
+        """Next query window of at most `budget` known positions and `max_drafts` behind them, for which there are
+        pages; None when nothing can be computed now."""
         ...
 
     def advance(self, window: Window, tokens: SequenceOf[int]) -> None:
-        """Record that the window ran: `kv_len` moves by its final positions, then `tokens` are appended."""
+        """Record that the window ran: `kv_len` moves by its final positions, then `tokens` are appended; all but the
+        last of them are drafts that were right."""
         ...

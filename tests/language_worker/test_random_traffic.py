@@ -1,7 +1,7 @@
 """Random traffic through the whole engine on the toy model: every token is the naive decoder's, no page lost.
 
-Arrivals, rows that trickle in, cancels, forks, preemption in tiny pools, chunks, prefix hits and evictions, in any
-order. Then the same machine against planted bugs: each must be caught.
+Arrivals, rows that trickle in, cancels, forks, preemption in tiny pools, chunks, prefix hits and evictions, drafts, in
+any order. Then the same machine against planted bugs: each must be caught.
 """
 
 from __future__ import annotations
@@ -18,8 +18,19 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from language_worker import active, engine, page_keeper, prefix_cache, runner, sampling_state, scheduler
+from language_worker import (
+    active,
+    engine,
+    page_keeper,
+    prefix_cache,
+    runner,
+    sampling_state,
+    scheduler,
+    verification,
+)
 from language_worker.api import GenerateRequest, SamplingParams
+from language_worker.decode.autoregressive import Autoregressive
+from language_worker.decode.speculative import Speculative
 from language_worker.errors import Cancelled, EngineError
 from language_worker.page_pool import PagePool
 from language_worker.request import Event, Sequence
@@ -41,9 +52,9 @@ def _folder(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 SAMPLING = st.builds(
     SamplingParams,
-    temperature=st.sampled_from([0.0, 0.7, 1.0]),
+    temperature=st.sampled_from([0.0, 1.0, 1.0]),
     seed=st.integers(0, 3),
-    n=st.sampled_from([1, 1, 2, 3, 5]),
+    n=st.sampled_from([1, 1, 3, 5]),
     max_tokens=st.integers(1, 14),
     ignore_eos=st.just(True),
     stop_token_ids=st.sampled_from([(), (), (2, 19)]),
@@ -52,11 +63,19 @@ SAMPLING = st.builds(
 CONFIG = {
     "capacity": st.integers(20, 90),
     "page_size": st.sampled_from([1, 2, 4]),
-    "max_num_seqs": st.integers(1, 6),
+    "max_num_seqs": st.sampled_from([1, 2, 2, 3, 3, 6]),
     "max_step_tokens": st.sampled_from([6, 9, 32]),
     "max_prefill_chunk": st.sampled_from([0, 1, 3, 7]),
+    "num_drafts": st.sampled_from([0, 0, 1, 3, 8]),
+    "has_keys": st.booleans(),
     "prefix_cache": st.sampled_from([True, True, True, False]),
 }
+
+
+REACHED = (
+    "num_preemptions_total", "prefix_cache_hits_total", "kv_pages_cached", "request_failure_total",
+    "spec_decode_num_draft_tokens_total", "spec_decode_num_accepted_tokens_total",
+)  # fmt: skip
 
 
 class Traffic(RuleBasedStateMachine):
@@ -65,7 +84,9 @@ class Traffic(RuleBasedStateMachine):
     reached: ClassVar[Counter[str]] = Counter()  # what the traffic brought about, over all runs
 
     @initialize(**CONFIG)
-    def start(self, capacity: int, **config: Any) -> None:
+    def start(self, capacity: int, num_drafts: int, has_keys: bool, **config: Any) -> None:
+        self.has_keys = has_keys
+        config["strategy"] = Speculative(num_drafts) if num_drafts else Autoregressive()
         self.engine = toy_engine(FOLDER[0], num_pages=capacity // config["page_size"], **config)
         self.results = Results()
         self.requests: dict[str, tuple[GenerateRequest, list[str]]] = {}
@@ -78,19 +99,26 @@ class Traffic(RuleBasedStateMachine):
         tail=st.lists(st.integers(0, 20), max_size=2),
         sampling=SAMPLING,
         media=st.sampled_from(["", "", "p", "p", "q", "r", "pq", "pp"]).map(list),
-        has_keys=st.booleans(),
     )
-    def submit(
-        self, stem: list[int], cut: int, tail: list[int], sampling: Any, media: list[str], has_keys: bool
-    ) -> None:
-        name = f"r{len(self.requests)}"
+    def submit(self, stem: list[int], cut: int, tail: list[int], sampling: Any, media: list[str]) -> None:
         ids = (*stem[: cut // 2], *[MEDIA_ID] * len(media), *stem[cut // 2 : cut], *tail)
-        asked = GenerateRequest(request_id=name, prompt_token_ids=ids or (1,), sampling=sampling, num_media=len(media))
+        self._submit(ids or (1,), sampling, media)
+
+    @precondition(lambda self: self.requests)
+    @rule(pick=st.integers(0, 99), sampling=SAMPLING)
+    def submit_again(self, pick: int, sampling: Any) -> None:
+        """An earlier prompt, with other media of the same size if it has any."""
+        asked, media = self.requests[f"r{pick % len(self.requests)}"]
+        self._submit(asked.prompt_token_ids, sampling, [{"p": "q", "q": "p"}.get(m, m) for m in media])
+
+    def _submit(self, ids: tuple[int, ...], sampling: Any, media: list[str]) -> None:
+        name = f"r{len(self.requests)}"
+        asked = GenerateRequest(request_id=name, prompt_token_ids=ids, sampling=sampling, num_media=len(media))
         self.requests[name] = asked, media
         self.engine.submit(asked)
         if media:
             items = [
-                {"grid": [1, 1, len(ROWS[m])], "rows": len(ROWS[m]), "content_key": m if has_keys else ""}
+                {"grid": [1, 1, len(ROWS[m])], "rows": len(ROWS[m]), "content_key": m if self.has_keys else ""}
                 for m in media
             ]
             self.engine.announce(name, sum(len(ROWS[m]) for m in media), items)
@@ -153,7 +181,7 @@ class Traffic(RuleBasedStateMachine):
         for name, (asked, media) in self.requests.items():
             self._check(name, asked, naive(asked, [ROWS[m] for m in media], max_len=max_len))
         stats = self.engine.stats()
-        for key in ("num_preemptions_total", "prefix_cache_hits_total", "kv_pages_cached", "request_failure_total"):
+        for key in REACHED:
             self.reached[key] += int(stats[key])
         left = ("num_requests_running", "num_requests_waiting", "kv_pages_referenced", "input_buffer_rows_reserved")
         assert not any(stats[key] for key in left), stats
@@ -184,7 +212,7 @@ def _settings(max_examples: int, **values: Any) -> settings:
 def test_tokens_and_pages_are_right_whatever_the_traffic() -> None:
     Traffic.reached.clear()
     run_state_machine_as_test(Traffic, settings=_settings(3000 if IS_SOAK else 200))
-    assert len(Traffic.reached) == 5 and min(Traffic.reached.values()) > 50, Traffic.reached
+    assert len(Traffic.reached) == 7 and min(Traffic.reached.values()) > 20, Traffic.reached
 
 
 # -- planted bugs -----------------------------------------------------------------------------------------------------
@@ -352,10 +380,46 @@ def _ready_too_early(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Sequence, "ready_len", property(lambda self: len(self.tokens)))
 
 
+def _accept_every_draft(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(verification, "_is_right", lambda chosen, drafts: len(chosen) <= len(drafts))
+
+
+def _draw_again_with_the_same_number(patch: pytest.MonkeyPatch) -> None:
+    """Tokens behind a draft are drawn as if it were not there."""
+    patch.setattr(sampling_state.SamplingState, "after", lambda self, token_ids: self)
+
+
+def _rejected_drafts_are_final(patch: pytest.MonkeyPatch) -> None:
+    def advance(self: Any, window: Any, tokens: Any) -> None:
+        original(self, window, tokens)
+        window.seq.kv_len = min(window.end, len(window.seq.tokens) - 1)
+        if window.drafts and len(tokens) <= len(window.drafts):
+            window.seq.tokens.insert(-1, window.drafts[len(tokens) - 1])
+
+    original = Speculative.advance
+    patch.setattr(Speculative, "advance", advance)
+
+
+def _final_one_too_far(patch: pytest.MonkeyPatch) -> None:
+    """The KV of the latest token counts as final before it was computed."""
+
+    def advance(self: Any, window: Any, tokens: Any) -> None:
+        original(self, window, tokens)
+        if len(tokens) > 1 and len(tokens) < len(window.drafts):
+            window.seq.kv_len += 1
+            window.seq.tokens.append(tokens[-1])
+
+    original = Speculative.advance
+    patch.setattr(Speculative, "advance", advance)
+
+
+def _drafts_beyond_the_pages(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(page_keeper.PageKeeper, "num_spare", lambda self, seq: 99)
+
+
 def _first_tokens_in_the_wrong_order(patch: pytest.MonkeyPatch) -> None:
     def choose(step: Any, served: Any) -> Any:
-        chosen = original(step, served)
-        return [choices[::-1] for choices in chosen]
+        return [choices[::-1] for choices in original(step, served)]
 
     original = engine.choose
     patch.setattr(engine, "choose", choose)
@@ -379,6 +443,11 @@ PLANTED = {
         _media_rows_from_the_start,
         _ready_too_early,
         _first_tokens_in_the_wrong_order,
+        _accept_every_draft,
+        _draw_again_with_the_same_number,
+        _rejected_drafts_are_final,
+        _final_one_too_far,
+        _drafts_beyond_the_pages,
     )
 } | {f"names_without_{what}": _names_without(what) for what in ("parent", "media", "last_token")}
 
@@ -393,4 +462,6 @@ def _planted(name: str) -> Iterator[None]:
 @pytest.mark.parametrize("name", sorted(PLANTED))
 def test_a_planted_bug_is_caught(name: str) -> None:
     with _planted(name), pytest.raises((AssertionError, EngineError, LookupError)):
-        run_state_machine_as_test(Traffic, settings=_settings(400, phases=[Phase.generate], report_multiple_bugs=False))
+        run_state_machine_as_test(
+            Traffic, settings=_settings(1500, phases=[Phase.generate], report_multiple_bugs=False)
+        )

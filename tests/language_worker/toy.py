@@ -46,7 +46,7 @@ def toy_logits(values: torch.Tensor, others: torch.Tensor, count: int) -> torch.
     states = mixed.cumsum(0)[length - count :] % _PRIME
     logits = _NOISE[states % 1009].clone()
     follower = (values[length - count :] * 5 + 3) % 7  # cycles of length 6 at most
-    logits[torch.arange(count), follower] += torch.where(states % 5 == 0, 0.0, 9.0)
+    logits[torch.arange(count), follower] += torch.where(states % 4 == 0, 0.0, 6.0)
     logits[:, MEDIA_ID] = -torch.inf
     return logits
 
