@@ -8,6 +8,9 @@ from language_worker.errors import ModelNotSupported
 from language_worker.models.base import LanguageModel
 
 REGISTRY = {
+    "LlamaForCausalLM": "language_worker.models.text_decoder:Llama",
+    "Qwen2ForCausalLM": "language_worker.models.text_decoder:Qwen2",
+    "Qwen3ForCausalLM": "language_worker.models.text_decoder:Qwen3",
     "Qwen2_5_VLForConditionalGeneration": "language_worker.models.qwen2_5_vl:Qwen2_5_VLText",
 }
 

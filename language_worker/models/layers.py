@@ -6,8 +6,9 @@ config, its name map and these blocks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,17 +19,19 @@ from kernels.paged_attention import AttentionBatch, paged_attention
 from kernels.pages import write_pages
 from kernels.rotary import (
     RotaryTable,
-    inverse_frequencies,
     mrope_cos_sin,
     rotary_cos_sin,
     rotary_table,
     rotate,
 )
+from language_worker.models.rope import Rope
+
+_FIRST_BIAS = r"layers\.0\.self_attn\.([qo])_proj\.bias"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockShape:
-    """Sizes of one decoder block."""
+    """Sizes and options of one decoder block. has_qk_norm: every query and key head is normalised before rotation."""
 
     hidden_size: int
     intermediate_size: int
@@ -36,26 +39,37 @@ class BlockShape:
     num_kv_heads: int
     head_dim: int
     eps: float
+    has_qkv_bias: bool = False
+    has_o_bias: bool = False
+    has_qk_norm: bool = False
 
     @property
     def qkv_rows(self) -> int:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
+    def with_biases(self, names: Iterable[str], prefix: str) -> BlockShape:
+        """With the biases that a checkpoint with these tensor names has; prefix: a regular expression."""
+        kinds = {match[1] for name in names if (match := re.fullmatch(prefix + _FIRST_BIAS, name))}
+        return replace(self, has_qkv_bias="q" in kinds, has_o_bias="o" in kinds)
+
 
 class DecoderBlock:
-    """One layer. Weights are [out, in]; qkv stacks query, key and value heads, gate_up stacks gate and up."""
+    """One layer. Weights are [out, in]; qkv stacks query, key and value heads, gate_up stacks gate and up; qk_norm
+    [heads + key heads, head_dim] has a row for each head that is normalised."""
 
-    __slots__ = ("down", "gate_up", "input_norm", "o", "post_norm", "qkv", "qkv_bias", "shape")
+    __slots__ = ("down", "gate_up", "input_norm", "o", "o_bias", "post_norm", "qk_norm", "qkv", "qkv_bias", "shape")
 
-    def __init__(self, shape: BlockShape, *, qkv_bias: bool, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shape: BlockShape, *, dtype: torch.dtype, device: torch.device) -> None:
         def empty(*size: int) -> torch.Tensor:
             return torch.empty(size, dtype=dtype, device=device)
 
         self.shape = shape
         self.input_norm = empty(shape.hidden_size)
         self.qkv = empty(shape.qkv_rows, shape.hidden_size)
-        self.qkv_bias = empty(shape.qkv_rows) if qkv_bias else None
+        self.qkv_bias = empty(shape.qkv_rows) if shape.has_qkv_bias else None
+        self.qk_norm = empty(shape.num_heads + shape.num_kv_heads, shape.head_dim) if shape.has_qk_norm else None
         self.o = empty(shape.hidden_size, shape.num_heads * shape.head_dim)
+        self.o_bias = empty(shape.hidden_size) if shape.has_o_bias else None
         self.post_norm = empty(shape.hidden_size)
         self.gate_up = empty(2 * shape.intermediate_size, shape.hidden_size)
         self.down = empty(shape.hidden_size, shape.intermediate_size)
@@ -70,9 +84,8 @@ class DecoderBlock:
             f"{prefix}.gate_up.weight": self.gate_up,
             f"{prefix}.down.weight": self.down,
         }
-        if self.qkv_bias is not None:
-            named[f"{prefix}.qkv.bias"] = self.qkv_bias
-        return named
+        optional = {"qkv.bias": self.qkv_bias, "o.bias": self.o_bias, "qk_norm.weight": self.qk_norm}
+        return named | {f"{prefix}.{name}": tensor for name, tensor in optional.items() if tensor is not None}
 
     def forward(
         self,
@@ -87,10 +100,13 @@ class DecoderBlock:
         shape = self.shape
         num_tokens, heads, kv_heads = normed.shape[0], shape.num_heads, shape.num_kv_heads
         qkv = F.linear(normed, self.qkv, self.qkv_bias).view(num_tokens, heads + 2 * kv_heads, shape.head_dim)
-        qk = rotate(qkv[:, : heads + kv_heads], rotary)
+        qk = qkv[:, : heads + kv_heads]
+        if self.qk_norm is not None:
+            qk = F.rms_norm(qk, (shape.head_dim,), None, shape.eps) * self.qk_norm
+        qk = rotate(qk, rotary)
         write_pages(cache[0], cache[1], qk[:, heads:], qkv[:, heads + kv_heads :], slots)
         mixed = paged_attention(qk[:, :heads], cache[0], cache[1], attention)
-        attended = F.linear(mixed.reshape(num_tokens, heads * shape.head_dim), self.o)
+        attended = F.linear(mixed.reshape(num_tokens, heads * shape.head_dim), self.o, self.o_bias)
         normed, residual = add_rms_norm(attended, residual, self.post_norm, shape.eps)
         return F.linear(swiglu(F.linear(normed, self.gate_up)), self.down), residual
 
@@ -121,24 +137,28 @@ def run_blocks(
 class RotaryPositions:
     """Rotary tables by position: looked up for text, computed for media positions. `sections` of D/2 frequencies."""
 
-    __slots__ = ("_inv_freq", "_sections", "_table")
+    __slots__ = ("_device", "_head_dim", "_inv_freq", "_rope", "_sections", "_table")
 
-    def __init__(self, *, head_dim: int, theta: float, sections: Sequence[int], device: torch.device) -> None:
-        self._inv_freq = inverse_frequencies(head_dim, theta).to(device)
+    def __init__(self, rope: Rope, *, head_dim: int, device: torch.device, sections: Sequence[int] = ()) -> None:
+        self._rope = rope
+        self._head_dim = head_dim
+        self._device = device
         self._sections = tuple(sections)
-        self._table = self._build(0)
+        self.reserve(0)
 
     def reserve(self, max_len: int) -> None:
-        """Precompute positions 0..max_len-1."""
-        self._table = self._build(max_len)
+        """Precompute positions 0..max_len-1, the only ones that are served."""
+        self._inv_freq = self._rope.frequencies(self._head_dim, max_len).to(self._device)
+        self._table = self._scaled(*rotary_cos_sin(torch.arange(max_len, device=self._device), self._inv_freq))
 
     def table(self, positions: torch.Tensor) -> RotaryTable:
         """positions [T] (below the reserved length) or [3, T]."""
         if positions.dim() == 2:
-            return rotary_table(*mrope_cos_sin(positions, self._inv_freq, self._sections))
+            return self._scaled(*mrope_cos_sin(positions, self._inv_freq, self._sections))
         return RotaryTable(
             cos=self._table.cos.index_select(0, positions), signed_sin=self._table.signed_sin.index_select(0, positions)
         )
 
-    def _build(self, length: int) -> RotaryTable:
-        return rotary_table(*rotary_cos_sin(torch.arange(length, device=self._inv_freq.device), self._inv_freq))
+    def _scaled(self, cos: torch.Tensor, sin: torch.Tensor) -> RotaryTable:
+        factor = self._rope.attention_factor
+        return rotary_table(cos, sin) if factor == 1.0 else rotary_table(cos * factor, sin * factor)

@@ -1,0 +1,85 @@
+"""Decoder: what all rotary decoder models share: embedding, blocks, final norm, head, and the step through them.
+
+Built empty, filled by a family's `load`. A family adds its config, its name map and, with media, their positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from language_worker.errors import MediaMismatch, ModelNotSupported
+from language_worker.models.base import LanguageModel, ModelSpec, PromptPositions, StepInputs
+from language_worker.models.layers import BlockShape, DecoderBlock, RotaryPositions, run_blocks
+
+
+class Decoder(LanguageModel):
+    """See the module. tied: the head is the embedding."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        block: BlockShape,
+        rotary: RotaryPositions,
+        *,
+        tied: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.spec = spec
+        self.embedding = torch.empty((spec.vocab_size, spec.hidden_size), dtype=dtype, device=device)
+        self.blocks = [DecoderBlock(block, dtype=dtype, device=device) for _ in range(spec.kv.num_layers)]
+        self.final_norm = torch.empty(spec.hidden_size, dtype=dtype, device=device)
+        self.head = self.embedding if tied else torch.empty_like(self.embedding)
+        self.rotary = rotary
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """Every tensor to fill, by name; a tied head is not listed twice."""
+        named = {"embedding.weight": self.embedding, "final_norm.weight": self.final_norm}
+        if self.head is not self.embedding:
+            named["head.weight"] = self.head
+        for i, block in enumerate(self.blocks):
+            named |= block.parameters(f"layers.{i}")
+        return named
+
+    def reserve_positions(self, max_len: int) -> None:
+        self.rotary.reserve(max_len)
+
+    def media_rows(self, grid: tuple[int, int, int]) -> int:
+        raise MediaMismatch("this model takes text only")
+
+    def prompt_positions(
+        self, length: int, media: Sequence[tuple[int, tuple[int, int, int]]]
+    ) -> PromptPositions | None:
+        return None
+
+    def forward(self, inputs: StepInputs, caches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        hidden = F.embedding(inputs.token_ids, self.embedding)
+        for span in inputs.media:
+            hidden.index_copy_(0, span.targets, span.rows)
+        rotary = self.rotary.table(inputs.positions)
+        rows = run_blocks(
+            self.blocks, hidden, self.final_norm, rotary, caches, inputs.slots, inputs.attention, inputs.logit_rows
+        )
+        return F.linear(rows, self.head)
+
+
+def read_size(text: Mapping[str, Any], name: str) -> int:
+    """A positive integer of config.json; ModelNotSupported names it when it is none."""
+    value = text.get(name)
+    if type(value) is not int or value < 1:
+        raise ModelNotSupported(f"config.json has {name} = {value!r}; a positive integer is needed")
+    return value
+
+
+def refuse_unserved(text: Mapping[str, Any]) -> None:
+    """ModelNotSupported for options that would change the numbers and are not served."""
+    if text.get("use_sliding_window") or "sliding_attention" in (text.get("layer_types") or ()):
+        raise ModelNotSupported("config.json asks for sliding-window attention, which is not served")
+    if text.get("hidden_act", "silu") != "silu":
+        raise ModelNotSupported(f"hidden_act {text.get('hidden_act')!r} is not served; only 'silu' is")
+    if text.get("mlp_bias"):
+        raise ModelNotSupported("mlp_bias is true; biases in the MLP are not served")

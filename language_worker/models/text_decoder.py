@@ -1,0 +1,94 @@
+"""Text-only decoder families: Llama, Qwen2 and Qwen3.
+
+One body; they differ in biases (read off the checkpoint), in Qwen3's norm of every query and key head, and in defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from language_worker.errors import ModelNotSupported
+from language_worker.models.base import KVSpec, ModelSpec
+from language_worker.models.decoder import Decoder, read_size, refuse_unserved
+from language_worker.models.layers import BlockShape, RotaryPositions
+from language_worker.models.rope import Rope
+from language_worker.models.weights import decoder_rules
+from transfer.checkpoint import Checkpoint, load_checkpoint
+
+PREFIX = r"model\."
+QWEN3_HEAD_DIM = 128  # where its config.json does not say
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextConfig:
+    """What config.json says of a text decoder; biases are not in it."""
+
+    spec: ModelSpec
+    block: BlockShape
+    rope: Rope
+    tied: bool
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any], *, has_qk_norm: bool) -> TextConfig:
+        """ModelNotSupported names an option that is not served."""
+        refuse_unserved(config)
+        hidden, heads = read_size(config, "hidden_size"), read_size(config, "num_attention_heads")
+        kv_heads = int(config.get("num_key_value_heads") or heads)
+        head_dim = int(config.get("head_dim") or (QWEN3_HEAD_DIM if has_qk_norm else hidden // heads))
+        if heads % kv_heads or head_dim % 2:
+            raise ModelNotSupported(
+                f"{heads} heads must be a multiple of {kv_heads} key heads, and head_dim {head_dim} even"
+            )
+        rope = Rope.read(config, 10_000.0)
+        spec = ModelSpec(
+            vocab_size=read_size(config, "vocab_size"),
+            hidden_size=hidden,
+            max_position_embeddings=rope.max_positions(int(config.get("max_position_embeddings") or 2048)),
+            kv=KVSpec(num_layers=read_size(config, "num_hidden_layers"), num_kv_heads=kv_heads, head_dim=head_dim),
+            media_token_id=None,
+        )
+        block = BlockShape(
+            hidden_size=hidden,
+            intermediate_size=read_size(config, "intermediate_size"),
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            eps=float(config.get("rms_norm_eps", 1e-6)),
+            has_qk_norm=has_qk_norm,
+        )
+        return cls(spec=spec, block=block, rope=rope, tied=bool(config.get("tie_word_embeddings")))
+
+
+class Llama(Decoder):
+    """Llama 2 and 3, and whatever was converted to their layout."""
+
+    has_qk_norm = False
+
+    @classmethod
+    def read_spec(cls, config: Mapping[str, Any]) -> ModelSpec:
+        return TextConfig.read(config, has_qk_norm=cls.has_qk_norm).spec
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> Llama:
+        config = TextConfig.read(checkpoint.config(), has_qk_norm=cls.has_qk_norm)
+        block = config.block.with_biases(checkpoint.tensors, PREFIX)
+        rotary = RotaryPositions(config.rope, head_dim=block.head_dim, device=device)
+        model = cls(config.spec, block, rotary, tied=config.tied, dtype=dtype, device=device)
+        ignored = (r".*\.rotary_emb\.inv_freq", *((r"lm_head\.weight",) if config.tied else ()))
+        rules = decoder_rules(block, prefix=PREFIX, tied=config.tied)
+        load_checkpoint(checkpoint, model.parameters(), rules, foreign=ignored)
+        return model
+
+
+class Qwen2(Llama):
+    """Qwen2 and Qwen2.5."""
+
+
+class Qwen3(Llama):
+    """Qwen3, dense."""
+
+    has_qk_norm = True
