@@ -2,8 +2,8 @@
 
 Calls "generate" and, for a request with media, "embed" at the same moment with the same ticket; gathers the outcome of
 both. When one leg fails the other is cancelled; a leg that only reports that its stream broke waits for the other leg
-to say why; once the answer is complete, what became of the embed call does not matter. Everything here runs on the
-service's I/O thread but `start` and `cancel`.
+to say why; once the answer is complete, the embed call's figures are waited for a moment, and what became of it does
+not matter. Everything here runs on the service's I/O thread but `start` and `cancel`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from transfer.ticket import Ticket
 
 STREAM_CODES = frozenset({"StreamAborted", "MediaFailed", "StreamTimeout", "TicketRejected"})
 LOST_CODES = frozenset({"PeerLost", "EngineStopped", "EndpointClosed", "StreamTimeout", "EmbedStopped"})
+FIGURES_GRACE_S = 0.05  # for the embed call's end, when all tokens have come: it is on its way, or will never come
 LEG_OF_CODE = {"EngineStopped": "generate", "EmbedStopped": "embed"}  # a broken stream tells them to the other leg too
 
 
@@ -64,6 +65,7 @@ class Attempt:
         self._ends: dict[str, dict[str, Any]] = {}
         self._failures: dict[str, RemoteFailure] = {}
         self._num_prompt_tokens = 0
+        self._grace: threading.Timer | None = None
         self._started_s = 0.0
         self._ttft_ms: float | None = None
         self._logits: list[Any] = []
@@ -154,8 +156,10 @@ class Attempt:
         self._directory.add_running(self._names[leg], -1)
         if failure is None:
             self._ends[leg] = body or {}
-            if leg == "generate":
-                self.cancel()  # the embed call's end is on its way, or will never come: the answer is complete anyway
+            if leg == "generate" and len(self._ends) + len(self._failures) < len(self._names):
+                self._grace = threading.Timer(FIGURES_GRACE_S, self.cancel)
+                self._grace.daemon = True
+                self._grace.start()
         else:
             self._failures[leg] = failure
             has_all_rows = leg == "embed" and self._ttft_ms is not None
@@ -163,6 +167,8 @@ class Attempt:
                 self.cancel()
         if self._is_abandoned or len(self._ends) + len(self._failures) < len(self._names):
             return
+        if self._grace is not None:
+            self._grace.cancel()
         if "generate" in self._ends:
             self._owner.on_end(self._stats())
         else:

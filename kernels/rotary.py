@@ -81,14 +81,3 @@ def rotate(x: torch.Tensor, table: RotaryTable) -> torch.Tensor:
     wide = x.to(torch.float32)
     turned = torch.addcmul(wide * table.cos, wide.roll(x.shape[-1] // 2, -1), table.signed_sin)
     return turned.to(x.dtype)
-
-
-def apply_rotary(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate queries [T, H, D] and keys [T, Hk, D] by cos, sin [T, D/2]. Returns new tensors like `q` and `k`.
-
-    A model calls `rotary_table` once per step and `rotate` per layer instead; this is the one-off form.
-    """
-    table = rotary_table(cos, sin)
-    return rotate(q, table), rotate(k, table)

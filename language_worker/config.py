@@ -22,6 +22,7 @@ class EngineConfig:
     which itself is 0 for "512 MiB on CPU, gpu_memory_fraction of the free memory on a GPU".
     max_model_len: prompt + generated tokens of one sequence; 0 takes the checkpoint's limit capped by the cache.
     max_step_tokens: query tokens in one step; max_prefill_chunk: of one sequence in one step (0: max_step_tokens).
+    min_partial_chunk: tokens that a prefill whose media rows have not all arrived computes at least.
     max_waiting: requests that may wait before QueueFull. max_logits_bytes: cap on one request's returned logits.
     """
 
@@ -36,6 +37,7 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_step_tokens: int = 2048
     max_prefill_chunk: int = 0
+    min_partial_chunk: int = 64
     max_waiting: int = 1024
     max_logits_bytes: int = 1 << 30
 
@@ -45,7 +47,14 @@ class EngineConfig:
             raise InvalidRequest(f"dtype is {self.dtype!r}; use one of {', '.join(get_args(DTypeName))}")
         for name in ("num_threads", "kv_cache_tokens", "kv_cache_bytes", "max_model_len", "max_prefill_chunk"):
             self._require_int(name, 0)
-        for name in ("page_size", "max_num_seqs", "max_step_tokens", "max_waiting", "max_logits_bytes"):
+        for name in (
+            "page_size",
+            "max_num_seqs",
+            "max_step_tokens",
+            "min_partial_chunk",
+            "max_waiting",
+            "max_logits_bytes",
+        ):
             self._require_int(name, 1)
         if not 0.0 < self.gpu_memory_fraction <= 1.0:
             raise InvalidRequest(f"gpu_memory_fraction is {self.gpu_memory_fraction}; use a value in (0, 1]")

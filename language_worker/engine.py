@@ -155,7 +155,8 @@ class Engine:
         with torch.inference_mode():
             step = self.runner.run(plan)
             states = [self._roster.sample_of(window.seq.key).state for window in step.sampling]
-            return step, sample(step.sampled(), states) if states else []
+            num_ids = self.tokenizer.vocab_size
+            return step, sample(step.sampled(), states, num_token_ids=num_ids) if states else []
 
     def _fail_window(self, plan: StepPlan, error: Exception) -> None:
         active = self._roster.active_of(plan.windows[0].seq.key)

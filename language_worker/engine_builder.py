@@ -65,6 +65,7 @@ def build_engine(
         max_num_seqs=config.max_num_seqs,
         max_step_tokens=config.max_step_tokens,
         max_prefill_chunk=config.max_prefill_chunk,
+        min_partial_chunk=config.min_partial_chunk,
     )
     return Engine(
         runner=ModelRunner(model, cache, device, config.num_threads),
@@ -79,6 +80,13 @@ def build_engine(
         dtype=dtype,
         clock=clock,
     )
+
+
+def check_model(model_path: str | Path, config: EngineConfig) -> int:
+    """What `build_engine` would say of the tensors, from their headers alone; returns how many it would read."""
+    checkpoint = Checkpoint.open(model_path)
+    resolve_dtype(config.dtype, checkpoint)
+    return resolve_model(checkpoint.config()).check(checkpoint)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -31,27 +31,29 @@ THIRD_PARTIES: dict[str, tuple[str, ...]] = {
     "httpx": ("cluster/cli/",),
     "jinja2": ("cluster/chat.py", "cluster/template_masking.py", "cluster/template_sandbox.py"),
     "prometheus_client": ("cluster/metrics.py",),
-    "ray": ("cluster/actors.py", "cluster/launch.py"),
+    "ray": ("cluster/actors.py", "cluster/launch.py", "cluster/ray_connection.py"),
     "rich": ("cluster/cli/", "cluster/progress.py"),
     "yaml": ("cluster/config.py",),
     "pydantic": ("cluster/config.py", "cluster/gateway/"),
     "xxhash": ("cluster/handoff.py", "cluster/router.py", "transfer/integrity.py"),
     "msgpack": ("transfer/wire.py",),
-    "zmq": ("transfer/zmq_endpoint.py",),
+    "cryptography": ("transfer/sealing.py",),
+    "zmq": ("transfer/zmq_endpoint.py", "transfer/zmq_sockets.py"),
     "safetensors": ("transfer/checkpoint.py",),
     "PIL": ("embedding_worker/preprocess.py",),
     "tokenizers": ("language_worker/tokenizer.py",),
     "triton": ("kernels/_triton/",),
-    "numpy": ("embedding_worker/", "language_worker/", "transfer/buffers.py", "kernels/"),
+    "numpy": ("embedding_worker/", "language_worker/", "transfer/buffers.py", "transfer/segments.py", "kernels/"),
     "torch": (
         "kernels/",
         "embedding_worker/",
         "language_worker/",
         "transfer/buffers.py",
         "transfer/checkpoint.py",
+        "transfer/checkpoint_rules.py",
         "cluster/llm.py",  # logits leave as a tensor
         "cluster/cli/doctor.py",  # looks for GPUs
-        "cluster/launch.py",  # looks for GPUs
+        "cluster/ray_connection.py",  # looks for GPUs
     ),
 }
 FILE_LINES, KERNEL_FILE_LINES, FUNCTION_LINES = 350, 500, 60

@@ -1,6 +1,6 @@
 """ZmqEndpoint: one ROUTER bound, one DEALER per peer we connect to, one thread that owns them all.
 
-This is the only file that knows ZeroMQ. Sends from any thread go to a bounded outbox per peer and wake the thread once;
+Sends from any thread go to a bounded outbox per peer and wake the thread once;
 received payload frames are views of ZeroMQ's own memory. CURVE with an allow-list guards tcp between hosts; private
 keys exist only inside this object. What does not decode is dropped and counted.
 """
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import zmq
-from zmq.utils import z85
 
 from transfer.addresses import ZAP_DOMAIN, AllowList, check_bind_host, is_loopback, prepare_ipc, tcp_host
 from transfer.config import TransferConfig
@@ -27,17 +26,16 @@ from transfer.errors import (
     ConfigError,
     EndpointClosed,
     MalformedMessage,
-    MessageTooLarge,
     Overloaded,
     PeerLost,
 )
 from transfer.messages import Message
 from transfer.outbox import Outbox
-from transfer.wire import MAX_FRAMES, MAX_HEADER_BYTES, decode_header, encode_header
+from transfer.wire import decode_header, encode_header
+from transfer.zmq_sockets import check_frames, new_socket, raw_key, receive_message, send_message
 
 logger = logging.getLogger(__name__)
 
-HIGH_WATER_MARK = 256  # messages inside ZeroMQ per peer; the rest waits in our own, byte-bounded outboxes
 MAX_PEERS = 4096
 BLOCKED_POLL_MS = 2  # how soon to try again when ZeroMQ's own queue for a peer is full
 BATCH = 64  # messages read from one socket before the others get their turn
@@ -62,7 +60,7 @@ class ZmqEndpoint(EndpointBase):
         self._context = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, MAX_PEERS + 64)
         self._zap: zmq.Socket[bytes] | None = None
-        self._router = self._new_socket(zmq.ROUTER)
+        self._router = new_socket(self._context, zmq.ROUTER, config)
         try:
             self._bind(address)
         except zmq.ZMQError as error:
@@ -80,18 +78,6 @@ class ZmqEndpoint(EndpointBase):
         self._outboxes: dict[Connection, Outbox] = {}
         self._dirty: set[Connection] = set()  # outboxes that may hold something
         self._awake = False
-
-    def _new_socket(self, kind: int) -> zmq.Socket[bytes]:
-        sock = self._context.socket(kind)
-        sock.setsockopt(zmq.LINGER, 0)
-        sock.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
-        sock.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
-        sock.setsockopt(zmq.MAXMSGSIZE, max(self._config.max_message_bytes, MAX_HEADER_BYTES))
-        sock.setsockopt(zmq.HEARTBEAT_IVL, int(self._config.ping_interval_s * 1000))
-        sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(self._config.peer_timeout_s * 1000))
-        sock.setsockopt(zmq.RECONNECT_IVL, 50)
-        sock.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
-        return sock
 
     def _bind(self, address: str) -> None:
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an unknown peer is an error, not a silent drop
@@ -125,7 +111,7 @@ class ZmqEndpoint(EndpointBase):
         elif not address.startswith("ipc://"):
             raise ConfigError(f"{self._address} cannot reach {address!r}: use tcp:// or ipc://")
         if public_key is not None:
-            _raw_key(public_key)
+            raw_key(public_key)
         with self._lock:
             known = self._connections.get(address)
             if known is not None and known[1] == public_key:
@@ -140,40 +126,41 @@ class ZmqEndpoint(EndpointBase):
 
     def send(self, connection: Connection, message: Message, frames: Sequence[Frame] = ()) -> None:
         """Queue for the I/O thread; at once when called on it and nothing waits."""
+        check_frames(connection.peer, frames, self._config)
         header = encode_header(message)
-        if len(frames) > MAX_FRAMES or any(len(frame) > self._config.max_message_bytes for frame in frames):
-            raise MessageTooLarge(
-                f"{len(frames)} frames of up to {max(map(len, frames))} bytes; allowed are {MAX_FRAMES} "
-                f"of {self._config.max_message_bytes}: raise max_message_bytes at both ends"
-            )
+        parts = (header, *frames) if connection.outgoing else (connection.key, header, *frames)
         if self._closed:
             raise EndpointClosed(f"{self._address} is closed")
-        on_thread = self._on_thread()
-        with self._lock:
-            outbox = self._outbox(connection)
-            outbox.put([header, *frames])
-            flush_now = on_thread and len(outbox) == 1
-            if not flush_now:
-                self._dirty.add(connection)
-        if flush_now:
-            self._flush_one(connection, outbox)
-        elif not on_thread:
+        if not self._on_thread():
+            self._queue(connection, parts)
             self._wake()
+            return
+        self._check_connected(connection)
+        if connection in self._outboxes or not self._send_now(connection, parts):
+            self._queue(connection, parts)
+
+    def _queue(self, connection: Connection, parts: Sequence[Frame]) -> None:
+        with self._lock:
+            self._outbox(connection).put(parts)
+            self._dirty.add(connection)
 
     def _outbox(self, connection: Connection) -> Outbox:
         outbox = self._outboxes.get(connection)
         if outbox is None:
-            if connection.outgoing and self._connections.get(connection.peer, (None,))[0] != connection:
-                raise PeerLost(f"{connection.peer} was disconnected")
+            self._check_connected(connection)
             config = self._config
             outbox = Outbox(connection.peer, config.max_outbound_messages, config.max_outbound_bytes)
             self._outboxes[connection] = outbox
         return outbox
 
+    def _check_connected(self, connection: Connection) -> None:
+        if connection.outgoing and self._connections.get(connection.peer, (None,))[0] != connection:
+            raise PeerLost(f"{connection.peer} was disconnected")
+
     def allow(self, public_keys: Iterable[str]) -> None:
         """Let these CURVE keys in. ConfigError for a malformed key."""
         for key in public_keys:
-            self._allow_list.add(_raw_key(key))
+            self._allow_list.add(raw_key(key))
 
     def disconnect(self, connection: Connection) -> None:
         """Forget a peer; its socket closes on the I/O thread."""
@@ -240,25 +227,24 @@ class ZmqEndpoint(EndpointBase):
             self._awake = False  # after draining, or a wake-up in between would be swallowed; the loop looks after this
 
     def _read(self, sock: zmq.Socket[bytes], connection: Connection | None) -> None:
+        is_router = sock is self._router
         for _ in range(BATCH):
             if sock.closed:
                 return
             try:
-                frames = sock.recv_multipart(zmq.NOBLOCK, copy=False)
+                if is_router:
+                    connection = self._incoming_connection(sock.recv(zmq.NOBLOCK))
+                header, frames = receive_message(sock)  # there at once when there was an identity
+                if connection is None:
+                    raise MalformedMessage("a message of a peer that was disconnected")
+                message = decode_header(header, len(frames))
             except zmq.Again:
                 return
-            source = self._incoming_connection(frames.pop(0).bytes) if sock is self._router else connection
-            try:
-                if not frames or source is None:
-                    raise MalformedMessage("a message without a header")
-                if len(frames) > MAX_FRAMES + 1:
-                    raise MalformedMessage(f"a message of {len(frames)} frames")
-                message = decode_header(frames[0].bytes, len(frames) - 1)
             except MalformedMessage as error:
                 self._counts["dropped_malformed"] += 1
                 logger.debug("dropped a message on %s: %s", self._address, error)
                 continue
-            self._dispatch(source, message, [frame.buffer for frame in frames[1:]])
+            self._dispatch(connection, message, frames)
 
     def _incoming_connection(self, identity: bytes) -> Connection:
         connection = self._incoming.get(identity)
@@ -280,31 +266,31 @@ class ZmqEndpoint(EndpointBase):
 
     def _flush_one(self, connection: Connection, outbox: Outbox) -> None:
         """Send what ZeroMQ takes; the rest stays and is tried again soon."""
-        while (frames := outbox.head()) is not None:
-            try:
-                if connection.outgoing:
-                    self._dealer(connection).send_multipart(frames, zmq.NOBLOCK, copy=False)
-                else:
-                    self._router.send_multipart([connection.key, *frames], zmq.NOBLOCK, copy=False)
-            except zmq.Again:
+        while (parts := outbox.head()) is not None:
+            if not self._send_now(connection, parts):
                 with self._lock:
                     self._dirty.add(connection)
                 return
-            except zmq.ZMQError as error:
-                self._counts["dropped_unreachable"] += len(outbox)
-                logger.debug("dropped what waited for %s: %s", connection.peer, error)
-                outbox.clear()
-                break
             outbox.pop()
         with self._lock:
             if not outbox and self._outboxes.get(connection) is outbox:
                 del self._outboxes[connection]
 
+    def _send_now(self, connection: Connection, parts: Sequence[Frame]) -> bool:
+        """False when ZeroMQ takes nothing for this peer now. For an unreachable peer a message is dropped."""
+        sock = self._dealer(connection) if connection.outgoing else self._router
+        try:
+            return send_message(sock, parts)
+        except zmq.ZMQError as error:
+            self._counts["dropped_unreachable"] += 1
+            logger.debug("dropped a message for %s: %s", connection.peer, error)
+            return True
+
     def _dealer(self, connection: Connection) -> zmq.Socket[bytes]:
         dealer = self._dealers.get(connection)
         if dealer is None:
             public_key = next((k for c, k in tuple(self._connections.values()) if c == connection), None)
-            dealer = self._new_socket(zmq.DEALER)
+            dealer = new_socket(self._context, zmq.DEALER, self._config)
             dealer.setsockopt(zmq.ROUTING_ID, connection.key)
             if public_key is not None:
                 dealer.setsockopt(zmq.CURVE_SERVERKEY, public_key.encode("ascii"))
@@ -332,16 +318,6 @@ class ZmqEndpoint(EndpointBase):
         if self._address.startswith("ipc://"):
             with contextlib.suppress(OSError):
                 os.unlink(Path(self._address.removeprefix("ipc://")))
-
-
-def _raw_key(public_key: str) -> bytes:
-    try:
-        key: bytes = z85.decode(public_key.encode("ascii"))
-    except (ValueError, UnicodeEncodeError, KeyError) as error:
-        raise ConfigError("a CURVE public key is 40 characters of z85") from error
-    if len(key) != 32:
-        raise ConfigError("a CURVE public key is 40 characters of z85")
-    return key
 
 
 def open_zmq(address: str, config: TransferConfig, curve: bool | None) -> ZmqEndpoint:

@@ -20,7 +20,8 @@ from language_worker.models.base import KVSpec, LanguageModel, ModelSpec, Prompt
 from language_worker.models.layers import BlockShape, DecoderBlock, RotaryPositions, run_blocks
 from language_worker.models.mrope import Grid, mrope_positions
 from language_worker.models.weights import decoder_rules
-from transfer.checkpoint import Checkpoint, load_checkpoint
+from transfer.checkpoint import Checkpoint, check_checkpoint, load_checkpoint
+from transfer.checkpoint_rules import Rule
 
 DEFAULT_SECTIONS = (16, 24, 24)
 DEFAULT_THETA = 1_000_000.0
@@ -103,13 +104,25 @@ class Qwen2_5_VLText(LanguageModel):
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> Qwen2_5_VLText:
+        model, rules, foreign = cls._empty(checkpoint, dtype, device)
+        load_checkpoint(checkpoint, model.parameters(), rules, foreign=foreign)
+        return model
+
+    @classmethod
+    def check(cls, checkpoint: Checkpoint) -> int:
+        model, rules, foreign = cls._empty(checkpoint, torch.float32, torch.device("meta"))
+        return len(check_checkpoint(checkpoint, model.parameters(), rules, foreign=foreign)[0])
+
+    @classmethod
+    def _empty(
+        cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Qwen2_5_VLText, list[Rule], tuple[str, ...]]:
+        """A model without its weights, the rules that fill it, and the names that belong to somebody else."""
         config = Qwen2_5_VLConfig.read(checkpoint.config())
         has_bias = any(re.fullmatch(TEXT_PREFIX + r"layers\.0\.self_attn\.q_proj\.bias", n) for n in checkpoint.tensors)
         model = cls(config, qkv_bias=has_bias, dtype=dtype, device=device)
-        ignored = FOREIGN + ((r"lm_head\.weight",) if config.tied else ())
-        rules = decoder_rules(config.block, prefix=TEXT_PREFIX, qkv_bias=has_bias, tied=config.tied)
-        load_checkpoint(checkpoint, model.parameters(), rules, foreign=ignored)
-        return model
+        foreign = FOREIGN + ((r"lm_head\.weight",) if config.tied else ())
+        return model, decoder_rules(config.block, prefix=TEXT_PREFIX, qkv_bias=has_bias, tied=config.tied), foreign
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """Every tensor to fill, by name; a tied head is not listed twice."""

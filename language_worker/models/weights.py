@@ -5,7 +5,7 @@ gate_proj, up_proj     -> gate_up   rows  0 .. intermediate .. 2*intermediate
 """
 
 from language_worker.models.layers import BlockShape
-from transfer.checkpoint import Rule
+from transfer.checkpoint_rules import Rule
 
 
 def decoder_rules(shape: BlockShape, *, prefix: str, qkv_bias: bool, tied: bool) -> list[Rule]:

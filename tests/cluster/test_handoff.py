@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import cluster.attempt
 import cluster.handoff
 from cluster.directory import WorkerAddress, WorkerDirectory
 from cluster.errors import NoWorker, RequestTimeout, WorkerLost
@@ -194,6 +195,40 @@ def test_media_go_to_an_embedding_worker_with_the_ticket_that_the_language_worke
     assert EMBEDDED.items() <= stats.hops.items()
     assert stats.hops["embedding_worker"] == worker.name
     assert [(body["logits_shape"], bytes(frame)) for body, frame in stats.hops["logits"]] == [([1, 2], bytes(8))]
+
+
+@pytest.mark.parametrize("end", ["figures", "failure", "loss"])
+def test_an_answer_that_is_complete_waits_for_the_figures_of_the_embed_call(
+    make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    monkeypatch.setattr(cluster.attempt, "FIGURES_GRACE_S", 3600.0)
+    rig = make_rig()
+    outcome, _ = rig.submit(IMAGES)
+    generate = rig.language[0].take("generate")
+    worker, embed = rig.embed_call()
+    rig.directory.ended[rig.language[0].name] = threading.Event()
+    _serve(generate, 5)
+    assert rig.directory.ended[rig.language[0].name].wait(WAIT_S)
+    assert outcome.tokens == [5] and not outcome.over.is_set()
+    if end == "figures":
+        embed.end(EMBEDDED)
+    elif end == "failure":
+        embed.fail("EncodeFailed", "too late to matter")
+    else:
+        rig.lose(worker)
+    stats = outcome.wait().stats
+    assert stats is not None and (EMBEDDED.items() <= stats.hops.items()) == (end == "figures")
+
+
+def test_an_embed_call_that_never_ends_does_not_hold_a_complete_answer(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    outcome, _ = rig.submit(IMAGES)
+    generate = rig.language[0].take("generate")
+    worker, embed = rig.embed_call()
+    _serve(generate, 5)
+    stats = outcome.wait().stats
+    assert stats is not None and "encode_ms" not in stats.hops
+    assert worker.was_cancelled(embed)
 
 
 def test_requests_spread_over_language_workers_and_the_same_image_returns_to_its_cache(make_rig: MakeRig) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.paged_attention import AttentionBatch, paged_attention
-from kernels.pages import query_slots, write_pages
+from kernels.pages import write_pages
 from kernels.varlen_attention import Segments, varlen_attention
 from tests import oracles
 from tests.tolerances import assert_matches
@@ -70,8 +70,9 @@ class _Cache:
             self.table[row, :count] = torch.tensor([ids.pop(0) for _ in range(count)])
             k, v = (_draw(seed + 7 * row + i, length, self.kv_heads, self.head_dim, dtype=self.dtype) for i in (0, 1))
             self.histories.append((k, v))
-            slots = query_slots(self.table[row : row + 1], [length], [length], self.page_size)
-            write_pages(self.k, self.v, k, v, slots)
+            places = range(length)
+            slots = [int(self.table[row, p // self.page_size]) * self.page_size + p % self.page_size for p in places]
+            write_pages(self.k, self.v, k, v, torch.tensor(slots))
 
 
 @st.composite
@@ -135,13 +136,6 @@ def test_written_pages_hold_the_rows_and_nothing_else_changes() -> None:
         assert torch.equal(oracles.gather_pages(cache.k, pages, k.shape[0]), k)
         assert torch.equal(oracles.gather_pages(cache.v, pages, v.shape[0]), v)
     assert int(cache.k.isfinite().sum()) == int(cache.v.isfinite().sum()) == (6 + 3 + 4) * 2 * 3
-
-
-def test_query_slots_are_the_last_positions() -> None:
-    table = torch.tensor([[5, 2, 9], [1, 0, 3]], dtype=torch.int32)
-    slots = query_slots(table, [3, 1], [9, 5], 4)
-    assert slots.tolist() == [2 * 4 + 2, 2 * 4 + 3, 9 * 4 + 0, 0 * 4 + 0]
-    assert slots.dtype == torch.int64
 
 
 @pytest.mark.parametrize(

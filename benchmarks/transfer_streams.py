@@ -1,0 +1,149 @@
+"""Tandem's own path in the transfer benchmark, through its public interface: tickets, grants, resume, checksums.
+
+The receiver's blocks are handed to a consumer that reserves room at once and takes rows as they are: they lie in the
+granted block then, which is where raw TCP puts them.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.transfer_memory import ROW_WIDTH, Content, Pool, Shape
+from transfer.config import TransferConfig
+from transfer.endpoint import open_endpoint
+from transfer.errors import TransferError
+from transfer.service import Service
+from transfer.stream_receiver import StreamReceiver
+from transfer.stream_sender import StreamSender
+from transfer.tensors import PlaneSpec
+from transfer.ticket import Ticket
+
+PLANE = PlaneSpec(name="embeddings", dtype="bfloat16", row_shape=(ROW_WIDTH,))
+WAIT_S = 60.0
+
+
+def config_for(shape: Shape) -> TransferConfig:
+    """Every default but the pool's size."""
+    return TransferConfig(block_size=shape.block_rows, pool_tokens=shape.num_blocks * shape.block_rows)
+
+
+class _Consumer:
+    """One expected stream. `expected`: compare every block (in runs that are not timed)."""
+
+    def __init__(self, owner: Receiver, stream_id: str, first: int, expected: Content | None) -> None:
+        self._owner = owner
+        self._stream_id = stream_id
+        self._first = first
+        self._expected = expected
+        self.is_right = True
+        self.error: TransferError | None = None
+        self.over = threading.Event()
+
+    def on_announce(self, total_rows: int, items: Sequence[Mapping[str, Any]]) -> None:
+        self._owner.receiver.admit(self._stream_id)
+
+    def on_rows(self, first_row: int, planes: Mapping[str, torch.Tensor]) -> None:
+        if self._expected is not None:
+            block = planes[PLANE.name].reshape(-1).view(torch.uint8).numpy()
+            i = self._first + first_row // self._expected.shape.block_rows
+            self.is_right = self.is_right and self._expected.matches(i, np.ascontiguousarray(block))
+
+    def on_restart(self) -> None:
+        self.error = TransferError("the stream started over")
+        self.over.set()
+
+    def on_complete(self, stats: object) -> None:
+        self.over.set()
+
+    def on_failed(self, error: TransferError) -> None:
+        self.error = error
+        self.over.set()
+
+
+class Receiver:
+    """A StreamReceiver on an endpoint of its own."""
+
+    def __init__(self, shape: Shape, address: str, curve: bool) -> None:
+        config = config_for(shape)
+        self._endpoint = open_endpoint(address, config, curve=curve)
+        self._service = Service(self._endpoint, config)
+        self.receiver = StreamReceiver(self._service, config, [PLANE])
+        self._service.start()
+        self._expected: list[_Consumer] = []
+
+    @property
+    def address(self) -> str:
+        return " ".join(filter(None, (self._endpoint.address, self._endpoint.public_key)))
+
+    def allow(self, public_key: str) -> None:
+        self._endpoint.allow([public_key])
+
+    def expect(self, ticket: Ticket, first: int, expected: Content | None) -> None:
+        """Open a stream; `receive` waits for it."""
+        consumer = _Consumer(self, ticket.stream_id, first, expected)
+        self._expected.append(consumer)
+        self.receiver.open(ticket, consumer)
+
+    def receive(self) -> bool:
+        """Wait for every stream that is expected; whether all blocks were right. Raises what ended one."""
+        consumers, self._expected = self._expected, []
+        for consumer in consumers:
+            if not consumer.over.wait(WAIT_S):
+                raise TimeoutError(f"a stream is not over after {WAIT_S:g} s")
+            if consumer.error is not None:
+                raise consumer.error
+        return all(consumer.is_right for consumer in consumers)
+
+    def close(self) -> None:
+        self._service.close()
+
+
+class Sender:
+    """A StreamSender on an endpoint of its own."""
+
+    def __init__(self, pool: Pool, address: str, own_address: str, curve: bool) -> None:
+        self._pool = pool
+        self._config = config_for(pool.content.shape)
+        self._target, _, key = address.partition(" ")
+        self._target_key = key or None
+        self._endpoint = open_endpoint(own_address, self._config, curve=curve)
+        self._service = Service(self._endpoint, self._config)
+        self._sender = StreamSender(self._service, self._config)
+        self._service.start()
+
+    @property
+    def public_key(self) -> str | None:
+        return self._endpoint.public_key
+
+    def send(self, ticket: Ticket, first: int, count: int, *, is_open: bool = False) -> float:
+        """Send one stream of whole blocks; seconds from its opening to the receiver's Close.
+
+        is_open: opened before the clock starts, as an encoder does before it computes.
+        """
+        started = time.perf_counter()
+        stream = self._sender.open(ticket, self._target, self._target_key, [PLANE])
+        if is_open:
+            self._await_answer(stream.connection)
+            started = time.perf_counter()
+        block_rows = self._pool.content.shape.block_rows
+        stream.announce(count * block_rows)
+        for i in range(count):
+            stream.write(i * block_rows, {PLANE.name: self._pool.rows(first + i)})
+        stream.result(WAIT_S)
+        return time.perf_counter() - started
+
+    def _await_answer(self, connection: Any) -> None:
+        """A call's answer comes after the stream's first grant, on the same connection."""
+        answered = threading.Event()
+        self._service.call(connection, "ping", {}, on_end=lambda body, failure: answered.set())
+        if not answered.wait(WAIT_S):
+            raise TimeoutError(f"the receiver did not answer for {WAIT_S:g} s")
+
+    def close(self) -> None:
+        self._service.close()

@@ -1,0 +1,109 @@
+"""Ray under this process: started here or joined, without its noise and with our own signal handlers.
+
+What can be told before Ray is asked (nobody listens there, too few GPUs) is told at once, as a ConfigError.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import torch
+
+from cluster.config import ClusterConfig
+from cluster.errors import ConfigError
+
+OBJECT_STORE_BYTES = 100 * 1024 * 1024  # nothing of ours goes through the object store
+PROBE_TIMEOUT_S = 10.0
+
+
+def connect(config: ClusterConfig, ray_address: str | None, on_status: Callable[[str], None]) -> None:
+    """Join the Ray at `ray_address` (None: start one here), unless this process has joined one. Raises ConfigError."""
+    if ray.is_initialized():
+        return
+    workers = config.workers
+    if ray_address:
+        on_status(f"connecting to Ray at {ray_address}")
+        _require_listener(ray_address)
+        _init_ray(f"cannot join Ray at {ray_address}", address=ray_address)
+        return
+    _require_gpus(config)
+    on_status("starting Ray on this machine")
+    needed = (workers.embedding + workers.language) * workers.num_cpus
+    _init_ray(
+        "cannot start Ray on this machine",
+        address="local",
+        include_dashboard=False,
+        num_cpus=max(os.cpu_count() or 1, int(needed + 0.999)),
+        object_store_memory=OBJECT_STORE_BYTES,
+    )
+
+
+def _init_ray(failed: str, **options: Any) -> None:
+    try:
+        with _own_signal_handlers():
+            ray.init(logging_level=logging.ERROR, **options)
+    except (OSError, RuntimeError, ray.exceptions.RayError) as error:  # ConnectionError is an OSError
+        raise ConfigError(f"{failed}: {error}") from error
+
+
+@contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """The handlers of before, again, after the block. Ray puts one for SIGTERM in the place of whatever is there, which
+    would end this process with nothing taken down; a signal that came to that one meanwhile is handed on to ours.
+    """
+    if threading.current_thread() is not threading.main_thread():  # no handler can be set there, by Ray neither
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    try:
+        yield
+    except SystemExit as error:
+        restore()
+        if error.code == signal.SIGTERM and callable(before[signal.SIGTERM]):
+            signal.raise_signal(signal.SIGTERM)
+        raise
+    finally:
+        restore()
+
+
+def _require_listener(address: str) -> None:
+    """Raises ConfigError at once where nobody listens at HOST:PORT; Ray would try for more than a minute."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in address or not port.isdigit():
+        return  # "auto", or a URL: Ray's to judge
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"nothing listens at the Ray address {address}: {error}") from error
+
+
+def _require_gpus(config: ClusterConfig) -> None:
+    """Raises ConfigError when this machine, which is to be the whole cluster, has too few."""
+    workers = config.workers
+    per_worker = workers.num_gpus if workers.num_gpus >= 0 else float(config.model.device.startswith("cuda"))
+    num_needed = per_worker * (workers.embedding + workers.language)
+    if torch.cuda.device_count() < num_needed:
+        raise ConfigError(
+            f"the workers need {num_needed:g} GPUs and this machine has {torch.cuda.device_count()}; set "
+            "workers.num_gpus to a share (0.5, say), use --device cpu, or join a Ray cluster with --ray-address"
+        )
+
+
+def wants_gpu(device: str) -> bool:
+    """Whether a worker of this device setting is to have a GPU of the cluster."""
+    if device == "auto":
+        return torch.cuda.is_available() or ray.cluster_resources().get("GPU", 0) > 0
+    return device.startswith("cuda")
