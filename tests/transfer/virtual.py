@@ -120,7 +120,9 @@ class VirtualEndpoint:
     def public_key(self) -> str | None:
         return None
 
-    def start(self, handler: Handler, on_tick: Tick | None = None) -> None:
+    def start(
+        self, handler: Handler, on_tick: Tick | None = None, on_restart: Callable[[], None] | None = None
+    ) -> None:
         self._handler, self._tick = handler, on_tick
 
     def connect(self, address: str, public_key: str | None = None) -> Connection:
@@ -176,6 +178,7 @@ class Consumer:
         self.items: Sequence[object] = ()
         self.rows: dict[str, list[torch.Tensor]] = {}
         self.num_rows = 0
+        self.restarts = 0
         self.ends: list[object] = []
 
     def on_announce(self, total_rows: int, items: Sequence[object]) -> None:
@@ -191,6 +194,12 @@ class Consumer:
         self.num_rows += counts.pop()
         for name, rows in planes.items():
             self.rows.setdefault(name, []).append(rows.clone())
+
+    def on_restart(self) -> None:
+        assert self.total_rows is not None and not self.ends
+        self.restarts += 1
+        self.total_rows, self.items, self.num_rows = None, (), 0
+        self.rows.clear()
 
     def on_complete(self, stats: object) -> None:
         self.ends.append(stats)
@@ -224,13 +233,37 @@ class Pair:
     def _service(self, address: str, config: TransferConfig) -> Service:
         return Service(VirtualEndpoint(self.network, address), config, clock=lambda: self.network.now)
 
-    def listen(self, ticket: Ticket, *, admit: bool = True) -> Consumer:
+    def listen(self, ticket: Ticket, *, admit: bool = True, **more: float) -> Consumer:
+        """`more`: deadline_s, take_over_s."""
         consumer = Consumer(self.receiver, ticket.stream_id, admit=admit)
-        self.receiver.open(ticket, consumer)
+        self.receiver.open(ticket, consumer, **more)
         return consumer
 
-    def send(self, ticket: Ticket, planes: Sequence[PlaneSpec] = PLANES) -> OutgoingStream:
-        return self.sender.open(ticket, "virtual://receiver", None, planes)
+    def send(
+        self,
+        ticket: Ticket,
+        planes: Sequence[PlaneSpec] = PLANES,
+        *,
+        sender: StreamSender | None = None,
+        content_key: str = "",
+        deadline_s: float | None = None,
+    ) -> OutgoingStream:
+        sender = sender or self.sender
+        return sender.open(ticket, "virtual://receiver", None, planes, content_key, deadline_s=deadline_s)
+
+    def another_sender(self, address: str = "virtual://another") -> StreamSender:
+        """A second sending worker."""
+        service = self._service(address, self.config)
+        sender = StreamSender(service, self.config)
+        service.start()
+        return sender
+
+    def reissue(self, stream_id: str) -> Ticket | None:
+        """The ticket of the next epoch."""
+        tickets: list[Ticket | None] = []
+        self.receiver.reissue(stream_id, tickets.append)
+        self.network.settle()
+        return tickets[0]
 
     def transfer(
         self, num_rows: int, *, admit: bool = True
