@@ -90,7 +90,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Deliver:
-    """Hand rows of block `index` to the consumer; the block is freed right after."""
+    """Hand rows of block `index` to the consumer, and return the block to the pool."""
 
     index: int
     block_id: int

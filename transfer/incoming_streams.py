@@ -95,9 +95,14 @@ class IncomingStreams:
         self.by_id[stream.session.ticket.stream_id] = stream
         self._settle(stream)
 
-    def run(self, stream: IncomingStream, actions: Sequence[ReceiverAction]) -> None:
-        """Do what a session asks for, in order. A listener that raises ends its stream."""
+    def run(self, stream: IncomingStream, actions: Sequence[ReceiverAction], *, is_decided: bool = False) -> None:
+        """Do what a session asks for, in order. A listener that raises ends its stream.
+
+        `is_decided`: the event came from this side and would not come again, so a restart goes on after it.
+        """
         session = stream.session
+        if is_decided:
+            stream.record = session.record()
         try:
             for action in actions:
                 self._execute(stream, action)
@@ -111,6 +116,8 @@ class IncomingStreams:
             return
         if state is ReceiverState.ORPHANED:
             stream.connection = None
+        if not actions or not isinstance(actions[0], Place):
+            stream.record = session.record()
         self._settle(stream)
 
     def tick(self, now: float) -> None:
@@ -138,15 +145,19 @@ class IncomingStreams:
             if not revocations:
                 return
 
-    def restart(self, rebuild: Callable[[IncomingStream], ReceiverSession], area: ReceiveArea) -> None:
+    def restart(self, begin: Callable[[IncomingStream], ReceiverSession], now: float) -> None:
         """Build every session anew from its record; the pool forgets what no record holds."""
         self._schedule = Schedule()
         for stream_id, stream in tuple(self.by_id.items()):
-            stream.session = rebuild(stream)
+            if stream.record.facts.state is ReceiverState.FAILED:
+                self._abandon(stream, StreamAborted("InternalError", "the receiving loop died while the stream failed"))
+                continue
+            stream.session = begin(stream)
+            actions = stream.session.restore(stream.record, stream.delivered, now)
             window = stream.session.window
-            withheld = () if window.pending is None else window.pending.withheld
-            area.retain(stream_id, (*window.held.values(), *withheld))
-            self._settle(stream)
+            held = [*window.held.values(), *(a.block_id for a in actions if isinstance(a, Deliver))]
+            stream.area.retain(stream_id, held + list(() if window.pending is None else window.pending.withheld))
+            self.run(stream, actions)
 
     def send(self, connection: Connection, message: StreamMessage) -> None:
         """Send; what cannot leave now counts as lost on the way: the sender's probes ask again."""
@@ -160,7 +171,6 @@ class IncomingStreams:
 
     def _settle(self, stream: IncomingStream) -> None:
         session = stream.session
-        stream.record = session.record()
         stream.area.update(session, stream.age)
         self._schedule.at(session.facts.ticket.stream_id, session.due())
 
@@ -168,11 +178,14 @@ class IncomingStreams:
         match action:
             case Place(block_id, frames):
                 stream.area.place(block_id, frames)
+                stream.record = stream.session.record()  # now it is stored: only then it may be acknowledged
                 self.totals["blocks_received"] += 1
             case Deliver(index, block_id, first_row, num_rows):
                 stream.listener.on_rows(first_row, stream.area.rows(block_id, num_rows))
                 stream.delivered = index + 1
+                stream.area.free(stream.session.ticket.stream_id, (block_id,), fenced=False)
             case FreeBlocks(block_ids, fenced):
+                stream.record = stream.session.record()  # first: a restart must not count on what is given away
                 stream.area.free(stream.session.ticket.stream_id, block_ids, fenced=fenced)
             case Send(message):
                 if isinstance(message, (Close, Abort)) and stream.session.state in TERMINAL:
@@ -180,9 +193,11 @@ class IncomingStreams:
                 if stream.connection is not None:
                     self.send(stream.connection, message)
             case Announced(total_rows, items):
+                stream.record = stream.session.record()  # first: a restart must not tell the consumer twice
                 stream.listener.on_announce(total_rows, items)
             case Restarted():
                 stream.delivered = 0
+                stream.record = stream.session.record()
                 self.totals["streams_restarted"] += 1
                 stream.listener.on_restart()
             case Dropped(reason):

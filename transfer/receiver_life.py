@@ -61,9 +61,10 @@ class ReceiverLife:
         """All that a restart must not lose."""
         return StreamRecord(self.facts, self.window.record())
 
-    def restore(self, record: StreamRecord, delivered: int, now: float) -> None:
-        """Be what `record` says; of a stream whose blocks below `delivered` are known to be handed on."""
+    def _restore(self, record: StreamRecord, delivered: int, now: float) -> None:
         self.facts = record.facts
+        if self.state is ReceiverState.COMPLETE:  # but not yet told to anyone
+            self.facts = replace(self.facts, state=ReceiverState.ADMITTED)
         self.window = ReceiverWindow.restore(record.window, delivered)
         if record.facts.terms is not None:
             self._verify = self._verifier(record.facts.ticket, record.facts.terms)
@@ -111,10 +112,10 @@ class ReceiverLife:
         window = self.window
         blocks = (*window.held.values(), *(window.pending.withheld if window.pending is not None else ()))
         window.held.clear()
-        actions: list[ReceiverAction] = [FreeBlocks(blocks, fenced=True)] if blocks else []
-        if tell_peer:
-            actions.append(Send(self.abort_message(error)))
         self._apply(ReceiverEvent.FAIL)
+        actions: list[ReceiverAction] = [Send(self.abort_message(error))] if tell_peer else []
+        if blocks:
+            actions.append(FreeBlocks(blocks, fenced=True))
         return [*actions, Failed(error)]
 
     def lost(self, error: TransferError, now: float, *, tell_peer: bool = True) -> list[ReceiverAction]:

@@ -33,6 +33,7 @@ from transfer.errors import (
 from transfer.messages import Abort, Announce, Block, Body, Close, Grant, Open, Probe, Resume, Revoke, Revoked
 from transfer.receiver_life import ReceiverLife
 from transfer.state import ReceiverEvent, ReceiverState
+from transfer.stream_record import StreamRecord
 from transfer.take_over import accept_of, opened_by
 from transfer.ticket import open_is_proven
 
@@ -139,8 +140,9 @@ class ReceiverSession(ReceiverLife):
             self._apply(ReceiverEvent.ANNOUNCE)
             self._progressed = now
             surplus = window.cut(self.num_blocks)
-            actions: list[ReceiverAction] = [FreeBlocks(surplus)] if surplus else []
-            actions += [Announced(message.total_rows, message.items), Send(self._ack())]
+            actions: list[ReceiverAction] = [Announced(message.total_rows, message.items), Send(self._ack())]
+            if surplus:
+                actions.append(FreeBlocks(surplus))
             return actions + self._maybe_finish(now)
         if message.total_rows != facts.total_rows:
             text = f"total {message.total_rows} announced after {facts.total_rows}"
@@ -205,6 +207,13 @@ class ReceiverSession(ReceiverLife):
             return self.lost(error, now, tell_peer=False)
         return self.fail(error, tell_peer=False)
 
+    def restore(self, record: StreamRecord, delivered: int, now: float) -> list[ReceiverAction]:
+        """Be what `record` says, of a stream whose blocks below `delivered` were handed on; go on from there."""
+        self._restore(record, delivered, now)
+        if self.state is not ReceiverState.ADMITTED:
+            return []
+        return self._deliver() + self._maybe_finish(now)
+
     # -- helpers --------------------------------------------------------------------------------------------------
 
     def _not_from_sender(self, epoch: int) -> str | None:
@@ -236,7 +245,7 @@ class ReceiverSession(ReceiverLife):
         for index, block_id in self.window.hand_on():
             first_row = index * self.block_size
             num_rows = min(self.block_size, (self.facts.total_rows or 0) - first_row)
-            actions += [Deliver(index, block_id, first_row, num_rows), FreeBlocks((block_id,))]
+            actions.append(Deliver(index, block_id, first_row, num_rows))
         return actions
 
     def _maybe_finish(self, now: float) -> list[ReceiverAction]:

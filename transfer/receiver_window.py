@@ -31,11 +31,10 @@ class GrantRecord(NamedTuple):
 
 
 class WindowRecord(NamedTuple):
-    """Everything a window is, as values."""
+    """Everything a window is, as values; how far its rows were handed on is known to who did it."""
 
     grants: GrantRecord
     next_index: int
-    delivered: int
     stored: frozenset[int]
 
 
@@ -56,10 +55,10 @@ class ReceiverWindow:
 
     @classmethod
     def restore(cls, record: WindowRecord, delivered: int) -> ReceiverWindow:
-        """The window of a record, of which rows up to block `delivered` are known to be handed on."""
+        """The window of a record, of which blocks below `delivered` were handed on."""
         window, grants = cls(), record.grants
-        window.delivered = max(delivered, record.delivered)
-        window.next_index = max(record.next_index, window.delivered)
+        window.delivered = delivered
+        window.next_index = max(record.next_index, delivered)
         window.held = {index: block for index, block in grants.blocks if index >= window.delivered}
         window.stored = {index for index in record.stored if index >= window.next_index}
         window.num_granted, window.num_rounds = grants.num_granted, grants.num_rounds
@@ -74,7 +73,7 @@ class ReceiverWindow:
             blocks, opened = tuple(self.held.items()), tuple(self.open_grants)
             grants = GrantRecord(blocks, self.num_granted, self.num_rounds, opened, self.serial, self.pending)
             self._record = grants
-        return WindowRecord(grants, self.next_index, self.delivered, frozenset(self.stored))
+        return WindowRecord(grants, self.next_index, frozenset(self.stored))
 
     def grant(self, grant: Grant) -> None:
         """The next blocks; the Grant is repeated until it is used up."""

@@ -156,7 +156,9 @@ class StreamReceiver:
         """Streams of a lost peer fail, or wait for another sender; see service.StreamSide."""
         for stream in tuple(self._streams.by_id.values()):
             if stream.connection == connection:
-                self._streams.run(stream, stream.session.lost(error, self._service.now(), tell_peer=False))
+                self._streams.run(
+                    stream, stream.session.lost(error, self._service.now(), tell_peer=False), is_decided=True
+                )
         self._streams.plan(self._area)
 
     def on_close(self) -> None:
@@ -168,7 +170,7 @@ class StreamReceiver:
 
     def restart_loop(self) -> None:
         """The endpoint's loop died and runs again: build every session from its record; probes bring what was lost."""
-        self._streams.restart(self._rebuilt, self._area)
+        self._streams.restart(lambda stream: self._session(stream.record.facts.ticket), self._service.now())
         self._streams.plan(self._area)
 
     # -- helpers --------------------------------------------------------------------------------------------------
@@ -194,11 +196,6 @@ class StreamReceiver:
             **more,
         )
 
-    def _rebuilt(self, stream: IncomingStream) -> ReceiverSession:
-        session = self._session(stream.record.facts.ticket)
-        session.restore(stream.record, stream.delivered, self._service.now())
-        return session
-
     def _admit(self, stream_id: str, total_rows: int | None) -> None:
         stream = self._streams.by_id.get(stream_id)
         if stream is None:
@@ -207,7 +204,7 @@ class StreamReceiver:
         if total_rows is not None and total_rows != session.total_rows:
             return  # it started over meanwhile
         try:
-            self._streams.run(stream, session.admit(self._service.now()))
+            self._streams.run(stream, session.admit(self._service.now()), is_decided=True)
         except LocalProtocolError:
             logger.exception("stream %s was admitted at the wrong time", stream_id)
         self._streams.plan(self._area)
@@ -217,14 +214,14 @@ class StreamReceiver:
         if stream is None or stream.session.state in TERMINAL or not stream.session.needs_sender:
             on_ticket(None)
             return
-        self._streams.run(stream, stream.session.reissue(self._service.now()))
+        self._streams.run(stream, stream.session.reissue(self._service.now()), is_decided=True)
         on_ticket(stream.session.ticket)
         self._streams.plan(self._area)
 
     def _sender_lost(self, stream_id: str, reason: str) -> None:
         stream = self._streams.by_id.get(stream_id)
         if stream is not None and stream.session.state is not ReceiverState.ORPHANED:
-            self._streams.run(stream, stream.session.lost(PeerLost(reason), self._service.now()))
+            self._streams.run(stream, stream.session.lost(PeerLost(reason), self._service.now()), is_decided=True)
             self._streams.plan(self._area)
 
     def _end_quietly(self, stream_id: str, error: TransferError) -> None:

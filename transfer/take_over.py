@@ -57,7 +57,7 @@ def opened_by(
     if same:
         return ReceiverEvent.RESUME_HELD, facts, actions
     facts = replace(facts, total_rows=None, is_admitted=False)
-    return ReceiverEvent.RESTART, facts, [*actions, Restarted()]
+    return ReceiverEvent.RESTART, facts, [Restarted(), *actions]
 
 
 def accept_of(

@@ -15,7 +15,6 @@ from transfer.negotiate import Offer
 from transfer.tensors import PlaneSpec
 from transfer.ticket import Ticket, proven_open
 
-
 OFFER = Offer(block_size=16, planes=PLANES, max_frame_bytes=1 << 20, credit=4)
 
 
@@ -211,7 +210,9 @@ def test_a_stranger_cannot_touch_a_running_stream() -> None:
     stranger.send(target, block[0], block[1])
     stranger.send(target, Abort(stream_id=sid, epoch=1, code="Stop", message=""))
     stranger.send(stranger.connect("virtual://sender"), Close(stream_id=sid, epoch=1, total_rows=1000))
-    stranger.send(stranger.connect("virtual://sender"), Ack(stream_id=sid, epoch=1, serial=0, next_index=63, kept_index=0))
+    stranger.send(
+        stranger.connect("virtual://sender"), Ack(stream_id=sid, epoch=1, serial=0, next_index=63, kept_index=0)
+    )
     pair.network.settle()
     assert pair.receiver.stats()["transfer_dropped_foreign_connection"] == 3
     assert pair.sender.stats()["transfer_dropped_foreign_connection"] == 2

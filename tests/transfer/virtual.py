@@ -49,6 +49,14 @@ class VirtualNetwork:
         self._random = random.Random(seed)
         self._queue: list[tuple[VirtualEndpoint, Connection, Message, list[bytes]]] = []
         self.endpoints: dict[str, VirtualEndpoint] = {}
+        self.stopped: set[str] = set()  # endpoints whose process does not run: what comes for them waits, in order
+        self._waiting: list[tuple[VirtualEndpoint, Connection, Message, list[bytes]]] = []
+
+    def wake(self, address: str) -> None:
+        """A stopped process runs again, and reads what waited."""
+        self.stopped.discard(address)
+        self._queue[:0] = [parcel for parcel in self._waiting if parcel[0].address == address]
+        self._waiting = [parcel for parcel in self._waiting if parcel[0].address != address]
 
     def push(self, target: VirtualEndpoint, source: Connection, message: Message, frames: list[bytes]) -> None:
         if self.rewrite is not None:
@@ -81,7 +89,10 @@ class VirtualNetwork:
                 endpoint.run_posted()
             if self._queue:
                 target, source, message, frames = self._queue.pop(0)
-                target.deliver(source, message, frames)
+                if target.address in self.stopped:
+                    self._waiting.append((target, source, message, frames))
+                else:
+                    target.deliver(source, message, frames)
 
     def advance(self, seconds: float, step: float = 0.05) -> None:
         """Let time pass in steps, with ticks."""
@@ -89,7 +100,8 @@ class VirtualNetwork:
         while self.now < end:
             self.now = min(end, self.now + step)
             for endpoint in tuple(self.endpoints.values()):
-                endpoint.tick()
+                if endpoint.address not in self.stopped:
+                    endpoint.tick()
             self.settle()
 
     def run_until(self, condition: Callable[[], bool], limit_s: float = 3600.0) -> None:
@@ -141,9 +153,8 @@ class VirtualEndpoint:
         self.posted.append(callback)
 
     def run_posted(self) -> None:
-        posted, self.posted = self.posted, []
-        for callback in posted:
-            callback()
+        for _ in range(len(self.posted)):
+            self.posted.pop(0)()
 
     def deliver(self, source: Connection, message: Message, frames: list[bytes]) -> None:
         assert self._handler is not None
