@@ -28,7 +28,7 @@ from transfer.actions import (
 from transfer.buffers import Tensor
 from transfer.connection import Connection
 from transfer.errors import StreamAborted, TransferError
-from transfer.messages import Abort, Body, Close, StreamMessage
+from transfer.messages import Abort, Ack, Body, Close, StreamMessage
 from transfer.receive_area import ReceiveArea
 from transfer.receiver_session import ReceiverSession
 from transfer.schedule import Schedule
@@ -188,6 +188,8 @@ class IncomingStreams:
                 stream.record = stream.session.record()  # first: a restart must not count on what is given away
                 stream.area.free(stream.session.ticket.stream_id, block_ids, fenced=fenced)
             case Send(message):
+                if not isinstance(message, Ack):  # what an Ack says was recorded when it was stored
+                    stream.record = stream.session.record()  # first: the peer will count on it
                 if isinstance(message, (Close, Abort)) and stream.session.state in TERMINAL:
                     self.strays.ended(message)
                 if stream.connection is not None:
