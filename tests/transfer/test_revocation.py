@@ -243,5 +243,3 @@ def test_a_failed_stream_says_that_its_sender_may_still_write() -> None:
     _, right = shared_memory_pair()
     freed = [a for a in right.fail(StreamTimeout("test")) if isinstance(a, FreeBlocks)]
     assert freed == [FreeBlocks((7, 5, 3, 1), fenced=True)]
-
-
