@@ -175,16 +175,8 @@ RECEIVER_TABLE: Mapping[tuple[ReceiverState, ReceiverEvent], ReceiverState] = {
 
 REMOTE_EVENTS: frozenset[SenderEvent | ReceiverEvent] = frozenset(
     {
-        _SE.ACCEPT,
-        _SE.GRANT,
-        _SE.REVOKE,
-        _SE.ACK,
-        _SE.LAST_ACK,
-        _SE.CLOSE,
-        _RE.OPEN,
-        _RE.ANNOUNCE,
-        _RE.BLOCK,
-        _RE.RESTART,
+        *(_SE.ACCEPT, _SE.GRANT, _SE.REVOKE, _SE.ACK, _SE.LAST_ACK, _SE.CLOSE),
+        *(_RE.OPEN, _RE.ANNOUNCE, _RE.BLOCK, _RE.RESUME_HELD, _RE.RESUME_ADMITTED, _RE.RESTART),
     }
 )
 TERMINAL: frozenset[SenderState | ReceiverState] = frozenset({_S.DONE, _S.FAILED, _R.COMPLETE, _R.FAILED})
