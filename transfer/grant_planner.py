@@ -13,15 +13,13 @@ a block and so always moves: that is why nothing here can deadlock.
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias, TypeVar
 
 Rank: TypeAlias = tuple[bool, int]
 _Entry = TypeVar("_Entry", tuple[Rank, str], tuple[bool, int, str], tuple[int, str])
 
 
-@dataclass(slots=True)
-class Demand:
+class Demand(NamedTuple):
     """What one stream wants, and what it can give.
 
     wanted     blocks it could use now; urgent: those that others are asked to give back, beyond a first one
@@ -66,11 +64,7 @@ class GrantPlanner:
         old = self._demands.get(key)
         if old == demand:
             return
-        if old is not None:
-            self._count(old, -1)
-        self._demands[key] = demand
-        self._count(demand, 1)
-        self._push(key, demand)
+        self._change(key, old, demand)
 
     def remove(self, key: str) -> None:
         """The stream is over."""
@@ -122,21 +116,20 @@ class GrantPlanner:
         return taken
 
     def _grant(self, key: str, count: int) -> None:
-        demand = self._demands[key]
-        self._count(demand, -1)
-        demand.wanted -= count
-        demand.urgent = max(0, demand.urgent - (count - demand.empty))
-        demand.empty = False
-        self._count(demand, 1)
-        self._push(key, demand)
+        old = self._demands[key]
+        urgent = max(0, old.urgent - (count - old.empty))
+        self._change(key, old, old._replace(wanted=old.wanted - count, urgent=urgent, empty=False))
 
     def _take(self, key: str, count: int) -> None:
-        demand = self._demands[key]
-        self._count(demand, -1)
-        demand.held -= count
-        demand.returning += count
-        self._count(demand, 1)
-        self._push(key, demand)
+        old = self._demands[key]
+        self._change(key, old, old._replace(held=old.held - count, returning=old.returning + count))
+
+    def _change(self, key: str, old: Demand | None, new: Demand) -> None:
+        if old is not None:
+            self._count(old, -1)
+        self._demands[key] = new
+        self._count(new, 1)
+        self._push(key, new)
 
     def _count(self, demand: Demand, sign: int) -> None:
         self._returning += sign * demand.returning

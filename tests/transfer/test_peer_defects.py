@@ -1,6 +1,6 @@
 """The ten defects of the block negotiation that this protocol grew from, and that each of them cannot happen here.
 
-That design: both ends get a request; the language side allocates a guess and sends its block list; the encoder fills it;
+That design: both ends get a request; the language side allocates a guess, sends its block list; the encoder fills it;
 too small, the language side reads the true length out of the first block's rows, allocates the remainder while it holds
 what it has, and sends the new list; the encoder goes on at rows sent ÷ block size.
 """
