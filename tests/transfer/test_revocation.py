@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from tests.transfer.test_sessions import OFFER, TICKET
 from tests.transfer.test_streams import configure
 from tests.transfer.virtual import Consumer, Faults, Pair, VirtualNetwork, assert_rows_equal, make_rows
-from transfer.actions import FreeBlocks, Send, Timers
+from transfer.actions import Dropped, FreeBlocks, Send, Timers
 from transfer.errors import StreamTimeout
 from transfer.grant_planner import Demand, GrantPlanner
-from transfer.messages import Accept, Grant, Message, Revoke, Revoked
+from transfer.messages import Accept, Ack, Grant, Message, Resume, Revoke, Revoked
 from transfer.negotiate import Offer
 from transfer.receiver_session import ReceiverSession
 from transfer.sender_session import SenderSession
-from transfer.state import ReceiverState
+from transfer.state import ReceiverState, SenderState
 from transfer.ticket import Ticket
 
 demands = st.lists(
@@ -77,6 +77,8 @@ def test_a_stored_block_of_a_waiting_stream_goes_to_who_has_none_and_is_sent_aga
     pair = Pair(configure(16, 128, 8))
     stream_id, first, data = hold_many(pair)
     assert pair.receiver.stats()["transfer_blocks_in_use"] == 8
+    pair.network.advance(5)  # probes and their answers do not make it stored for good
+    assert any(isinstance(m, Resume) and m.next_index == 8 for _, _, m, _ in pair.network.log)
     others = [pair.transfer(16, admit=False) for _ in range(3)]
     pair.network.settle()
     assert [c.total_rows for _, c, _ in others] == [16, 16, 16], "each got its block at once"
@@ -237,6 +239,17 @@ def test_blocks_that_the_sender_writes_itself_come_back_only_with_its_word() -> 
     sent = left.rows_written(80, 0.0)
     assert [(a.index, a.block_id) for a in sent] == [(1, 2), (2, 4), (3, 6)]  # type: ignore[union-attr]
     assert len({a.serial for a in sent}) == 3, "a block that is sent again has a new serial"  # type: ignore[union-attr]
+
+
+def test_an_acknowledgement_from_before_a_revocation_says_nothing() -> None:
+    left, right = shared_memory_pair()
+    left.rows_written(80, 0.0)
+    (told,) = right.revoke(3, 0.0)
+    left.receive(told.message, 0.0)  # type: ignore[union-attr, arg-type]
+    assert left.num_sent == 1
+    late = Ack(stream_id=TICKET.stream_id, epoch=1, serial=0, next_index=4, kept_index=0)
+    assert left.receive(late, 0.0) == [Dropped("stale_ack")]
+    assert left.state is SenderState.SENDING and left.num_acked == 0
 
 
 def test_a_failed_stream_says_that_its_sender_may_still_write() -> None:
