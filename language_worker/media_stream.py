@@ -102,6 +102,10 @@ class _Listener:
             self._engine.fail(self._request_id, error)
         self._engine.wake()
 
+    def on_restart(self) -> None:
+        """Only streams opened with take_over_s start over, and these are not."""
+        self._engine.fail(self._request_id, MediaFailed("the embedding stream started over"))
+
     def on_complete(self, stats: Any) -> None:
         self._owner.completed(self._request_id, int(getattr(stats, "grant_rounds", 0)))
 

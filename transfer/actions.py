@@ -9,6 +9,7 @@ from typing import TypeAlias
 from transfer.config import TransferConfig
 from transfer.errors import TransferError
 from transfer.messages import Body, StreamMessage
+from transfer.negotiate import Terms
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +60,17 @@ class SendBlock:
     block_id: int
     first_row: int
     num_rows: int
+    serial: int
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The receiver proved itself: what was agreed, and where the stream goes on."""
+
+    terms: Terms
+    first_row: int
+    segment: Body | None
+    data_address: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +90,9 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Deliver:
-    """Hand rows of a block to the consumer; the block is freed right after."""
+    """Hand rows of block `index` to the consumer, and return the block to the pool."""
 
+    index: int
     block_id: int
     first_row: int
     num_rows: int
@@ -87,9 +100,10 @@ class Deliver:
 
 @dataclass(frozen=True, slots=True)
 class FreeBlocks:
-    """Return blocks to the pool."""
+    """Return blocks to the pool. `fenced`: an old sender may still hold them, where senders write blocks themselves."""
 
     block_ids: tuple[int, ...]
+    fenced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +112,11 @@ class Announced:
 
     total_rows: int
     items: tuple[Body, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Restarted:
+    """Tell the consumer to forget the totals and every row: another sender starts from row 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,5 +140,5 @@ class Failed:
     error: TransferError
 
 
-SenderAction: TypeAlias = Send | SendBlock | ReleaseRows | Dropped | Finished | Failed
-ReceiverAction: TypeAlias = Send | Place | Deliver | FreeBlocks | Announced | Dropped | Finished | Failed
+SenderAction: TypeAlias = Send | SendBlock | Accepted | ReleaseRows | Dropped | Finished | Failed
+ReceiverAction: TypeAlias = Send | Place | Deliver | FreeBlocks | Announced | Restarted | Dropped | Finished | Failed

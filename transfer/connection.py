@@ -40,8 +40,13 @@ class Endpoint(Protocol):
     def public_key(self) -> str | None:
         """CURVE public key (z85, 40 characters) peers need, or None where CURVE is off."""
 
-    def start(self, handler: Handler, on_tick: Tick | None = None) -> None:
-        """Start the I/O thread. `on_tick(now)` (monotonic seconds) runs about every `tick_s`."""
+    def start(
+        self, handler: Handler, on_tick: Tick | None = None, on_restart: Callable[[], None] | None = None
+    ) -> None:
+        """Start the I/O thread. `on_tick(now)` (monotonic seconds) runs about every `tick_s`.
+
+        Should the thread's loop die, it is started anew, and `on_restart()` runs first.
+        """
 
     def connect(self, address: str, public_key: str | None = None) -> Connection:
         """The connection to `address`, cached, made lazily. ConfigError for an address this endpoint cannot reach."""

@@ -20,6 +20,9 @@ from transfer.messages import Message
 
 logger = logging.getLogger(__name__)
 
+MAX_RESTARTS = 16  # of the loop, each within RESTART_SPAN_S of the one before
+RESTART_SPAN_S = 1.0
+
 
 class EndpointBase(ABC):
     """Start, post, tick and counters; see `connection.Endpoint` for the contract."""
@@ -33,8 +36,15 @@ class EndpointBase(ABC):
         self._thread: threading.Thread | None = None
         self._handler: Handler | None = None
         self._on_tick: Tick | None = None
+        self._on_restart: Callable[[], None] | None = None
         self._next_tick = 0.0
-        self._counts = {"messages_received": 0, "dropped_malformed": 0, "dropped_unreachable": 0, "handler_errors": 0}
+        self._counts = {
+            "messages_received": 0,
+            "dropped_malformed": 0,
+            "dropped_unreachable": 0,
+            "handler_errors": 0,
+            "loop_restarts": 0,
+        }
 
     @property
     @abstractmethod
@@ -49,16 +59,18 @@ class EndpointBase(ABC):
     def _wake(self) -> None:
         """Make the loop look at what was posted or queued; cheap, from any thread."""
 
-    def start(self, handler: Handler, on_tick: Tick | None = None) -> None:
+    def start(
+        self, handler: Handler, on_tick: Tick | None = None, on_restart: Callable[[], None] | None = None
+    ) -> None:
         """Start the I/O thread; LocalProtocolError when it runs, EndpointClosed after close."""
         with self._lock:
             if self._closing:
                 raise EndpointClosed(f"{self.address} is closed")
             if self._thread is not None:
                 raise LocalProtocolError(f"{self.address} was started twice")
-            self._handler, self._on_tick = handler, on_tick
+            self._handler, self._on_tick, self._on_restart = handler, on_tick, on_restart
             self._next_tick = time.monotonic() + self._config.tick_s
-            self._thread = threading.Thread(target=self._run, name=f"transfer {self.address}", daemon=True)
+            self._thread = threading.Thread(target=self._keep_running, name=f"transfer {self.address}", daemon=True)
             self._thread.start()
 
     def post(self, callback: Callable[[], None]) -> None:
@@ -69,6 +81,23 @@ class EndpointBase(ABC):
             self._posted.append(callback)
         if not self._on_thread():
             self._wake()
+
+    def _keep_running(self) -> None:
+        """The loop, started anew when it dies: a fault on one message must not silence a worker for good."""
+        deaths = 0
+        while True:
+            started = time.monotonic()
+            try:
+                self._run()
+                return
+            except Exception:
+                deaths = deaths + 1 if time.monotonic() - started < RESTART_SPAN_S else 1
+                if self._closing or deaths > MAX_RESTARTS:
+                    raise
+                logger.exception("the loop of %s died and is started anew", self.address)
+            self._counts["loop_restarts"] += 1
+            if self._on_restart is not None:
+                self._guard(self._on_restart)
 
     def _on_thread(self) -> bool:
         return threading.current_thread() is self._thread

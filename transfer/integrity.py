@@ -9,18 +9,25 @@ from __future__ import annotations
 import hashlib
 import hmac
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import xxhash
 
+from transfer.messages import Block
+from transfer.negotiate import Terms
 from transfer.ticket import Ticket
 
-_HEADER = struct.Struct("<32sQQQQQ")
+_HEADER = struct.Struct("<32sQQQQQQ")
+NO_TAG = b""
+
+Verify: TypeAlias = Callable[[Block, Sequence[memoryview]], bool]
+"""Whether a block's payload is what its sender sent."""
 
 
 def tag_seed(ticket: Ticket) -> int:
     """64-bit seed that only holders of the ticket know."""
-    text = f"tandem tag 1|{ticket.stream_id}|{ticket.epoch}".encode()
+    text = f"tandem tag 2|{ticket.stream_id}|{ticket.epoch}".encode()
     return int.from_bytes(hmac.new(ticket.secret, text, hashlib.sha256).digest()[:8], "little")
 
 
@@ -32,11 +39,27 @@ def block_tag(
     block_id: int,
     first_row: int,
     num_rows: int,
+    serial: int,
     frames: Sequence[bytes | memoryview],
-) -> int:
-    """Tag of one block: the frames in plane order; their lengths follow from num_rows and the planes."""
-    header = _HEADER.pack(stream_id.encode("ascii"), epoch, index, block_id, first_row, num_rows)
+) -> bytes:
+    """Tag of one block, 8 bytes: the frames in plane order; their lengths follow from num_rows and the planes."""
+    header = _HEADER.pack(stream_id.encode("ascii"), epoch, index, block_id, first_row, num_rows, serial)
     digest = xxhash.xxh3_64(header, seed=seed)
     for frame in frames:
         digest.update(frame)
-    return digest.intdigest()
+    return digest.digest()
+
+
+def verifier(ticket: Ticket, terms: Terms) -> Verify:
+    """How the receiver checks the blocks of one epoch."""
+    if terms.integrity != "xxh3-64":
+        return lambda block, frames: block.tag == NO_TAG
+    seed = tag_seed(ticket)
+
+    def verify(block: Block, frames: Sequence[memoryview]) -> bool:
+        b = block
+        return b.tag == block_tag(
+            seed, b.stream_id, b.epoch, b.index, b.block_id, b.first_row, b.num_rows, b.serial, frames
+        )
+
+    return verify

@@ -10,30 +10,52 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from transfer.tensors import PlaneSpec
+from transfer.negotiate import Offer
 
 Body: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Open:
-    """Sender to receiver: I hold the ticket (proof: 32 bytes), and this is the shape of what I will send."""
+    """Sender to receiver: I hold the ticket (proof: 32 bytes), and this is what I can do.
+
+    `nonce` (16 bytes) is drawn by this sender for this epoch; `deadline_ms` is the time left, None for no limit.
+    """
 
     stream_id: str
     epoch: int
     proof: bytes
-    block_size: int
-    planes: tuple[PlaneSpec, ...]
+    nonce: bytes
+    offer: Offer
     content_key: str
+    deadline_ms: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Accept:
+    """Receiver to sender: I hold the ticket too (proof over this and the Open), and this is what I can do.
+
+    Blocks below `first_index` are stored already: go on there. `segment` and `data_address` say how to reach shared
+    memory and the socket for sealed payloads; None where not offered.
+    """
+
+    stream_id: str
+    epoch: int
+    proof: bytes
+    offer: Offer
+    first_index: int
+    segment: Body | None = None
+    data_address: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grant:
-    """Receiver to sender: the next blocks, in row order. `allocated_tokens == len(block_ids) * block_size`."""
+    """Receiver to sender: the blocks for indexes first_index ... `allocated_tokens == len(block_ids) * block_size`."""
 
     stream_id: str
     epoch: int
     round: int
+    first_index: int
     block_ids: tuple[int, ...]
     allocated_tokens: int
     block_size: int
@@ -41,8 +63,32 @@ class Grant:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Revoke:
+    """Receiver to sender: every grant of a round below `round` is withdrawn at and after `first_index`."""
+
+    stream_id: str
+    epoch: int
+    serial: int
+    round: int
+    first_index: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Revoked:
+    """Sender to receiver: I will not fill those blocks under the old grants."""
+
+    stream_id: str
+    epoch: int
+    serial: int
+    first_index: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Announce:
-    """Sender to receiver: the totals, and the first grant echoed (`allocated_tokens` of round 0)."""
+    """Sender to receiver: the totals, and the first grant echoed (`allocated_tokens` of round 0).
+
+    A sender that takes over beyond index 0 needs no grant to announce, and echoes 0.
+    """
 
     stream_id: str
     epoch: int
@@ -54,7 +100,11 @@ class Announce:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Block:
-    """Sender to receiver: rows first_row .. first_row + num_rows - 1 for block `index`; one frame per plane."""
+    """Sender to receiver: rows first_row .. first_row + num_rows - 1 for block `index`; one frame per plane.
+
+    `serial` counts what the stream sends under its epoch and never repeats. `tag` is empty where the payload is sealed
+    or in shared memory.
+    """
 
     stream_id: str
     epoch: int
@@ -62,16 +112,44 @@ class Block:
     block_id: int
     first_row: int
     num_rows: int
-    tag: int
+    serial: int
+    tag: bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ack:
-    """Receiver to sender: every block below `next_index` is verified and stored. Also the answer to a probe."""
+    """Receiver to sender: every block below `next_index` is verified and stored, below `kept_index` for good.
+
+    What lies between may still be revoked, so its rows must be kept. `serial` is the last revocation's (0: none): an
+    Ack from before a revocation says nothing any more.
+    """
 
     stream_id: str
     epoch: int
+    serial: int
     next_index: int
+    kept_index: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probe:
+    """Sender to receiver, on the path of the Blocks and in order with them: how far are you?"""
+
+    stream_id: str
+    epoch: int
+    nonce: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resume:
+    """Receiver to sender, to the Probe with this nonce: as an Ack; every grant that is not used up follows."""
+
+    stream_id: str
+    epoch: int
+    nonce: int
+    serial: int
+    next_index: int
+    kept_index: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,6 +220,8 @@ class Cancel:
     call_id: int
 
 
-StreamMessage: TypeAlias = Open | Grant | Announce | Block | Ack | Close | Abort
+StreamMessage: TypeAlias = (
+    Open | Accept | Grant | Revoke | Revoked | Announce | Block | Ack | Probe | Resume | Close | Abort
+)
 ServiceMessage: TypeAlias = Call | Parts | End | Fail | Cancel
 Message: TypeAlias = StreamMessage | ServiceMessage

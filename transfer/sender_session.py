@@ -1,74 +1,34 @@
 """SenderSession: one stream's sending end as a pure state machine (the protocol is described in `state`).
 
 Events and messages come in together with the time, actions go out. It counts rows and never sees their bytes;
-there is no socket, clock, thread or tensor here.
+there is no socket, clock, thread or tensor here. Which blocks may be filled is kept in `sender_grants`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transfer.actions import Dropped, Failed, Finished, ReleaseRows, Send, SendBlock, SenderAction, StreamStats, Timers
-from transfer.errors import (
-    AlignmentError,
-    IncompatibleBlocks,
-    LocalProtocolError,
-    RemoteProtocolError,
-    StreamAborted,
-    StreamTimeout,
-    TransferError,
-    error_code,
-    error_from_code,
-)
-from transfer.messages import Abort, Ack, Announce, Body, Close, Grant, Open, StreamMessage
-from transfer.state import SENDER_TABLE, TERMINAL, SenderEvent, SenderState, apply
-from transfer.tensors import PlaneSpec
-from transfer.ticket import Ticket, prove
+from transfer.actions import Accepted, Dropped, Finished, ReleaseRows, Send, SendBlock, SenderAction, StreamStats
+from transfer.errors import LocalProtocolError, RemoteProtocolError, ResumeRejected, TransferError, error_from_code
+from transfer.messages import Abort, Accept, Ack, Body, Close, Grant, Resume, Revoke, Revoked, StreamMessage
+from transfer.negotiate import agree
+from transfer.sender_grants import SenderGrants
+from transfer.sender_life import SenderLife
+from transfer.state import TERMINAL, SenderEvent, SenderState
+from transfer.ticket import accept_is_proven
 
 
-class SenderSession:
+class SenderSession(SenderLife):
     """Sends `total_rows` rows in blocks, never more than granted and never more than the credit ahead."""
-
-    def __init__(
-        self,
-        ticket: Ticket,
-        *,
-        block_size: int,
-        planes: Sequence[PlaneSpec],
-        content_key: str,
-        timers: Timers,
-        now: float,
-    ) -> None:
-        self.state = SenderState.IDLE
-        self.ticket = ticket
-        self.block_size = block_size
-        self.planes = tuple(planes)
-        self.content_key = content_key
-        self.total_rows: int | None = None
-        self.num_acked = 0  # blocks stored at the receiver
-        self.num_sent = 0  # blocks sent at least once
-        self.num_resent = 0
-        self.num_rounds = 0
-        self._items: tuple[Body, ...] = ()
-        self._rows_ready = 0
-        self._granted: list[int] = []  # block ids in index order
-        self._round0_tokens = 0
-        self._credit = 0
-        self._timers = timers
-        self._started = self._heard = now
-        self._acked_at = now  # when an Ack was last owed and came, or began to be owed
-        self._gap = timers.open_retry_s
-        self._next_probe = now + self._gap
 
     # -- the producer's events ------------------------------------------------------------------------------------
 
     def start(self, now: float) -> list[SenderAction]:
         """Send the Open."""
         self._apply(SenderEvent.OPEN)
-        self._note_progress(now)
         self._gap = self._timers.open_retry_s
         self._next_probe = now + self._gap
-        return [Send(self._open())]
+        return [Send(self._open(now))]
 
     def announce(self, total_rows: int, items: Sequence[Body], now: float) -> list[SenderAction]:
         """The totals are known. LocalProtocolError when given twice, negative, or below the rows already written."""
@@ -78,39 +38,39 @@ class SenderSession:
             raise LocalProtocolError(f"total_rows must be an int of at least {self._rows_ready}, not {total_rows!r}")
         self.total_rows = total_rows
         self._items = tuple(items)
+        self._check_first_index()
         return self._produced(now)
 
-    def rows_written(self, num_rows: int, now: float) -> list[SenderAction]:
-        """`num_rows` more rows are there. LocalProtocolError when they exceed the announced total."""
-        if self.total_rows is not None and self._rows_ready + num_rows > self.total_rows:
-            raise LocalProtocolError(f"{self._rows_ready + num_rows} rows written, {self.total_rows} announced")
-        self._rows_ready += num_rows
+    def rows_written(self, end_row: int, now: float) -> list[SenderAction]:
+        """Every row below `end_row` is there, or stored already. LocalProtocolError beyond the announced total."""
+        if self.total_rows is not None and end_row > self.total_rows:
+            raise LocalProtocolError(f"{end_row} rows written, {self.total_rows} announced")
+        self._rows_ready = max(self._rows_ready, end_row)
         return self._produced(now)
-
-    def fail(self, error: TransferError, *, tell_peer: bool = True) -> list[SenderAction]:
-        """End the stream from this side; nothing happens when it is over already."""
-        if self.state in TERMINAL:
-            return []
-        self._apply(SenderEvent.FAIL)
-        code, text = error_code(error), error.message if isinstance(error, StreamAborted) else str(error)
-        abort = Abort(stream_id=self.ticket.stream_id, epoch=self.ticket.epoch, code=code, message=text)
-        return [*([Send(abort)] if tell_peer else []), Failed(error)]
 
     # -- the peer's messages --------------------------------------------------------------------------------------
 
     def receive(self, message: StreamMessage, now: float) -> list[SenderAction]:
-        """Grant, Ack, Close or Abort of the receiver. What does not fit ends the stream with a typed error."""
+        """A message of the receiver. What does not fit ends the stream with a typed error."""
         if message.epoch != self.ticket.epoch:
             return [Dropped("stale_epoch")]
         if self.state in TERMINAL:
             return [Dropped("unknown_stream")]
-        self._heard = now
         try:
+            if self.state in (SenderState.IDLE, SenderState.OPENING) and not isinstance(message, (Accept, Abort)):
+                return [Dropped("early")]  # the Accept was lost: the next Open asks for it
+            if isinstance(message, Accept):
+                return self._on_accept(message, now)
+            self._heard = now
             match message:
-                case Grant():
-                    return self._on_grant(message, now)
                 case Ack():
                     return self._on_ack(message, now)
+                case Grant():
+                    return self._on_grant(message, now)
+                case Resume():
+                    return self._on_resume(message, now)
+                case Revoke():
+                    return self._on_revoke(message, now)
                 case Close():
                     return self._on_close(message, now)
                 case Abort():
@@ -119,43 +79,69 @@ class SenderSession:
             return self.fail(error)
         return [Dropped("wrong_direction")]
 
-    def _on_grant(self, grant: Grant, now: float) -> list[SenderAction]:
-        if grant.round < self.num_rounds:
+    def _on_accept(self, accept: Accept, now: float) -> list[SenderAction]:
+        if self.state is not SenderState.OPENING:
             return [Dropped("duplicate")]
-        if grant.round > self.num_rounds:
-            return [Dropped("early")]  # a round before it was lost: the next probe asks for both
-        if grant.block_size != self.block_size:
-            raise IncompatibleBlocks(
-                f"the receiver uses blocks of {grant.block_size} rows, this sender {self.block_size}: "
-                "configure both alike"
-            )
-        if not grant.block_ids or grant.allocated_tokens != len(grant.block_ids) * self.block_size:
-            raise AlignmentError(
-                f"a grant of {len(grant.block_ids)} blocks of {self.block_size} rows says {grant.allocated_tokens} "
-                f"tokens, not {len(grant.block_ids) * self.block_size}"
-            )
-        if grant.credit < 1:
-            raise RemoteProtocolError("a grant with a credit of 0 blocks can never be used")
+        if not accept_is_proven(self.ticket, accept, self._open(now)):
+            return [Dropped("bad_proof")]
+        self._heard = now
+        terms = self.terms = agree(self.offer, accept.offer)
+        self._apply(SenderEvent.ACCEPT)
+        first = self.first_index = self.num_acked = self.num_sent = self._num_kept = accept.first_index
+        self._grants = SenderGrants(self.block_size, first)
+        self._credit = terms.credit
+        self._waits_for_ack = accept.data_address is not None
+        self._check_first_index()
+        self._note_progress(now)
+        accepted = Accepted(terms, first * self.block_size, accept.segment, accept.data_address)
+        return [accepted, *self._advance(now)]
+
+    def _on_grant(self, grant: Grant, now: float) -> list[SenderAction]:
+        reason = self._grants.refusal(grant)
+        if reason is not None:
+            return [Dropped(reason)]
         self._apply(SenderEvent.GRANT)
-        if grant.round == 0:
-            self._round0_tokens = grant.allocated_tokens
-        self.num_rounds += 1
-        self._credit = grant.credit
-        self._granted.extend(grant.block_ids)
+        self._grants.grant(grant)
+        assert self.terms is not None
+        self._credit = min(grant.credit, self.terms.credit)
         self._note_progress(now)
         return self._advance(now)
 
-    def _on_ack(self, ack: Ack, now: float) -> list[SenderAction]:
-        if ack.next_index > self.num_sent:
-            raise RemoteProtocolError(f"{ack.next_index} blocks acknowledged, {self.num_sent} sent")
-        if ack.next_index <= self.num_acked or self.state is not SenderState.SENDING:
-            return []  # an old one, or the answer to a probe
-        last = ack.next_index == self._num_blocks()
-        self._apply(SenderEvent.LAST_ACK if last else SenderEvent.ACK)
-        self.num_acked = ack.next_index
-        self._acked_at = now
+    def _on_revoke(self, revoke: Revoke, now: float) -> list[SenderAction]:
+        reason = self._grants.refusal(revoke)
+        if reason == "early":
+            return [Dropped(reason)]
+        answer = Revoked(**self._ids, serial=revoke.serial, first_index=revoke.first_index)
+        if reason is not None:  # the answer to it was lost
+            return [Dropped(reason), *([Send(answer)] if revoke.serial == self._grants.serial else [])]
+        if revoke.first_index < self._num_kept:
+            raise RemoteProtocolError(f"index {revoke.first_index} revoked, {self._num_kept} blocks stored for good")
+        self._apply(SenderEvent.REVOKE)
+        self._grants.revoke(revoke)
+        self.num_sent = min(self.num_sent, revoke.first_index)
+        self.num_acked = min(self.num_acked, revoke.first_index)
+        self._probes.clear()
         self._note_progress(now)
-        return [ReleaseRows(self._row_after(self.num_acked)), *self._advance(now)]
+        return [Send(answer)]
+
+    def _on_ack(self, ack: Ack, now: float) -> list[SenderAction]:
+        if ack.serial != self._grants.serial:
+            return [Dropped("stale_ack")]
+        self._is_heard = True
+        return [*self._note_stored(ack.next_index, ack.kept_index, now), *self._advance(now)]
+
+    def _on_resume(self, resume: Resume, now: float) -> list[SenderAction]:
+        sent_before = self._probes.answered(resume.nonce)
+        if sent_before is None or resume.serial != self._grants.serial:
+            return [Dropped("stale_resume")]
+        actions = self._note_stored(resume.next_index, resume.kept_index, now)
+        lost = range(max(resume.next_index, self.num_acked), min(sent_before, self.num_sent))
+        if lost and self._is_heard:
+            self._probes.clear()  # their answers may speak of the same loss
+            self.num_resent += len(lost)
+            self._note_progress(now)
+            actions += map(self._block, lost)
+        return [*actions, *self._advance(now)]
 
     def _on_close(self, close: Close, now: float) -> list[SenderAction]:
         if close.total_rows != self.total_rows or self.num_sent != self._num_blocks():
@@ -165,51 +151,38 @@ class SenderSession:
             )
         self._apply(SenderEvent.CLOSE)
         self.num_acked = self.num_sent
-        row_bytes = sum(plane.row_bytes for plane in self.planes)
+        row_bytes = sum(plane.row_bytes for plane in self.offer.planes)
         stats = StreamStats(
-            blocks=self.num_sent,
-            num_bytes=close.total_rows * row_bytes,
-            grant_rounds=self.num_rounds,
+            blocks=self.num_sent - self.first_index,
+            num_bytes=(close.total_rows - self._row_after(self.first_index)) * row_bytes,
+            grant_rounds=self._grants.num_rounds,
             resent_blocks=self.num_resent,
             seconds=now - self._started,
         )
         return [ReleaseRows(close.total_rows), Finished(stats)]
 
-    # -- time -----------------------------------------------------------------------------------------------------
-
-    def tick(self, now: float) -> list[SenderAction]:
-        """Check the limits and probe when nothing moved for a while.
-
-        How long the producer may take is for its owner to say (`abort`): only what the peer owes is limited here.
-        """
-        if self.state in TERMINAL or self.state is SenderState.IDLE:
-            return []
-        if now - self._heard >= self._timers.idle_timeout_s:
-            return self.fail(StreamTimeout(f"the receiver was silent for {self._timers.idle_timeout_s:g} s"))
-        limit = self._timers.stream_timeout_s
-        if self.num_sent > self.num_acked and now - self._acked_at >= limit:
-            return self.fail(StreamTimeout(f"block {self.num_acked} was sent and not acknowledged for {limit:g} s"))
-        if now < self._next_probe:
-            return []
-        self._gap = min(self._gap * 2, self._timers.max_probe_s)
-        self._next_probe = now + self._gap
-        return self._probe()
-
-    def _probe(self) -> list[SenderAction]:
-        if self.state in (SenderState.OPENING, SenderState.GRANTED):
-            return [Send(self._open())]
-        unacked = range(self.num_acked, self.num_sent)
-        self.num_resent += len(unacked)
-        return [Send(self._announcement()), *map(self._block, unacked)]
-
     # -- helpers --------------------------------------------------------------------------------------------------
 
-    def _apply(self, event: SenderEvent) -> None:
-        self.state = apply(SENDER_TABLE, self.state, event)
+    def _note_stored(self, next_index: int, kept_index: int, now: float) -> list[SenderAction]:
+        if next_index > self.num_sent or kept_index > next_index:
+            raise RemoteProtocolError(f"{next_index} blocks acknowledged ({kept_index} kept), {self.num_sent} sent")
+        if next_index > self.num_acked and self.state is SenderState.SENDING:
+            last = next_index == self._num_blocks()
+            self._apply(SenderEvent.LAST_ACK if last else SenderEvent.ACK)
+            self.num_acked = next_index
+            self._acked_at = now
+            self._note_progress(now)
+        if kept_index <= self._num_kept:
+            return []
+        self._num_kept = kept_index
+        return [ReleaseRows(self._row_after(kept_index))]
 
-    def _note_progress(self, now: float) -> None:
-        self._gap = self._timers.probe_s
-        self._next_probe = now + self._gap
+    def _check_first_index(self) -> None:
+        if self.total_rows is not None and self.first_index > self._num_blocks():
+            raise ResumeRejected(
+                f"the receiver has {self.first_index} blocks of the stream already, this sender's {self.total_rows} "
+                f"rows make {self._num_blocks()}: it is not the same content"
+            )
 
     def _produced(self, now: float) -> list[SenderAction]:
         actions = self._advance(now)
@@ -219,12 +192,14 @@ class SenderSession:
 
     def _advance(self, now: float) -> list[SenderAction]:
         actions: list[SenderAction] = []
-        if self.state is SenderState.GRANTED and self.total_rows is not None:
+        if self.total_rows is not None and (
+            self.state is SenderState.GRANTED or (self.state is SenderState.ACCEPTED and self.first_index)
+        ):
             self._apply(SenderEvent.ANNOUNCE)
             actions.append(Send(self._announcement()))
-        if self.state is not SenderState.SENDING:
+        if self.state is not SenderState.SENDING or (self._waits_for_ack and not self._is_heard):
             return actions
-        limit = min(len(self._granted), self._num_blocks(), self.num_acked + self._credit)
+        limit = min(self._grants.end, self._num_blocks(), self.num_acked + self._credit)
         while self.num_sent < limit and self._row_after(self.num_sent + 1) <= self._rows_ready:
             self._apply(SenderEvent.SEND)
             if self.num_sent == self.num_acked:
@@ -233,33 +208,8 @@ class SenderSession:
             self.num_sent += 1
         return actions
 
-    def _num_blocks(self) -> int:
-        return -(-(self.total_rows or 0) // self.block_size)
-
-    def _row_after(self, num_blocks: int) -> int:
-        return min(num_blocks * self.block_size, self.total_rows or 0)
-
     def _block(self, index: int) -> SendBlock:
         first = index * self.block_size
         num_rows = self._row_after(index + 1) - first
-        return SendBlock(index=index, block_id=self._granted[index], first_row=first, num_rows=num_rows)
-
-    def _open(self) -> Open:
-        return Open(
-            stream_id=self.ticket.stream_id,
-            epoch=self.ticket.epoch,
-            proof=prove(self.ticket, self.block_size, self.planes, self.content_key),
-            block_size=self.block_size,
-            planes=self.planes,
-            content_key=self.content_key,
-        )
-
-    def _announcement(self) -> Announce:
-        return Announce(
-            stream_id=self.ticket.stream_id,
-            epoch=self.ticket.epoch,
-            total_rows=self.total_rows or 0,
-            allocated_tokens=self._round0_tokens,
-            block_size=self.block_size,
-            items=self._items,
-        )
+        self._serial += 1
+        return SendBlock(index, self._grants.block_id(index), first, num_rows, self._serial)

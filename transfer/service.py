@@ -36,6 +36,9 @@ class StreamSide(Protocol):
     def on_peer_lost(self, connection: Connection, error: PeerLost) -> None:
         """A peer is gone."""
 
+    def restart_loop(self) -> None:
+        """The endpoint's loop died in the middle of something and was started anew."""
+
     def on_close(self) -> None:
         """The service closes: end every stream."""
 
@@ -76,7 +79,7 @@ class Service:
 
     def start(self) -> None:
         """Start the endpoint with this service as its handler."""
-        self.endpoint.start(self._on_message, self._on_tick)
+        self.endpoint.start(self._on_message, self._on_tick, self._on_restart)
 
     def close(self) -> None:
         """End every stream and call (on_end: EndpointClosed), then close the endpoint. Safe to repeat."""
@@ -203,6 +206,11 @@ class Service:
             self._try_send(connection, Call(call_id=0, method="ping", body={}))
         for connection in lost:
             self._lose(connection, f"no sign of life for {self.config.peer_timeout_s:g} s")
+
+    def _on_restart(self) -> None:
+        if not self._is_down:
+            for _, side in self._sides:
+                side.restart_loop()
 
     def _lose(self, connection: Connection, reason: str) -> None:
         self._counts["peers_lost"] += 1

@@ -10,7 +10,8 @@ from collections import Counter, OrderedDict
 from dataclasses import dataclass
 
 from transfer.connection import Connection
-from transfer.messages import Abort, Close, Open, StreamMessage
+from transfer.messages import Abort, Close, Open, Probe, StreamMessage
+from transfer.receiver_session import refusal_of
 
 MAX_PARKED_OPENS = 1024
 PARKED_S = 5.0  # the sender repeats its Open anyway; this only spares the wait
@@ -60,9 +61,11 @@ class Strays:
     def answer(self, connection: Connection, message: StreamMessage, now: float) -> StreamMessage | None:
         """What to reply to a message for a stream that is not open here."""
         last_word = self._last_words.get(message.stream_id)
-        if last_word is not None and last_word.epoch == message.epoch:
+        if last_word is not None and last_word.epoch >= message.epoch:
             self._dropped["ended_stream"] += 1
-            return None if isinstance(message, Abort) else last_word
+            if last_word.epoch == message.epoch:
+                return None if isinstance(message, Abort) else last_word
+            return refusal_of(message) if isinstance(message, (Open, Probe)) else None
         parked = self._parked.get(message.stream_id)
         if isinstance(message, Abort) and parked is not None and parked.may_end(connection, message):
             parked.abort = message

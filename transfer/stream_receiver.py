@@ -1,6 +1,6 @@
-"""StreamReceiver: the shell round receiver sessions: service, pool, buffers and clock.
+"""StreamReceiver: streams into one pool of blocks: what users call, and what the service hands over.
 
-Owns the receive pool of one worker. Sessions decide, this class executes; everything runs on the service's I/O
+Owns the receive pool of one worker. Sessions decide, `incoming_streams` executes; everything runs on the service's I/O
 thread except the methods users call, which only post to it.
 """
 
@@ -8,66 +8,26 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from transfer.actions import (
-    Announced,
-    Deliver,
-    Dropped,
-    Failed,
-    Finished,
-    FreeBlocks,
-    Place,
-    ReceiverAction,
-    Send,
-    StreamStats,
-    Timers,
-)
-from transfer.block_pool import BlockPool
-from transfer.buffers import PlaneBuffers, Tensor
+from transfer.actions import Failed, Timers
 from transfer.config import TransferConfig
 from transfer.connection import Connection
 from transfer.errors import EndpointClosed, LocalProtocolError, Overloaded, PeerLost, StreamAborted, TransferError
-from transfer.grant_planner import GrantPlanner
-from transfer.messages import Abort, Announce, Block, Body, Close, Open, StreamMessage
-from transfer.receiver_session import ReceiverSession
+from transfer.incoming_streams import IncomingStream, IncomingStreams, StreamListener
+from transfer.messages import Abort, Announce, Block, Open, Probe, Revoked, StreamMessage
+from transfer.negotiate import Offer
+from transfer.receive_area import ReceiveArea
+from transfer.receiver_session import ReceiverSession, refusal_of
 from transfer.service import Service
 from transfer.state import TERMINAL, ReceiverState
-from transfer.strays import Strays
 from transfer.tensors import PlaneSpec, check_block_bytes
 from transfer.ticket import Ticket
 
 logger = logging.getLogger(__name__)
 
-
-class StreamListener(Protocol):
-    """The consumer of one stream. Called on the I/O thread; must not block.
-
-    After on_complete, on_failed, or an abort() or close() of its own, nothing more is called.
-    """
-
-    def on_announce(self, total_rows: int, items: Sequence[Body]) -> None:
-        """The totals are known: reserve room, then admit()."""
-
-    def on_rows(self, first_row: int, planes: Mapping[str, Tensor]) -> None:
-        """The next rows, in order: views [n, *row_shape]. Copy them now; their block is freed on return."""
-
-    def on_complete(self, stats: StreamStats) -> None:
-        """Every row was handed over."""
-
-    def on_failed(self, error: TransferError) -> None:
-        """The stream is over without all its rows."""
-
-
-@dataclass(slots=True)
-class _Entry:
-    session: ReceiverSession
-    listener: StreamListener
-    age: int
-    connection: Connection | None = None
+__all__ = ["StreamListener", "StreamReceiver"]
 
 
 class StreamReceiver:
@@ -79,25 +39,29 @@ class StreamReceiver:
         check_block_bytes(planes, config)
         self._service = service
         self._config = config
-        self._planes = tuple(planes)
-        self._pool = BlockPool(config.num_pool_blocks, config.block_size)
-        self._buffers = PlaneBuffers(config.num_pool_blocks, config.block_size, self._planes, device)
-        self._planner = GrantPlanner()
+        self._offer = Offer(
+            block_size=config.block_size,
+            planes=tuple(planes),
+            max_frame_bytes=config.max_message_bytes,
+            credit=config.credit_window_blocks,
+        )
+        self._area = ReceiveArea(config.num_pool_blocks, config.block_size, self._offer.planes, device)
         self._timers = Timers.of(config)
-        self._streams: dict[str, _Entry] = {}
+        self._streams = IncomingStreams(service, self._forget_ticket)
         self._tickets: set[str] = set()  # streams open for their consumer; guarded by the lock
         self._lock = threading.Lock()
         self._ages = 0
-        self._dropped: Counter[str] = Counter()
-        self._strays = Strays(self._dropped)
-        self._totals: Counter[str] = Counter()
-        service.attach((Open, Announce, Block, Abort), self)
+        service.attach((Open, Announce, Block, Probe, Revoked, Abort), self)
 
     # -- any thread -----------------------------------------------------------------------------------------------
 
-    def open(self, ticket: Ticket, listener: StreamListener) -> None:
+    def open(
+        self, ticket: Ticket, listener: StreamListener, *, deadline_s: float | None = None, take_over_s: float = 0.0
+    ) -> None:
         """Expect the stream of `ticket`; its default blocks are granted when its sender opens it.
 
+        `deadline_s`: the stream fails when it is not complete after so long. `take_over_s`: when its sender is lost,
+        another one (see `reissue`) has so long to take it over; 0 means that the stream fails at once.
         Raises LocalProtocolError when the stream is open here, Overloaded beyond max_streams, EndpointClosed.
         """
         with self._lock:
@@ -106,15 +70,31 @@ class StreamReceiver:
             if len(self._tickets) >= self._config.max_streams:
                 raise Overloaded(f"{len(self._tickets)} streams are open: raise max_streams, or try later")
             self._tickets.add(ticket.stream_id)
+        deadline = None if deadline_s is None else self._service.now() + deadline_s
         try:
-            self._service.post(lambda: self._register(ticket, listener))
+            self._service.post(lambda: self._register(ticket, listener, deadline, take_over_s))
         except EndpointClosed:
             self._forget_ticket(ticket.stream_id)
             raise
 
-    def admit(self, stream_id: str) -> None:
-        """The consumer has room for every announced row: hand them over as they come. Unknown streams are ignored."""
-        self._service.post(lambda: self._admit(stream_id))
+    def admit(self, stream_id: str, total_rows: int | None = None) -> None:
+        """The consumer has room for every announced row: hand them over as they come.
+
+        `total_rows`: what room was made for; given, a stream that has started over with another total meanwhile is not
+        admitted. Unknown streams are ignored.
+        """
+        self._service.post(lambda: self._admit(stream_id, total_rows))
+
+    def reissue(self, stream_id: str, on_ticket: Callable[[Ticket | None], None]) -> None:
+        """End the sender's epoch and issue the ticket of the next, for another sender: `on_ticket(ticket)`.
+
+        `on_ticket(None)` when the stream is over, or needs no sender any more. Runs on the I/O thread.
+        """
+        self._service.post(lambda: self._reissue(stream_id, on_ticket))
+
+    def sender_lost(self, stream_id: str, reason: str = "its sender was lost") -> None:
+        """The consumer learned that the sender is gone: as if this side had noticed. Unknown streams are ignored."""
+        self._service.post(lambda: self._sender_lost(stream_id, reason))
 
     def abort(self, stream_id: str, code: str, message: str) -> None:
         """End a stream; the sender gets the error, the listener is not called again. Unknown streams are ignored."""
@@ -126,204 +106,143 @@ class StreamReceiver:
 
     def stats(self) -> dict[str, int]:
         """The ledger (zero when nothing is under way), dropped messages by reason, and totals."""
+        streams = self._streams
         return {
-            "transfer_blocks_in_use": self._pool.num_in_use,
-            "transfer_streams_open": len(self._streams),
+            "transfer_blocks_in_use": self._area.pool.num_in_use,
+            "transfer_streams_open": len(streams.by_id),
             "transfer_tickets_open": len(self._tickets),
-            "transfer_opens_parked": self._strays.num_parked,
-            **{f"transfer_{name}_total": count for name, count in tuple(self._totals.items())},
-            **{f"transfer_dropped_{reason}": count for reason, count in tuple(self._dropped.items())},
+            "transfer_opens_parked": streams.strays.num_parked,
+            **{f"transfer_{name}_total": count for name, count in tuple(streams.totals.items())},
+            **{f"transfer_dropped_{reason}": count for reason, count in tuple(streams.dropped.items())},
         }
 
     # -- the service's side, on the I/O thread --------------------------------------------------------------------
 
     def on_message(self, connection: Connection, message: StreamMessage, frames: Sequence[memoryview]) -> bool:
-        """Open, Announce, Block or Abort of a sender; see service.StreamSide."""
-        entry = self._streams.get(message.stream_id)
-        now = self._service.now()
-        if entry is None:
-            reply = self._strays.answer(connection, message, now)
+        """A message of a sender; see service.StreamSide."""
+        streams, now = self._streams, self._service.now()
+        stream = streams.by_id.get(message.stream_id)
+        if stream is None:
+            reply = streams.strays.answer(connection, message, now)
             if reply is not None:
-                self._send(connection, reply)
+                streams.send(connection, reply)
             return not isinstance(message, Abort)  # that one may be for a sender in this process
-        if isinstance(message, Open) and entry.connection in (None, connection):
-            entry.connection = connection
-            self._run(entry, entry.session.open(message, now))
-            if entry.session.state is ReceiverState.REGISTERED:
-                entry.connection = None  # a stale Open: the right one is still to come
-        elif entry.connection != connection:
+        session = stream.session
+        if isinstance(message, Open) and stream.connection in (None, connection):
+            stream.connection = connection
+            streams.run(stream, session.open(message, now))
+            if session.facts.opened is None:
+                stream.connection = None  # a stale Open: the right one is still to come
+        elif stream.connection != connection:
             if isinstance(message, Abort):
                 return False  # as above
-            self._dropped["foreign_connection"] += 1
-            if isinstance(message, Open):
-                self._send(connection, _rejection(message))
+            streams.dropped["foreign_connection"] += 1
+            if isinstance(message, Open) or (isinstance(message, Probe) and message.epoch < session.facts.ticket.epoch):
+                streams.send(connection, refusal_of(message))  # bound to another sender, or an epoch that is over
             return True
         elif isinstance(message, Block):
-            self._run(entry, entry.session.block(message, frames, now))
-        elif isinstance(message, Announce):
-            self._run(entry, entry.session.announce(message, now))
-        elif isinstance(message, Abort):
-            self._run(entry, entry.session.aborted(message))
-        self._grant_blocks()
+            streams.run(stream, session.block(message, frames, now))
+        else:
+            streams.run(stream, _told(session, message, now))
+        streams.plan(self._area)
         return True
 
     def on_tick(self, now: float) -> None:
         """Time limits, late acknowledgements, parked opens; see service.StreamSide."""
-        for entry in tuple(self._streams.values()):
-            actions = entry.session.tick(now)
-            if actions:
-                self._run(entry, actions)
-        self._strays.expire(now)
-        self._grant_blocks()
+        self._streams.tick(now)
+        self._streams.plan(self._area)
 
     def on_peer_lost(self, connection: Connection, error: PeerLost) -> None:
-        """Streams of a lost peer fail; see service.StreamSide."""
-        for entry in tuple(self._streams.values()):
-            if entry.connection == connection:
-                self._run(entry, entry.session.fail(error, tell_peer=False))
-        self._grant_blocks()
+        """Streams of a lost peer fail, or wait for another sender; see service.StreamSide."""
+        for stream in tuple(self._streams.by_id.values()):
+            if stream.connection == connection:
+                self._streams.run(
+                    stream, stream.session.lost(error, self._service.now(), tell_peer=False), is_decided=True
+                )
+        self._streams.plan(self._area)
 
     def on_close(self) -> None:
         """Every stream fails with EndpointClosed; see service.StreamSide."""
         error = EndpointClosed("the receiving service was closed")
-        for entry in tuple(self._streams.values()):
-            self._run(entry, entry.session.fail(error))
-        self._strays.clear()
+        for stream in tuple(self._streams.by_id.values()):
+            self._streams.run(stream, stream.session.fail(error))
+        self._streams.strays.clear()
+
+    def restart_loop(self) -> None:
+        """The endpoint's loop died and runs again: build every session from its record; probes bring what was lost."""
+        self._streams.restart(lambda stream: self._session(stream.record.facts.ticket), self._service.now())
+        self._streams.plan(self._area)
 
     # -- helpers --------------------------------------------------------------------------------------------------
 
-    def _register(self, ticket: Ticket, listener: StreamListener) -> None:
+    def _register(self, ticket: Ticket, listener: StreamListener, deadline: float | None, take_over_s: float) -> None:
         self._ages += 1
-        config = self._config
-        session = ReceiverSession(
-            ticket,
-            block_size=config.block_size,
-            planes=self._planes,
-            default_blocks=config.default_blocks,
-            credit=config.credit_window_blocks,
-            timers=self._timers,
-            now=self._service.now(),
-        )
-        entry = self._streams[ticket.stream_id] = _Entry(session, listener, self._ages)
-        self._update_demand(entry)
-        parked = self._strays.opened(ticket.stream_id)
+        session = self._session(ticket, deadline=deadline, take_over_s=take_over_s)
+        stream = IncomingStream(session, listener, self._ages, self._area, session.record())
+        self._streams.add(stream)
+        parked = self._streams.strays.opened(ticket.stream_id)
         if parked is not None:
             connection, messages = parked
             for message in messages:
                 self.on_message(connection, message, ())
 
-    def _admit(self, stream_id: str) -> None:
-        entry = self._streams.get(stream_id)
-        if entry is None:
+    def _session(self, ticket: Ticket, **more: Any) -> ReceiverSession:
+        return ReceiverSession(
+            ticket,
+            offer=self._offer,
+            default_blocks=self._config.default_blocks,
+            timers=self._timers,
+            now=self._service.now(),
+            **more,
+        )
+
+    def _admit(self, stream_id: str, total_rows: int | None) -> None:
+        stream = self._streams.by_id.get(stream_id)
+        if stream is None:
             return  # it ended meanwhile
+        session = stream.session
+        if total_rows is not None and total_rows != session.total_rows:
+            return  # it started over meanwhile
         try:
-            self._run(entry, entry.session.admit(self._service.now()))
+            self._streams.run(stream, session.admit(self._service.now()), is_decided=True)
         except LocalProtocolError:
             logger.exception("stream %s was admitted at the wrong time", stream_id)
-        self._grant_blocks()
+        self._streams.plan(self._area)
+
+    def _reissue(self, stream_id: str, on_ticket: Callable[[Ticket | None], None]) -> None:
+        stream = self._streams.by_id.get(stream_id)
+        if stream is None or stream.session.state in TERMINAL or not stream.session.needs_sender:
+            on_ticket(None)
+            return
+        self._streams.run(stream, stream.session.reissue(self._service.now()), is_decided=True)
+        on_ticket(stream.session.ticket)
+        self._streams.plan(self._area)
+
+    def _sender_lost(self, stream_id: str, reason: str) -> None:
+        stream = self._streams.by_id.get(stream_id)
+        if stream is not None and stream.session.state is not ReceiverState.ORPHANED:
+            self._streams.run(stream, stream.session.lost(PeerLost(reason), self._service.now()), is_decided=True)
+            self._streams.plan(self._area)
 
     def _end_quietly(self, stream_id: str, error: TransferError) -> None:
-        entry = self._streams.get(stream_id)
-        if entry is not None:
-            self._run(entry, [a for a in entry.session.fail(error) if not isinstance(a, Failed)])
-            self._grant_blocks()
+        stream = self._streams.by_id.get(stream_id)
+        if stream is not None:
+            self._streams.run(stream, [a for a in stream.session.fail(error) if not isinstance(a, Failed)])
+            self._streams.plan(self._area)
         else:
-            self._forget_ticket(stream_id)
-
-    def _run(self, entry: _Entry, actions: Sequence[ReceiverAction]) -> None:
-        session = entry.session
-        try:
-            for action in actions:
-                self._execute(entry, action)
-        except Exception as error:
-            logger.exception("the consumer of stream %s failed", session.ticket.stream_id)
-            failure = StreamAborted("InternalError", f"the stream's consumer failed: {type(error).__name__}")
-            self._abandon(entry, failure)
-        if session.state in TERMINAL:
-            self._remove(entry)
-        else:
-            self._update_demand(entry)
-
-    def _execute(self, entry: _Entry, action: ReceiverAction) -> None:
-        match action:
-            case Place(block_id, frames):
-                self._buffers.place(block_id, frames)
-                self._totals["blocks_received"] += 1
-            case Deliver(block_id, first_row, num_rows):
-                entry.listener.on_rows(first_row, self._buffers.rows(block_id, num_rows))
-            case FreeBlocks(block_ids):
-                self._pool.free_blocks(entry.session.ticket.stream_id, block_ids)
-            case Send(message):
-                if isinstance(message, (Close, Abort)) and entry.session.state in TERMINAL:
-                    self._strays.ended(message)
-                if entry.connection is not None:
-                    self._send(entry.connection, message)
-            case Announced(total_rows, items):
-                entry.listener.on_announce(total_rows, items)
-            case Dropped(reason):
-                self._dropped[reason] += 1
-            case Finished(stats):
-                self._remove(entry)
-                self._totals["streams_completed"] += 1
-                entry.listener.on_complete(stats)
-            case Failed(error):
-                self._remove(entry)
-                self._totals["streams_failed"] += 1
-                entry.listener.on_failed(error)
-
-    def _abandon(self, entry: _Entry, error: TransferError) -> None:
-        """The consumer raised: end its stream whatever state the actions were in."""
-        session = entry.session
-        session.fail(error, tell_peer=False)
-        self._pool.free_owner(session.ticket.stream_id)
-        abort = session.abort_message(error)
-        self._strays.ended(abort)
-        if entry.connection is not None:
-            self._send(entry.connection, abort)
-        self._remove(entry)
-        self._totals["streams_failed"] += 1
-        try:
-            entry.listener.on_failed(error)
-        except Exception:
-            logger.exception("on_failed of stream %s failed", session.ticket.stream_id)
-
-    def _remove(self, entry: _Entry) -> None:
-        stream_id = entry.session.ticket.stream_id
-        if self._streams.get(stream_id) is entry:
-            del self._streams[stream_id]
-            self._planner.remove(stream_id)
             self._forget_ticket(stream_id)
 
     def _forget_ticket(self, stream_id: str) -> None:
         with self._lock:
             self._tickets.discard(stream_id)
 
-    def _update_demand(self, entry: _Entry) -> None:
-        session = entry.session
-        self._planner.update(
-            session.ticket.stream_id,
-            rank=(not session.admitted, entry.age),
-            wanted=session.wanted_blocks,
-            empty=session.num_held == 0 and session.may_need_blocks,
-        )
 
-    def _grant_blocks(self) -> None:
-        if not self._pool.num_free:
-            return
-        now = self._service.now()
-        for stream_id, count in self._planner.plan(self._pool.num_free).items():
-            entry = self._streams[stream_id]
-            allocation = self._pool.allocate(count * self._config.block_size, stream_id)
-            self._run(entry, entry.session.grant(allocation.block_ids, now))
-
-    def _send(self, connection: Connection, message: StreamMessage) -> None:
-        try:
-            self._service.endpoint.send(connection, message)
-        except TransferError as error:  # as if lost on the way: the sender's probes ask again
-            self._dropped["unsent"] += 1
-            logger.info("a %s of stream %s did not leave: %s", type(message).__name__, message.stream_id, error)
-
-
-def _rejection(message: Open) -> Abort:
-    text = "the stream is bound to another sender"
-    return Abort(stream_id=message.stream_id, epoch=message.epoch, code="TicketRejected", message=text)
+def _told(session: ReceiverSession, message: StreamMessage, now: float) -> Sequence[Any]:
+    if isinstance(message, Probe):
+        return session.probe(message, now)
+    if isinstance(message, Announce):
+        return session.announce(message, now)
+    if isinstance(message, Revoked):
+        return session.revoked(message, now)
+    assert isinstance(message, Abort)
+    return session.aborted(message, now)

@@ -7,12 +7,22 @@ Sessions decide, this class executes, on the service's I/O thread.
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
-from transfer.actions import Dropped, Failed, Finished, ReleaseRows, Send, SendBlock, SenderAction, StreamStats, Timers
-from transfer.buffers import RowQueue, Tensor
+from transfer.actions import (
+    Accepted,
+    Dropped,
+    Failed,
+    Finished,
+    ReleaseRows,
+    Send,
+    SendBlock,
+    SenderAction,
+    Timers,
+)
 from transfer.config import TransferConfig
 from transfer.connection import Connection
 from transfer.errors import (
@@ -20,12 +30,14 @@ from transfer.errors import (
     LocalProtocolError,
     Overloaded,
     PeerLost,
-    StreamAborted,
-    StreamTimeout,
+    TicketRejected,
     TransferError,
 )
-from transfer.integrity import block_tag, tag_seed
-from transfer.messages import Abort, Ack, Block, Body, Close, Grant, StreamMessage
+from transfer.integrity import NO_TAG, block_tag
+from transfer.messages import Abort, Accept, Ack, Block, Close, Grant, Resume, Revoke, StreamMessage
+from transfer.negotiate import Offer
+from transfer.outgoing_stream import OutgoingStream
+from transfer.schedule import Schedule
 from transfer.sender_session import SenderSession
 from transfer.service import Service
 from transfer.state import TERMINAL
@@ -34,98 +46,9 @@ from transfer.ticket import Ticket
 
 logger = logging.getLogger(__name__)
 
+__all__ = ["OutgoingStream", "StreamSender"]
 
-class OutgoingStream:
-    """One stream being sent. All methods may be called from any thread, none blocks but result()."""
-
-    def __init__(self, sender: StreamSender, session: SenderSession, connection: Connection) -> None:
-        self.stream_id = session.ticket.stream_id
-        self.session = session
-        self.connection = connection
-        self.rows = RowQueue(session.planes)
-        self.seed = tag_seed(session.ticket)
-        self._sender = sender
-        self._lock = threading.Lock()
-        self._num_written = 0
-        self._total_rows: int | None = None
-        self._outcome: StreamStats | TransferError | None = None
-        self._ended = threading.Event()
-        self._callbacks: list[Callable[[OutgoingStream], None]] = []
-
-    def announce(self, total_rows: int, items: Sequence[Body] = ()) -> None:
-        """The totals are known; blocks leave from now on. LocalProtocolError when repeated or out of range."""
-        with self._lock:
-            if self._total_rows is not None or type(total_rows) is not int or total_rows < self._num_written:
-                raise LocalProtocolError(
-                    f"stream {self.stream_id}: total_rows {total_rows!r} after {self._num_written} rows written "
-                    f"and {self._total_rows} announced; announce once, an int not below what is written"
-                )
-            self._total_rows = total_rows
-        self._soon(lambda now: self.session.announce(total_rows, items, now))
-
-    def write(self, first_row: int, planes: Mapping[str, Tensor]) -> None:
-        """Rows first_row ... of every plane: contiguous CPU tensors [n, *row_shape], kept by reference.
-
-        They must not change until the stream ends. Rows come in order. Raises LocalProtocolError for rows out of order,
-        beyond the announced total, or other than the opened planes.
-        """
-        num_rows, chunk = self.rows.check(planes)
-
-        def add(now: float) -> list[SenderAction]:
-            self.rows.append(num_rows, chunk)
-            return self.session.rows_written(num_rows, now)
-
-        with self._lock:
-            end = self._num_written + num_rows
-            if first_row != self._num_written or (self._total_rows is not None and end > self._total_rows):
-                raise LocalProtocolError(
-                    f"stream {self.stream_id}: {num_rows} rows written at {first_row}; {self._num_written} are there "
-                    f"and {self._total_rows} announced"
-                )
-            self._num_written = end
-            closed = self._sender.run_soon(self, add)  # under the lock: rows stay in order whoever writes them
-        if closed is not None:
-            self.finish(closed)
-
-    def abort(self, code: str, message: str) -> None:
-        """End the stream; both ends get the error. Nothing happens when it is over."""
-        self._soon(lambda now: self.session.fail(StreamAborted(code, message)))
-
-    def result(self, timeout_s: float) -> StreamStats:
-        """Wait for the end. Raises what ended it, or StreamTimeout when it goes on after `timeout_s`."""
-        if not self._ended.wait(timeout_s):
-            raise StreamTimeout(f"stream {self.stream_id} is not over after {timeout_s:g} s: wait on, or abort it")
-        if isinstance(self._outcome, StreamStats):
-            return self._outcome
-        assert self._outcome is not None
-        raise self._outcome
-
-    def on_done(self, callback: Callable[[OutgoingStream], None]) -> None:
-        """Run `callback(stream)` once when the stream is over (result(0) then tells how); at once if it is."""
-        with self._lock:
-            if not self._ended.is_set():
-                self._callbacks.append(callback)
-                return
-        callback(self)
-
-    def finish(self, outcome: StreamStats | TransferError) -> None:
-        """For the sender: the stream is over."""
-        with self._lock:
-            if self._ended.is_set():
-                return
-            self._outcome = outcome
-            self._ended.set()
-            callbacks, self._callbacks = self._callbacks, []
-        for callback in callbacks:
-            try:
-                callback(self)
-            except Exception:
-                logger.exception("on_done of stream %s failed", self.stream_id)
-
-    def _soon(self, event: Callable[[float], list[SenderAction]]) -> None:
-        closed = self._sender.run_soon(self, event)
-        if closed is not None:
-            self.finish(closed)
+NONCE_BYTES = 16
 
 
 class StreamSender:
@@ -144,7 +67,8 @@ class StreamSender:
         self._lock = threading.Lock()
         self._dropped: Counter[str] = Counter()
         self._totals: Counter[str] = Counter()
-        service.attach((Grant, Ack, Close, Abort), self)
+        self._schedule = Schedule()
+        service.attach((Accept, Grant, Revoke, Ack, Resume, Close, Abort), self)
 
     def open(
         self,
@@ -153,32 +77,54 @@ class StreamSender:
         receiver_public_key: str | None,
         planes: Sequence[PlaneSpec],
         content_key: str = "",
+        *,
+        deadline_s: float | None = None,
     ) -> OutgoingStream:
         """Open the stream of `ticket` at its receiver, whether that knows the ticket already or will soon.
 
-        Raises ConfigError for an address that cannot be reached or a block that fits no message, LocalProtocolError
-        when the stream is open here, Overloaded beyond max_streams, EndpointClosed.
+        `content_key`: equal keys mean equal rows; another sender with the same (non-empty) key may go on where this one
+        stops. `deadline_s`: both ends give up after so long. A ticket of a later epoch ends the stream of an earlier
+        one that is still open here. Raises ConfigError for an address that cannot be reached or a block that fits no
+        message, LocalProtocolError when the stream is open here, Overloaded beyond max_streams, EndpointClosed.
         """
         check_block_bytes(planes, self._config)
+        config, now = self._config, self._service.now()
+        offer = Offer(
+            block_size=config.block_size,
+            planes=tuple(planes),
+            max_frame_bytes=config.max_message_bytes,
+            credit=config.credit_window_blocks,
+        )
         session = SenderSession(
             ticket,
-            block_size=self._config.block_size,
-            planes=planes,
+            offer=offer,
+            nonce=secrets.token_bytes(NONCE_BYTES),
             content_key=content_key,
             timers=self._timers,
-            now=self._service.now(),
+            now=now,
+            deadline=None if deadline_s is None else now + deadline_s,
         )
         with self._lock:
-            if ticket.stream_id in self._streams:
+            earlier = self._streams.get(ticket.stream_id)
+            if earlier is not None and earlier.session.ticket.epoch >= ticket.epoch:
                 raise LocalProtocolError(f"stream {ticket.stream_id} is open here already")
             if len(self._streams) >= self._config.max_streams:
                 raise Overloaded(f"{len(self._streams)} streams are open: raise max_streams, or try later")
             connection = self._service.endpoint.connect(receiver_address, receiver_public_key)
+            if earlier is not None:
+                self._forget(earlier)
             stream = self._streams[ticket.stream_id] = OutgoingStream(self, session, connection)
             self._num_using[connection] += 1
             self._idle_since.pop(connection, None)
+
+        def start() -> None:
+            if earlier is not None:
+                stale = TicketRejected(f"epoch {ticket.epoch} of stream {ticket.stream_id} was opened here")
+                self._run(earlier, earlier.session.fail(stale, tell_peer=False))
+            self._run(stream, session.start(self._service.now()))
+
         try:
-            self._service.post(lambda: self._run(stream, session.start(self._service.now())))
+            self._service.post(start)
         except EndpointClosed:
             self._remove(stream)
             raise
@@ -216,7 +162,7 @@ class StreamSender:
     # -- the service's side, on the I/O thread --------------------------------------------------------------------
 
     def on_message(self, connection: Connection, message: StreamMessage, frames: Sequence[memoryview]) -> bool:
-        """Grant, Ack, Close or Abort of a receiver; see service.StreamSide."""
+        """A message of a receiver; see service.StreamSide."""
         stream = self._streams.get(message.stream_id)
         if stream is None or stream.connection != connection:
             if not isinstance(message, Abort):
@@ -227,11 +173,14 @@ class StreamSender:
 
     def on_tick(self, now: float) -> None:
         """Probes and time limits, of streams and of connections; see service.StreamSide."""
-        for stream in tuple(self._streams.values()):
-            actions = stream.session.tick(now)
-            if actions:
-                self._run(stream, actions)
+        for stream_id in self._schedule.take_due(now):
+            stream = self._streams.get(stream_id)
+            if stream is not None:
+                self._run(stream, stream.session.tick(now))
         self._release_idle(now)
+
+    def restart_loop(self) -> None:
+        """Nothing to do: sessions are whole between two events, and ask for what was lost; see service.StreamSide."""
 
     def on_peer_lost(self, connection: Connection, error: PeerLost) -> None:
         """Streams to a lost peer fail; see service.StreamSide."""
@@ -252,6 +201,8 @@ class StreamSender:
     def _run(self, stream: OutgoingStream, actions: Sequence[SenderAction]) -> None:
         for action in actions:
             match action:
+                case Accepted():
+                    stream.accept(action)
                 case SendBlock():
                     if stream.session.state not in TERMINAL:  # the block before it may have ended the stream
                         self._send_block(stream, action)
@@ -269,12 +220,28 @@ class StreamSender:
                     self._totals["streams_unsent"] += 1
                     self._remove(stream)
                     stream.finish(error)
+        if stream.session.state not in TERMINAL:
+            self._schedule.at(stream.stream_id, stream.session.due())
 
     def _send_block(self, stream: OutgoingStream, block: SendBlock) -> None:
         ticket = stream.session.ticket
         frames = stream.rows.frames(block.first_row, block.num_rows)
         index, block_id, first_row, num_rows = block.index, block.block_id, block.first_row, block.num_rows
-        tag = block_tag(stream.seed, ticket.stream_id, ticket.epoch, index, block_id, first_row, num_rows, frames)
+        tag, terms = NO_TAG, stream.session.terms
+        if terms is not None and terms.integrity == "xxh3-64":
+            tag = block_tag(
+                *(
+                    stream.seed,
+                    ticket.stream_id,
+                    ticket.epoch,
+                    index,
+                    block_id,
+                    first_row,
+                    num_rows,
+                    block.serial,
+                    frames,
+                )
+            )
         message = Block(
             stream_id=ticket.stream_id,
             epoch=ticket.epoch,
@@ -282,6 +249,7 @@ class StreamSender:
             block_id=block_id,
             first_row=first_row,
             num_rows=num_rows,
+            serial=block.serial,
             tag=tag,
         )
         self._totals["blocks_sent"] += 1
@@ -311,8 +279,13 @@ class StreamSender:
         stream.rows.clear()
         with self._lock:
             if self._streams.get(stream.stream_id) is stream:
-                del self._streams[stream.stream_id]
-                self._num_using[stream.connection] -= 1
-                if not self._num_using[stream.connection]:
-                    del self._num_using[stream.connection]
-                    self._idle_since[stream.connection] = self._service.now()
+                self._schedule.remove(stream.stream_id)
+                self._forget(stream)
+
+    def _forget(self, stream: OutgoingStream) -> None:
+        """Under the lock."""
+        del self._streams[stream.stream_id]
+        self._num_using[stream.connection] -= 1
+        if not self._num_using[stream.connection]:
+            del self._num_using[stream.connection]
+            self._idle_since[stream.connection] = self._service.now()

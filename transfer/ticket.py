@@ -1,7 +1,8 @@
 """Ticket: the right to send one stream, once, under one epoch.
 
 The controller issues the epoch-1 ticket and gives it to both ends; later epochs come from the receiver only. The
-secret itself never travels between the two ends: the sender proves that it has it with an HMAC over what it opens.
+secret itself never travels between the two ends: each proves to the other that it has it, with an HMAC over what it
+says in Open and Accept.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from transfer.errors import TicketRejected
-from transfer.tensors import PlaneSpec
+from transfer.messages import Accept, Open
+from transfer.negotiate import Offer
 
 SECRET_BYTES = 16
 STREAM_ID_CHARS = 32
@@ -67,13 +69,52 @@ class Ticket:
         return cls(stream_id=body["stream_id"], epoch=body["epoch"], owner=body["owner"], secret=body["secret"])
 
 
-def prove(ticket: Ticket, block_size: int, planes: Sequence[PlaneSpec], content_key: str) -> bytes:
-    """32 bytes that only a holder of the ticket can make, bound to everything an Open says."""
-    shapes = ";".join(f"{p.name!r}:{p.dtype}:{p.row_shape!r}" for p in planes)
-    text = f"tandem open 1|{ticket.stream_id}|{ticket.epoch}|{block_size}|{shapes}|{content_key!r}"
+def proven_open(ticket: Ticket, nonce: bytes, offer: Offer, content_key: str, deadline_ms: int | None) -> Open:
+    """The Open of a holder of the ticket; its proof is bound to everything it says."""
+    message = Open(
+        stream_id=ticket.stream_id,
+        epoch=ticket.epoch,
+        proof=b"",
+        nonce=nonce,
+        offer=offer,
+        content_key=content_key,
+        deadline_ms=deadline_ms,
+    )
+    return replace(message, proof=_prove(ticket, *_open_fields(message), deadline_ms))
+
+
+def open_is_proven(ticket: Ticket, message: Open) -> bool:
+    """Whether an Open comes from a holder of this ticket, of this epoch; compared in constant time."""
+    ours = _prove(ticket, *_open_fields(message), message.deadline_ms)
+    return message.epoch == ticket.epoch and hmac.compare_digest(ours, message.proof)
+
+
+def proven_accept(ticket: Ticket, message: Accept, opened: Open) -> Accept:
+    """`message` with its proof, which is bound to everything it says and to the Open that it answers."""
+    return replace(message, proof=_prove(ticket, *_accept_fields(message), *_open_fields(opened)))
+
+
+def accept_is_proven(ticket: Ticket, message: Accept, opened: Open) -> bool:
+    """Whether an Accept of `opened` comes from a holder of this ticket; compared in constant time."""
+    ours = _prove(ticket, *_accept_fields(message), *_open_fields(opened))
+    return message.epoch == ticket.epoch and hmac.compare_digest(ours, message.proof)
+
+
+def _open_fields(message: Open) -> tuple[object, ...]:
+    return "open", message.nonce.hex(), _offer_text(message.offer), message.content_key
+
+
+def _accept_fields(message: Accept) -> tuple[object, ...]:
+    segment = sorted((message.segment or {}).items())
+    return "accept", _offer_text(message.offer), message.first_index, segment, message.data_address
+
+
+def _prove(ticket: Ticket, *fields: object) -> bytes:
+    text = repr(("tandem", 2, ticket.stream_id, ticket.epoch, *fields))
     return hmac.new(ticket.secret, text.encode("utf-8", "surrogatepass"), hashlib.sha256).digest()
 
 
-def verify(ticket: Ticket, proof: bytes, block_size: int, planes: Sequence[PlaneSpec], content_key: str) -> bool:
-    """Whether `proof` was made with this ticket for exactly these values, compared in constant time."""
-    return hmac.compare_digest(prove(ticket, block_size, planes, content_key), proof)
+def _offer_text(offer: Offer) -> str:
+    shapes = [(p.name, p.dtype, p.row_shape) for p in offer.planes]
+    ways = (offer.integrity, offer.payload)
+    return repr((offer.versions, offer.block_size, shapes, *ways, offer.max_frame_bytes, offer.credit))

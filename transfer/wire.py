@@ -15,6 +15,7 @@ import msgpack  # type: ignore[import-untyped]
 from transfer.errors import LocalProtocolError, MalformedMessage, MessageTooLarge, TransferError
 from transfer.messages import (
     Abort,
+    Accept,
     Ack,
     Announce,
     Block,
@@ -28,15 +29,21 @@ from transfer.messages import (
     Open,
     Part,
     Parts,
+    Probe,
+    Resume,
+    Revoke,
+    Revoked,
 )
+from transfer.negotiate import Offer
 from transfer.tensors import PlaneSpec
 from transfer.ticket import is_stream_id
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 MAX_FRAMES = 4096
 MAX_HEADER_BYTES = 16 * 1024 * 1024
 MAX_BLOCKS = 1 << 20  # blocks in one grant
 MAX_PLANES = 1024
+MAX_NAMES = 16  # ways to protect or to carry a payload
 MAX_ITEMS = 65536
 MAX_PARTS = 65536
 MAX_DEPTH = 12
@@ -63,10 +70,32 @@ def _text(limit: int) -> Check:
     return check
 
 
-def _proof(value: Any) -> bytes:
-    if type(value) is not bytes or len(value) != 32:
-        raise MalformedMessage("a proof is 32 bytes")
-    return value
+def _bytes(low: int, high: int) -> Check:
+    def check(value: Any) -> bytes:
+        if type(value) is not bytes or not low <= len(value) <= high:
+            raise MalformedMessage(f"expected {low} to {high} bytes")
+        return value
+
+    return check
+
+
+def _optional(check: Check) -> Check:
+    return lambda value: None if value is None else check(value)
+
+
+def _versions(value: Any) -> tuple[int, int]:
+    if type(value) is not list or len(value) != 2:
+        raise MalformedMessage("versions are a pair")
+    low, high = map(_int(0, 255), value)
+    if low > high:
+        raise MalformedMessage("the lowest version is above the highest")
+    return low, high
+
+
+def _offer(value: Any) -> Offer:
+    if type(value) is not dict or value.keys() != _OFFER.keys():
+        raise MalformedMessage(f"an offer is a map of {', '.join(_OFFER)}")
+    return Offer(**{field: check(value[field]) for field, check in _OFFER.items()})
 
 
 def _stream_id(value: Any) -> str:
@@ -118,11 +147,21 @@ def _part(value: Any) -> Part:
 
 _u32 = _int(0, (1 << 32) - 1)
 _u63 = _int(0, (1 << 63) - 1)
-_u64 = _int(0, (1 << 64) - 1)
 _rows = _int(0, 1 << 40)
 _code = _text(128)
 _message = _text(16384)
 
+_block_size = _int(1, 1 << 24)
+_proof = _bytes(32, 32)
+_OFFER: dict[str, Check] = {
+    "versions": _versions,
+    "block_size": _block_size,
+    "planes": _list(MAX_PLANES, PlaneSpec.from_body),
+    "integrity": _list(MAX_NAMES, _text(32)),
+    "payload": _list(MAX_NAMES, _text(32)),
+    "max_frame_bytes": _u63,
+    "credit": _int(1, (1 << 32) - 1),
+}
 _STREAM: dict[str, Check] = {"stream_id": _stream_id, "epoch": _int(1, (1 << 32) - 1)}
 _CALL: dict[str, Check] = {"call_id": _u63}
 
@@ -141,9 +180,21 @@ SCHEMAS: Mapping[str, _Schema] = {
         fields={
             **_STREAM,
             "proof": _proof,
-            "block_size": _int(1, 1 << 24),
-            "planes": _list(MAX_PLANES, PlaneSpec.from_body),
+            "nonce": _bytes(16, 16),
+            "offer": _offer,
             "content_key": _text(512),
+            "deadline_ms": _optional(_u63),
+        },
+    ),
+    "accept": _Schema(
+        kind=Accept,
+        fields={
+            **_STREAM,
+            "proof": _proof,
+            "offer": _offer,
+            "first_index": _u32,
+            "segment": _optional(_body),
+            "data_address": _optional(_text(1024)),
         },
     ),
     "grant": _Schema(
@@ -151,29 +202,44 @@ SCHEMAS: Mapping[str, _Schema] = {
         fields={
             **_STREAM,
             "round": _u32,
+            "first_index": _u32,
             "block_ids": _list(MAX_BLOCKS, _u32),
             "allocated_tokens": _rows,
-            "block_size": _int(1, 1 << 24),
+            "block_size": _block_size,
             "credit": _u32,
         },
     ),
+    "revoke": _Schema(kind=Revoke, fields={**_STREAM, "serial": _u32, "round": _u32, "first_index": _u32}),
+    "revoked": _Schema(kind=Revoked, fields={**_STREAM, "serial": _u32, "first_index": _u32}),
     "announce": _Schema(
         kind=Announce,
         fields={
             **_STREAM,
             "total_rows": _rows,
             "allocated_tokens": _rows,
-            "block_size": _int(1, 1 << 24),
+            "block_size": _block_size,
             "items": _list(MAX_ITEMS, _body),
         },
     ),
     "block": _Schema(
         kind=Block,
-        fields={**_STREAM, "index": _u32, "block_id": _u32, "first_row": _rows, "num_rows": _rows, "tag": _u64},
-        min_frames=1,
+        fields={
+            **_STREAM,
+            "index": _u32,
+            "block_id": _u32,
+            "first_row": _rows,
+            "num_rows": _rows,
+            "serial": _u63,
+            "tag": _bytes(0, 8),
+        },
         max_frames=MAX_PLANES,
     ),
-    "ack": _Schema(kind=Ack, fields={**_STREAM, "next_index": _u32}),
+    "ack": _Schema(kind=Ack, fields={**_STREAM, "serial": _u32, "next_index": _u32, "kept_index": _u32}),
+    "probe": _Schema(kind=Probe, fields={**_STREAM, "nonce": _u63}),
+    "resume": _Schema(
+        kind=Resume,
+        fields={**_STREAM, "nonce": _u63, "serial": _u32, "next_index": _u32, "kept_index": _u32},
+    ),
     "close": _Schema(kind=Close, fields={**_STREAM, "total_rows": _rows}),
     "abort": _Schema(kind=Abort, fields={**_STREAM, "code": _code, "message": _message}),
     "call": _Schema(kind=Call, fields={**_CALL, "method": _text(128), "body": _body}, max_frames=MAX_FRAMES),
@@ -194,8 +260,9 @@ def encode_header(message: Message) -> bytes:
     record: dict[str, Any] = {"type": name}
     for field in fields:
         record[field] = getattr(message, field)
-    if isinstance(message, Open):
-        record["planes"] = [plane.to_body() for plane in message.planes]
+    if isinstance(message, (Open, Accept)):
+        offer = record["offer"] = {field: getattr(message.offer, field) for field in _OFFER}
+        offer["planes"] = [plane.to_body() for plane in message.offer.planes]
     elif isinstance(message, Parts):
         record["parts"] = [(part.call_id, part.body, part.num_frames) for part in message.parts]
     elif isinstance(message, (Abort, Fail)):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transfer.errors import LocalProtocolError, MalformedMessage, MessageTooLarge
 from transfer.messages import (
     Abort,
+    Accept,
     Ack,
     Announce,
     Block,
@@ -27,7 +28,12 @@ from transfer.messages import (
     Open,
     Part,
     Parts,
+    Probe,
+    Resume,
+    Revoke,
+    Revoked,
 )
+from transfer.negotiate import Offer
 from transfer.tensors import DTYPE_BYTES, PlaneSpec
 from transfer.wire import MAX_HEADER_BYTES, WIRE_VERSION, decode_header, encode_header
 
@@ -51,16 +57,35 @@ planes = st.builds(
 stream = {"stream_id": hex_ids, "epoch": st.integers(1, 2**32 - 1)}
 call_ids = st.integers(0, 2**63 - 1)
 size = st.integers(1, 2**24)
+proofs = st.binary(min_size=32, max_size=32)
+names = st.lists(st.text(max_size=32), max_size=4).map(tuple)
+offers = st.builds(
+    Offer,
+    versions=st.tuples(st.integers(0, 255), st.integers(0, 255)).map(sorted).map(tuple),
+    block_size=size,
+    planes=st.lists(planes, max_size=4).map(tuple),
+    integrity=names,
+    payload=names,
+    max_frame_bytes=call_ids,
+    credit=st.integers(1, 2**32 - 1),
+)
 messages = st.one_of(
-    st.builds(Open, **stream, proof=st.binary(min_size=32, max_size=32), block_size=size,
-              planes=st.lists(planes, max_size=4).map(tuple), content_key=st.text(max_size=64)),
-    st.builds(Grant, **stream, round=u32, block_ids=st.lists(u32, max_size=9).map(tuple), allocated_tokens=rows,
+    st.builds(Open, **stream, proof=proofs, nonce=st.binary(min_size=16, max_size=16), offer=offers,
+              content_key=st.text(max_size=64), deadline_ms=st.none() | call_ids),
+    st.builds(Accept, **stream, proof=proofs, offer=offers, first_index=u32, segment=st.none() | bodies,
+              data_address=st.none() | st.text(max_size=64)),
+    st.builds(Revoke, **stream, serial=u32, round=u32, first_index=u32),
+    st.builds(Revoked, **stream, serial=u32, first_index=u32),
+    st.builds(Probe, **stream, nonce=call_ids),
+    st.builds(Resume, **stream, nonce=call_ids, serial=u32, next_index=u32, kept_index=u32),
+    st.builds(Grant, **stream, round=u32, first_index=u32, block_ids=st.lists(u32, max_size=9).map(tuple),
+              allocated_tokens=rows,
               block_size=size, credit=u32),
     st.builds(Announce, **stream, total_rows=rows, allocated_tokens=rows, block_size=size,
               items=st.lists(bodies, max_size=3).map(tuple)),
     st.builds(Block, **stream, index=u32, block_id=u32, first_row=rows, num_rows=rows,
-              tag=st.integers(0, 2**64 - 1)),
-    st.builds(Ack, **stream, next_index=u32),
+              serial=call_ids, tag=st.binary(max_size=8)),
+    st.builds(Ack, **stream, serial=u32, next_index=u32, kept_index=u32),
     st.builds(Close, **stream, total_rows=rows),
     st.builds(Abort, **stream, code=st.text(max_size=128), message=st.text(max_size=200)),
     st.builds(Call, call_id=call_ids, method=st.text(max_size=128), body=bodies),
@@ -111,7 +136,7 @@ def packed(record: object) -> bytes:
     return bytes([WIRE_VERSION]) + bytes(msgpack.packb(record))
 
 
-ACK = {"type": "ack", "stream_id": "0" * 32, "epoch": 1, "next_index": 0}
+ACK = {"type": "ack", "stream_id": "0" * 32, "epoch": 1, "serial": 0, "next_index": 0, "kept_index": 0}
 CALL = {"type": "call", "call_id": 1, "method": "m", "body": {}}
 
 
@@ -168,10 +193,11 @@ def test_frames_where_none_belong_are_malformed() -> None:
         with pytest.raises(MalformedMessage, match="frames"):
             decode_header(packed(record), num_frames)
     block = {"type": "block", "stream_id": "0" * 32, "epoch": 1, "index": 0, "block_id": 0, "first_row": 0,
-             "num_rows": 1, "tag": 0}  # fmt: skip
-    decode_header(packed(block), 1)
+             "num_rows": 1, "serial": 1, "tag": b""}  # fmt: skip
+    for num_frames in (0, 1, 1024):  # none: the payload is in shared memory
+        decode_header(packed(block), num_frames)
     with pytest.raises(MalformedMessage, match="frames"):
-        decode_header(packed(block), 0)
+        decode_header(packed(block), 1025)
 
 
 def test_what_cannot_travel_is_refused_at_the_sender() -> None:

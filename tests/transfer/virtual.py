@@ -49,6 +49,14 @@ class VirtualNetwork:
         self._random = random.Random(seed)
         self._queue: list[tuple[VirtualEndpoint, Connection, Message, list[bytes]]] = []
         self.endpoints: dict[str, VirtualEndpoint] = {}
+        self.stopped: set[str] = set()  # endpoints whose process does not run: what comes for them waits, in order
+        self._waiting: list[tuple[VirtualEndpoint, Connection, Message, list[bytes]]] = []
+
+    def wake(self, address: str) -> None:
+        """A stopped process runs again, and reads what waited."""
+        self.stopped.discard(address)
+        self._queue[:0] = [parcel for parcel in self._waiting if parcel[0].address == address]
+        self._waiting = [parcel for parcel in self._waiting if parcel[0].address != address]
 
     def push(self, target: VirtualEndpoint, source: Connection, message: Message, frames: list[bytes]) -> None:
         if self.rewrite is not None:
@@ -81,7 +89,10 @@ class VirtualNetwork:
                 endpoint.run_posted()
             if self._queue:
                 target, source, message, frames = self._queue.pop(0)
-                target.deliver(source, message, frames)
+                if target.address in self.stopped:
+                    self._waiting.append((target, source, message, frames))
+                else:
+                    target.deliver(source, message, frames)
 
     def advance(self, seconds: float, step: float = 0.05) -> None:
         """Let time pass in steps, with ticks."""
@@ -89,7 +100,8 @@ class VirtualNetwork:
         while self.now < end:
             self.now = min(end, self.now + step)
             for endpoint in tuple(self.endpoints.values()):
-                endpoint.tick()
+                if endpoint.address not in self.stopped:
+                    endpoint.tick()
             self.settle()
 
     def run_until(self, condition: Callable[[], bool], limit_s: float = 3600.0) -> None:
@@ -120,7 +132,9 @@ class VirtualEndpoint:
     def public_key(self) -> str | None:
         return None
 
-    def start(self, handler: Handler, on_tick: Tick | None = None) -> None:
+    def start(
+        self, handler: Handler, on_tick: Tick | None = None, on_restart: Callable[[], None] | None = None
+    ) -> None:
         self._handler, self._tick = handler, on_tick
 
     def connect(self, address: str, public_key: str | None = None) -> Connection:
@@ -139,9 +153,8 @@ class VirtualEndpoint:
         self.posted.append(callback)
 
     def run_posted(self) -> None:
-        posted, self.posted = self.posted, []
-        for callback in posted:
-            callback()
+        for _ in range(len(self.posted)):
+            self.posted.pop(0)()
 
     def deliver(self, source: Connection, message: Message, frames: list[bytes]) -> None:
         assert self._handler is not None
@@ -176,6 +189,7 @@ class Consumer:
         self.items: Sequence[object] = ()
         self.rows: dict[str, list[torch.Tensor]] = {}
         self.num_rows = 0
+        self.restarts = 0
         self.ends: list[object] = []
 
     def on_announce(self, total_rows: int, items: Sequence[object]) -> None:
@@ -191,6 +205,12 @@ class Consumer:
         self.num_rows += counts.pop()
         for name, rows in planes.items():
             self.rows.setdefault(name, []).append(rows.clone())
+
+    def on_restart(self) -> None:
+        assert self.total_rows is not None and not self.ends
+        self.restarts += 1
+        self.total_rows, self.items, self.num_rows = None, (), 0
+        self.rows.clear()
 
     def on_complete(self, stats: object) -> None:
         self.ends.append(stats)
@@ -224,13 +244,37 @@ class Pair:
     def _service(self, address: str, config: TransferConfig) -> Service:
         return Service(VirtualEndpoint(self.network, address), config, clock=lambda: self.network.now)
 
-    def listen(self, ticket: Ticket, *, admit: bool = True) -> Consumer:
+    def listen(self, ticket: Ticket, *, admit: bool = True, **more: float) -> Consumer:
+        """`more`: deadline_s, take_over_s."""
         consumer = Consumer(self.receiver, ticket.stream_id, admit=admit)
-        self.receiver.open(ticket, consumer)
+        self.receiver.open(ticket, consumer, **more)
         return consumer
 
-    def send(self, ticket: Ticket, planes: Sequence[PlaneSpec] = PLANES) -> OutgoingStream:
-        return self.sender.open(ticket, "virtual://receiver", None, planes)
+    def send(
+        self,
+        ticket: Ticket,
+        planes: Sequence[PlaneSpec] = PLANES,
+        *,
+        sender: StreamSender | None = None,
+        content_key: str = "",
+        deadline_s: float | None = None,
+    ) -> OutgoingStream:
+        sender = sender or self.sender
+        return sender.open(ticket, "virtual://receiver", None, planes, content_key, deadline_s=deadline_s)
+
+    def another_sender(self, address: str = "virtual://another") -> StreamSender:
+        """A second sending worker."""
+        service = self._service(address, self.config)
+        sender = StreamSender(service, self.config)
+        service.start()
+        return sender
+
+    def reissue(self, stream_id: str) -> Ticket | None:
+        """The ticket of the next epoch."""
+        tickets: list[Ticket | None] = []
+        self.receiver.reissue(stream_id, tickets.append)
+        self.network.settle()
+        return tickets[0]
 
     def transfer(
         self, num_rows: int, *, admit: bool = True
