@@ -11,10 +11,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from kernels.dispatch import twin
 from kernels.pages import kv_slots
 
 SHORT_WINDOW = 16  # longest window that is answered in a padded group
@@ -35,6 +38,7 @@ class AttentionBatch:
     kv_lens: Sequence[int]
     query_start: Sequence[int]
     _plan: tuple[_Group, ...] | None = None
+    _tiles: Any = None  # what the Triton path prepared
 
     def prepare(
         self, *, page_size: int, heads_per_key: int, dtype: torch.dtype, device: torch.device
@@ -50,6 +54,17 @@ class AttentionBatch:
                 _Group.build(self, members, page_size, heads_per_key, dtype, device) for members in groups
             )
         return self._plan
+
+    def tiles(self, triton: ModuleType, q: torch.Tensor, page_size: int, heads_per_key: int) -> tuple[Any, Any]:
+        """(tiles, shape) of the Triton path for all layers. Raises ValueError as `prepare` does."""
+        if self._tiles is None:
+            self._check(page_size)
+            shape = triton.shape_for(heads_per_key, q.shape[-1], max(self.query_lens, default=1), q.element_size())
+            tiles = triton.plan(
+                self.page_table, self.query_lens, self.kv_lens, self.query_start, shape, heads_per_key, q.device
+            )
+            self._tiles = tiles, shape
+        return self._tiles  # type: ignore[no-any-return]
 
     def _check(self, page_size: int) -> None:
         room = self.page_table.shape[1] * page_size
@@ -116,6 +131,10 @@ def paged_attention(
     Raises ValueError when the batch is inconsistent (first layer only).
     """
     num_pages, page_size, num_kv_heads, head_dim = k_cache.shape
+    triton = twin("paged_attention", q)
+    if triton is not None:
+        tiles, shape = batch.tiles(triton, q, page_size, q.shape[1] // num_kv_heads)
+        return triton.paged_attention(q, k_cache, v_cache, tiles, shape, scale)  # type: ignore[no-any-return]
     groups = batch.prepare(
         page_size=page_size, heads_per_key=q.shape[1] // num_kv_heads, dtype=q.dtype, device=q.device
     )
