@@ -18,21 +18,24 @@ import triton
 import triton.language as tl
 
 from kernels._triton.launch import IS_INTERPRETED, ceil_div, next_power_of_2
+from kernels.attention_mask import AttentionMask
 
 TILE_COLUMNS = 5
 MIN_ROWS = 16  # of a tensor-core product
 MIN_SPLIT_KEYS = 256  # a shorter split costs more in merging than it gains in parallelism
 MAX_SPLITS = 64
 MAX_HEAD_DIM = 256
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def attention_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, partial_ptr, lse_ptr, tiles_ptr, table_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, out_lse_ptr, partial_ptr, lse_ptr, tiles_ptr, table_ptr,
     q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride, v_head_stride, table_stride,
-    num_heads, head_dim, scale_log2, split_keys,
+    num_heads, head_dim, scale, softcap, split_keys,
     GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
-    CAUSAL: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, LSE: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -55,11 +58,16 @@ def attention_kernel(
 
     begin = 0
     end = num_keys
-    if CAUSAL:
-        end = tl.minimum(num_keys, first_position + num_queries)
+    if BLOCK > 0:
+        last = first_position + num_queries - 1
+        end = tl.minimum(end, (last // BLOCK + 1) * BLOCK)
+    if WINDOW > 0:
+        end = tl.minimum(end, first_position + num_queries - 1 + WINDOW)
     if SPLIT:
         begin = tl.program_id(2) * split_keys
         end = tl.minimum(end, begin + split_keys)
+    if WINDOW > 0:  # whole steps of KEYS before the first visible key are skipped
+        begin = tl.maximum(begin, (tl.maximum(0, first_position - WINDOW + 1) // KEYS) * KEYS)
 
     best = tl.full([ROWS], float("-inf"), tl.float32)
     weight = tl.zeros([ROWS], tl.float32)
@@ -79,11 +87,18 @@ def attention_kernel(
         if UPCAST:
             k = k.to(tl.float32)
             v = v.to(tl.float32)
-        scores = tl.dot(q, k, input_precision="tf32x3") * scale_log2
+        scores = tl.dot(q, k, input_precision="tf32x3") * scale
+        if SOFTCAP:
+            small = tl.exp2(tl.abs(scores) * (-2.0 * LOG2_E / softcap))  # tanh of a positive number, without overflow
+            size = softcap * (1.0 - small) / (1.0 + small)
+            scores = tl.where(scores < 0, -size, size)
+        asked = (first_position + query)[:, None]
         seen = is_key[None, :]
-        if CAUSAL:
-            seen = seen & (position[None, :] <= (first_position + query)[:, None])
-        scores = tl.where(seen, scores, float("-inf"))
+        if BLOCK > 0:
+            seen = seen & (position[None, :] // BLOCK <= asked // BLOCK)
+        if WINDOW > 0:
+            seen = seen & (tl.abs(position[None, :] - asked) < WINDOW)
+        scores = tl.where(seen, scores * LOG2_E, float("-inf"))
         higher = tl.maximum(best, tl.max(scores, axis=1))
         safe = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen nothing yet
         probabilities = tl.exp2(scores - safe[:, None])
@@ -99,14 +114,17 @@ def attention_kernel(
         tl.store(partial_ptr + (slot * ROWS + rows)[:, None] * DIM + columns[None, :], acc)
         tl.store(lse_ptr + slot * ROWS + rows, best + tl.log2(weight))
     else:
-        target = ((first_row + query) * num_heads + head)[:, None] * head_dim + columns[None, :]
+        heads = (first_row + query) * num_heads + head
+        if LSE:
+            tl.store(out_lse_ptr + heads, (best + tl.log2(weight)) / LOG2_E, mask=is_row)
+        target = heads[:, None] * head_dim + columns[None, :]
         tl.store(out_ptr + target, acc.to(out_ptr.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 
 
 @triton.jit
 def merge_kernel(
-    partial_ptr, lse_ptr, out_ptr, tiles_ptr, num_heads, head_dim, num_splits,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
+    partial_ptr, lse_ptr, out_ptr, out_lse_ptr, tiles_ptr, num_heads, head_dim, num_splits,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -127,7 +145,10 @@ def merge_kernel(
             acc = acc * shrink + share * tl.load(partial_ptr + ((first + split) * ROWS + row) * DIM + columns)
             weight = weight * shrink + share
             best = higher
+        weight = tl.where(best == float("-inf"), 1.0, weight)
         target = (tl.load(tiles_ptr + tile * 5).to(tl.int64) + query) * num_heads + kv_head * GROUP + row % GROUP
+        if LSE:
+            tl.store(out_lse_ptr + target, (best + tl.log2(weight)) / LOG2_E)
         out = (acc / weight).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + target * head_dim + columns, out, mask=columns < head_dim)
 
@@ -180,12 +201,13 @@ def shape_for(heads_per_key: int, head_dim: int, longest_window: int, element_si
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Tiles, shape: Shape, *, page_size: int, causal: bool,
-    scale: float | None, num_splits: int | None = None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Tiles, shape: Shape, *, page_size: int,
+    mask: AttentionMask, scale: float | None, softcap: float | None = None, lse: torch.Tensor | None = None,
+    num_splits: int | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Attention of q [T, H, D] over k, v [rows, Hk, D] (paged when page_size > 0), as the tiles say: [T, H, D].
 
-    num_splits: parts the keys of a tile are shared among; None chooses by the number of tiles.
+    lse: [T, H] float32, filled when given. num_splits: parts the keys of a tile are shared among; None chooses.
     """
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
@@ -195,24 +217,26 @@ def attend(
         return out
     splits = _num_splits(plan.longest, num_tiles * num_kv_heads, q.device) if num_splits is None else num_splits
     group, dim = num_heads // num_kv_heads, max(16, next_power_of_2(head_dim))
-    partial, lse = out, out
+    partial, partial_lse = out, out
     if splits > 1:
         parts = num_tiles * num_kv_heads * splits * shape.rows
         partial = torch.empty(parts * dim, dtype=torch.float32, device=q.device)
-        lse = torch.empty(parts, dtype=torch.float32, device=q.device)
+        partial_lse = torch.empty(parts, dtype=torch.float32, device=q.device)
     table = plan.tiles if plan.table is None else plan.table
-    scale_log2 = (1 / math.sqrt(head_dim) if scale is None else scale) * math.log2(math.e)
     split_keys = ceil_div(ceil_div(plan.longest, splits), shape.keys) * shape.keys
+    out_lse = out if lse is None else lse
     attention_kernel[(num_tiles, num_kv_heads, splits)](
-        q, k, v, out, partial, lse, plan.tiles, table, q.stride(0), q.stride(1), k.stride(0), k.stride(1),
-        v.stride(0), v.stride(1), table.stride(0), num_heads, head_dim, scale_log2, split_keys,
-        GROUP=group, ROWS=shape.rows, KEYS=shape.keys, DIM=dim, PAGE=page_size, CAUSAL=causal, SPLIT=splits > 1,
+        q, k, v, out, out_lse, partial, partial_lse, plan.tiles, table, q.stride(0), q.stride(1), k.stride(0),
+        k.stride(1), v.stride(0), v.stride(1), table.stride(0), num_heads, head_dim,
+        1 / math.sqrt(head_dim) if scale is None else scale, 1.0 if softcap is None else softcap, split_keys,
+        GROUP=group, ROWS=shape.rows, KEYS=shape.keys, DIM=dim, PAGE=page_size, BLOCK=mask.block_length,
+        WINDOW=mask.window, SOFTCAP=softcap is not None, SPLIT=splits > 1, LSE=lse is not None,
         UPCAST=IS_INTERPRETED and q.dtype == torch.bfloat16, num_warps=shape.num_warps, num_stages=shape.num_stages,
     )  # fmt: skip
     if splits > 1:
         merge_kernel[(num_tiles, num_kv_heads, plan.block_q * group)](
-            partial, lse, out, plan.tiles, num_heads, head_dim, splits, GROUP=group, ROWS=shape.rows, DIM=dim,
-            num_warps=1,
+            partial, partial_lse, out, out_lse, plan.tiles, num_heads, head_dim, splits, GROUP=group, ROWS=shape.rows,
+            DIM=dim, LSE=lse is not None, num_warps=1,
         )  # fmt: skip
     return out
 

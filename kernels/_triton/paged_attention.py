@@ -1,4 +1,4 @@
-"""Causal attention of windows over a paged cache, through the tiled kernel. See kernels.paged_attention."""
+"""Attention of windows over a paged cache, through the tiled kernel. See kernels.paged_attention."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from kernels._triton.attention import Shape, Tiles, attend, shape_for
+from kernels.attention_mask import CAUSAL, AttentionMask
 
 
 def plan(
@@ -30,14 +31,27 @@ def plan(
 
 def paged_attention(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tiles: Tiles, shape: Shape, scale: float | None,
+    *, mask: AttentionMask = CAUSAL, softcap: float | None = None, lse: torch.Tensor | None = None,
     num_splits: int | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """q: [T, H, D]; k_cache, v_cache: [num_pages, page_size, Hk, D] contiguous. Returns [T, H, D]."""
+    """q: [T, H, D]; caches: [num_pages, page_size, Hk, D] contiguous; lse: [T, H] to fill. Returns [T, H, D]."""
     num_pages, page_size, num_kv_heads, head_dim = k_cache.shape
     if q.stride(-1) != 1:
         q = q.contiguous()
     k, v = (cache.view(num_pages * page_size, num_kv_heads, head_dim) for cache in (k_cache, v_cache))
-    return attend(q, k, v, tiles, shape, page_size=page_size, causal=True, scale=scale, num_splits=num_splits)
+    return attend(
+        q,
+        k,
+        v,
+        tiles,
+        shape,
+        page_size=page_size,
+        mask=mask,
+        scale=scale,
+        softcap=softcap,
+        lse=lse,
+        num_splits=num_splits,
+    )
 
 
 __all__ = ["Shape", "Tiles", "paged_attention", "plan", "shape_for"]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from kernels._triton.attention import Tiles, attend, shape_for
+from kernels.attention_mask import BIDIRECTIONAL
 
 MOST_ROWS = 64  # wider tiles spill on sm_80, since every query sees every key and nothing is masked away
 
@@ -26,4 +27,4 @@ def varlen_attention(
     ]
     table = torch.tensor(tiles, dtype=torch.int32).view(-1, 5).to(q.device, non_blocking=True)
     plan = Tiles(tiles=table, table=None, block_q=shape.rows, longest=longest)
-    return attend(q, k, v, plan, shape, page_size=0, causal=False, scale=scale, num_splits=1)
+    return attend(q, k, v, plan, shape, page_size=0, mask=BIDIRECTIONAL, scale=scale, num_splits=1)

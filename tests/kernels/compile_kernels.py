@@ -80,8 +80,9 @@ def _attention(
     strides = ("q_row", "q_head", "k_row", "k_head", "v_row", "v_head")
     numbers = {f"{name}_stride": "i32" for name in (*strides, "table")}
     types = {
-        **pointers, "partial_ptr": "*fp32", "lse_ptr": "*fp32", "tiles_ptr": "*i32", "table_ptr": "*i32", **numbers,
-        "num_heads": "i32", "head_dim": "i32", "scale_log2": "fp32", "split_keys": "i32",
+        **pointers, **dict.fromkeys(("out_lse_ptr", "partial_ptr", "lse_ptr"), "*fp32"), "tiles_ptr": "*i32",
+        "table_ptr": "*i32", **numbers,
+        "num_heads": "i32", "head_dim": "i32", "scale": "fp32", "softcap": "fp32", "split_keys": "i32",
     }  # fmt: skip
     cases = [
         (f"window {window}, head {dim}", group, dim, window, 16, True)
@@ -94,16 +95,17 @@ def _attention(
         for split in (False, True) if causal and window < 16 else (False,):
             constants = {
                 "GROUP": group, "ROWS": shape.rows, "KEYS": shape.keys, "DIM": max(16, triton.next_power_of_2(dim)),
-                "PAGE": page, "CAUSAL": causal, "SPLIT": split, "UPCAST": False,
+                "PAGE": page, "BLOCK": int(causal), "WINDOW": 0, "SOFTCAP": False, "SPLIT": split, "LSE": False,
+                "UPCAST": False,
             }  # fmt: skip
             options = {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
             label = f"attention {pointer[1:]} {name}{' split' if split else ''}"
             yield label, attention.attention_kernel, types, constants, options
     yield (
         f"merge {pointer[1:]}", attention.merge_kernel,
-        {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "out_ptr": pointer, "tiles_ptr": "*i32", "num_heads": "i32",
-         "head_dim": "i32", "num_splits": "i32"},
-        {"GROUP": 4, "ROWS": 16, "DIM": 128}, {"num_warps": 1},
+        {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "out_ptr": pointer, "out_lse_ptr": "*fp32", "tiles_ptr": "*i32",
+         "num_heads": "i32", "head_dim": "i32", "num_splits": "i32"},
+        {"GROUP": 4, "ROWS": 16, "DIM": 128, "LSE": True}, {"num_warps": 1},
     )  # fmt: skip
 
 
