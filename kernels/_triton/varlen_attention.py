@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
 
-from kernels._triton.attention import Tiles, attend, shape_for
+from kernels._triton.attention import Shape, Tiles, attend, shape_for
 from kernels.attention_mask import BIDIRECTIONAL
 
-MOST_ROWS = 64  # wider tiles spill on sm_80, since every query sees every key and nothing is masked away
+MOST_ROWS, MOST_KEYS = 64, 32  # larger tiles spill: query, key and value strides differ here, each needs registers
+
+
+def segment_shape(head_dim: int, longest: int, element_size: int) -> Shape:
+    """Tile shape for segments of at most `longest` tokens."""
+    shape = shape_for(1, head_dim, min(longest, MOST_ROWS), element_size)
+    return dataclasses.replace(shape, keys=min(shape.keys, MOST_KEYS))
 
 
 def varlen_attention(
@@ -18,7 +25,7 @@ def varlen_attention(
     """q, k, v: [N, H, D]; runs: (first token, number of segments, tokens per segment). Returns [N, H, D]."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     longest = max((length for _, _, length in runs), default=0)
-    shape = shape_for(1, q.shape[-1], min(longest, MOST_ROWS), q.element_size())
+    shape = segment_shape(q.shape[-1], longest, q.element_size())
     tiles = [
         (start + row, min(shape.rows, length - row), row, length, start)
         for first, count, length in runs

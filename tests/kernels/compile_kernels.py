@@ -91,7 +91,13 @@ def _attention(
     ]
     cases += [(f"segments, head {dim}", 1, dim, varlen_attention.MOST_ROWS, 0, False) for dim in (64, 80)]
     for name, group, dim, window, page, causal in cases:
-        shape = attention.shape_for(group, dim, window, torch.empty(0, dtype=dtype).element_size())
+        size = torch.empty(0, dtype=dtype).element_size()
+        is_packed = page == 0
+        shape = (
+            varlen_attention.segment_shape(dim, window, size)
+            if is_packed
+            else attention.shape_for(group, dim, window, size)
+        )
         for split in (False, True) if causal and window < 16 else (False,):
             constants = {
                 "GROUP": group, "ROWS": shape.rows, "KEYS": shape.keys, "DIM": max(16, triton.next_power_of_2(dim)),
