@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from kernels.dispatch import twin
+
 
 def write_pages(
     k_cache: torch.Tensor, v_cache: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor
@@ -16,6 +18,10 @@ def write_pages(
 
     Caches must be contiguous; slots must be distinct and on the cache's device.
     """
+    triton = twin("pages", k)
+    if triton is not None:
+        triton.write_pages(k_cache, v_cache, k, v, slots)
+        return
     num_slots = k_cache.shape[0] * k_cache.shape[1]
     k_cache.view(num_slots, -1).index_copy_(0, slots, k.reshape(k.shape[0], -1))
     v_cache.view(num_slots, -1).index_copy_(0, slots, v.reshape(v.shape[0], -1))

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
+from kernels.dispatch import twin
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RotaryTable:
@@ -78,6 +80,9 @@ def rotate(x: torch.Tensor, table: RotaryTable) -> torch.Tensor:
 
     Query and key heads that sit side by side in one tensor are rotated in one call.
     """
+    triton = twin("rotary", x)
+    if triton is not None:
+        return triton.rotate(x, table.cos, table.signed_sin)  # type: ignore[no-any-return]
     wide = x.to(torch.float32)
     turned = torch.addcmul(wide * table.cos, wide.roll(x.shape[-1] // 2, -1), table.signed_sin)
     return turned.to(x.dtype)

@@ -186,6 +186,24 @@ def test_the_bans_catch_what_they_name(source: str) -> None:
     )
 
 
+HAND_ROLLED = {"scaled_dot_product_attention", "softmax", "rms_norm", "layer_norm", "silu", "gelu", "rsqrt", "baddbmm"}
+
+
+def _hand_rolled(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Calls of torch that do what an op of `kernels` is for: attention, norms, activations."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in HAND_ROLLED:
+            yield node.lineno, ast.unparse(node.func)
+
+
+def test_models_use_the_ops_of_kernels_and_roll_none_by_hand() -> None:
+    models = [path for path in PACKAGE_FILES if "/models/" in _name(path)]
+    wrong = [f"{_name(path)}:{line} {what}" for path in models for line, what in _hand_rolled(_tree(path))]
+    assert not wrong, wrong
+    assert any(module.startswith("kernels.") for path in models for _, module in _imports(_tree(path)))
+    assert list(_hand_rolled(ast.parse("F.scaled_dot_product_attention(q, k, v); torch.rsqrt(x)")))
+
+
 def _functions(path: Path) -> Iterator[tuple[str, int]]:
     """(file:line name, number of lines) of each function."""
     for node in ast.walk(_tree(path)):

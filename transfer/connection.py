@@ -24,6 +24,10 @@ class Connection:
     key: bytes
     outgoing: bool
 
+    def __hash__(self) -> int:
+        """Of the key alone, which is different for every peer: connections are looked up for every message."""
+        return hash(self.key)
+
 
 Handler: TypeAlias = Callable[[Connection, Message, Sequence[memoryview]], None]
 Tick: TypeAlias = Callable[[float], None]

@@ -100,7 +100,7 @@ class EndpointBase(ABC):
                 self._guard(self._on_restart)
 
     def _on_thread(self) -> bool:
-        return threading.current_thread() is self._thread
+        return self._thread is not None and threading.get_ident() == self._thread.ident
 
     def _run_posted(self) -> None:
         for _ in range(len(self._posted)):

@@ -44,6 +44,9 @@ class Plan(NamedTuple):
     revocations: dict[str, int]
 
 
+_NOTHING = Plan({}, {})
+
+
 class GrantPlanner:
     """Demands by stream id, and the plan for a number of free blocks. O(log streams) for each stream served."""
 
@@ -74,6 +77,8 @@ class GrantPlanner:
 
     def plan(self, num_free: int) -> Plan:
         """What to grant and to withdraw; the demands are updated as if that were done."""
+        if not self._first and not self._more and self._num_waiting + self._urgent <= self._returning:
+            return _NOTHING
         grants: dict[str, int] = {}
         while num_free and (key := self._pop(self._first, want_empty=True)) is not None:
             grants[key] = 1

@@ -65,6 +65,25 @@ class StreamListener(Protocol):
         """The stream is over without all its rows."""
 
 
+class NobodyListens:
+    """In the place of a listener that gave its stream up: it hears nothing more, whatever still happens."""
+
+    def on_announce(self, total_rows: int, items: Sequence[Body]) -> None:
+        """See StreamListener."""
+
+    def on_rows(self, first_row: int, planes: Mapping[str, Tensor]) -> None:
+        """See StreamListener."""
+
+    def on_restart(self) -> None:
+        """See StreamListener."""
+
+    def on_complete(self, stats: StreamStats) -> None:
+        """See StreamListener."""
+
+    def on_failed(self, error: TransferError) -> None:
+        """See StreamListener."""
+
+
 @dataclass(slots=True)
 class IncomingStream:
     """One open stream. `record` and `delivered` are what a restart of the loop goes on from."""
@@ -76,6 +95,7 @@ class IncomingStream:
     record: StreamRecord
     connection: Connection | None = None
     delivered: int = 0  # blocks handed to the listener
+    wants_nothing: bool = False  # and its area knows: admitted, and all it needs was granted
 
 
 class IncomingStreams:
@@ -118,6 +138,7 @@ class IncomingStreams:
             stream.connection = None
         if not actions or not isinstance(actions[0], Place):
             stream.record = session.record()
+            stream.wants_nothing = False
         self._settle(stream)
 
     def tick(self, now: float) -> None:
@@ -171,7 +192,9 @@ class IncomingStreams:
 
     def _settle(self, stream: IncomingStream) -> None:
         session = stream.session
-        stream.area.update(session, stream.age)
+        if not stream.wants_nothing:
+            stream.area.update(session, stream.age)
+            stream.wants_nothing = session.wants_nothing
         self._schedule.at(session.facts.ticket.stream_id, session.due())
 
     def _execute(self, stream: IncomingStream, action: ReceiverAction) -> None:

@@ -76,7 +76,7 @@ def demand_of(session: ReceiverSession, age: int) -> Demand:
         if ahead <= session.credit // 2:  # else it has enough to go on with: fewer and larger grants
             wanted = session.num_blocks - window.num_granted
             urgent = min(wanted, session.credit - ahead)
-    revocable = state in _NOT_ADMITTED and not admitted and pending is None
+    revocable = state in _NOT_ADMITTED and not admitted
     return Demand(
         rank=(not admitted, age),
         wanted=wanted,

@@ -99,6 +99,12 @@ class ReceiverLife:
         return self.facts.terms.credit if self.facts.terms is not None else self.offer.credit
 
     @property
+    def wants_nothing(self) -> bool:
+        """Whether every block it needs was granted, for good: its demand stays what it is while only blocks come."""
+        facts = self.facts
+        return facts.state is ReceiverState.ADMITTED and self.window.num_granted >= self.num_blocks
+
+    @property
     def needs_sender(self) -> bool:
         """Whether anything is still to come."""
         return self.facts.total_rows is None or self.window.next_index < self.num_blocks

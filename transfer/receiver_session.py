@@ -96,7 +96,7 @@ class ReceiverSession(ReceiverLife):
     def revoke(self, count: int, now: float) -> list[ReceiverAction]:
         """Somebody else needs `count` blocks of this stream, which is not admitted; the last ones go."""
         window, state = self.window, self.state
-        if self.facts.is_admitted or window.pending is not None:
+        if self.facts.is_admitted:
             raise LocalProtocolError(f"stream {self.ticket.stream_id} cannot give blocks back now")
         self._apply(ReceiverEvent.REVOKE)
         first_index = max(0, window.num_granted - count)
@@ -180,11 +180,13 @@ class ReceiverSession(ReceiverLife):
         window = self.window
         actions: list[ReceiverAction] = [Place(message.block_id, frames)]
         window.store(message.index)
-        if window.next_index - self._acked >= max(1, self.credit // 4) or window.next_index >= window.num_granted:
+        waiting = window.next_index - self._acked
+        if window.next_index >= window.num_granted or 4 * waiting >= self.credit:
             actions.append(Send(self._ack()))
-        if self.state is ReceiverState.ADMITTED:
-            actions += self._deliver()
-        return actions + self._maybe_finish(now)
+        if self.facts.state is not ReceiverState.ADMITTED:
+            return actions + self._maybe_finish(now)
+        actions += self._deliver()
+        return actions if window.next_index < window.num_granted else actions + self._maybe_finish(now)
 
     def admit(self, now: float) -> list[ReceiverAction]:
         """The consumer has room for every row. LocalProtocolError before the announcement or when repeated."""
@@ -235,18 +237,20 @@ class ReceiverSession(ReceiverLife):
         num_rows = min(self.block_size, (facts.total_rows or 0) - first_row)
         if message.first_row != first_row or message.num_rows != num_rows:
             return "misaligned"
-        if [len(frame) for frame in frames] != [size * num_rows for size in self._row_bytes]:
+        if len(frames) != len(self._row_bytes):
             return "wrong_size"
+        for frame, row_bytes in zip(frames, self._row_bytes, strict=True):
+            if len(frame) != row_bytes * num_rows:
+                return "wrong_size"
         assert self._verify is not None
         return None if self._verify(message, frames) else "bad_tag"
 
     def _deliver(self) -> list[ReceiverAction]:
-        actions: list[ReceiverAction] = []
-        for index, block_id in self.window.hand_on():
-            first_row = index * self.block_size
-            num_rows = min(self.block_size, (self.facts.total_rows or 0) - first_row)
-            actions.append(Deliver(index, block_id, first_row, num_rows))
-        return actions
+        size, total = self.block_size, self.facts.total_rows or 0
+        return [
+            Deliver(index, block_id, index * size, min(size, total - index * size))
+            for index, block_id in self.window.hand_on()
+        ]
 
     def _maybe_finish(self, now: float) -> list[ReceiverAction]:
         if self.window.delivered < self.num_blocks:

@@ -87,10 +87,13 @@ class ReceiverWindow:
     def store(self, index: int) -> None:
         """Block `index` is verified and stored."""
         stored = self.stored
-        stored.add(index)
-        while self.next_index in stored:
-            stored.remove(self.next_index)
+        if index == self.next_index and not stored:
             self.next_index += 1
+        else:
+            stored.add(index)
+            while self.next_index in stored:
+                stored.remove(self.next_index)
+                self.next_index += 1
         grants = self.open_grants
         while grants and grants[0].first_index + len(grants[0].block_ids) <= self.next_index:
             grants.popleft()
@@ -133,7 +136,8 @@ class ReceiverWindow:
         """Withdraw blocks; the ids that may be used again now (all, or with `withhold` none before `revoked`)."""
         taken = self.cut(revoke.first_index)
         self.serial = revoke.serial
-        self.pending = Pending(revoke, taken if withhold else ())
+        before = () if self.pending is None else self.pending.withheld
+        self.pending = Pending(revoke, before + taken if withhold else before)
         return () if withhold else taken
 
     def revoked(self, serial: int) -> tuple[int, ...] | None:

@@ -199,8 +199,9 @@ class SenderSession(SenderLife):
             actions.append(Send(self._announcement()))
         if self.state is not SenderState.SENDING or (self._waits_for_ack and not self._is_heard):
             return actions
-        limit = min(self._grants.end, self._num_blocks(), self.num_acked + self._credit)
-        while self.num_sent < limit and self._row_after(self.num_sent + 1) <= self._rows_ready:
+        whole = self._num_blocks() if self._rows_ready == self.total_rows else self._rows_ready // self.block_size
+        limit = min(self._grants.end, whole, self.num_acked + self._credit)
+        while self.num_sent < limit:
             self._apply(SenderEvent.SEND)
             if self.num_sent == self.num_acked:
                 self._acked_at = now

@@ -159,8 +159,10 @@ class Service:
         self._liveness.heard(connection, self.now())
         sides = self._routes.get(type(message))
         if sides is not None:
-            if not any(side.on_message(connection, message, frames) for side in sides):
-                self._counts["dropped_stray"] += 1
+            for side in sides:
+                if side.on_message(connection, message, frames):
+                    return
+            self._counts["dropped_stray"] += 1
         elif isinstance(message, Call):
             self._on_call(connection, message, list(frames))
         elif isinstance(message, (Parts, End, Fail)):

@@ -53,7 +53,13 @@ from typing import TypeVar
 from transfer.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
 
 
-class SenderState(Enum):
+class _Fast(Enum):
+    """Members are looked up by identity: Enum's own hash is a Python function, and every block asks for some."""
+
+    __hash__ = object.__hash__
+
+
+class SenderState(_Fast):
     """Where a sender is."""
 
     IDLE = "idle"
@@ -66,7 +72,7 @@ class SenderState(Enum):
     FAILED = "failed"
 
 
-class SenderEvent(Enum):
+class SenderEvent(_Fast):
     """What can happen to a sender."""
 
     OPEN = "open"
@@ -81,7 +87,7 @@ class SenderEvent(Enum):
     FAIL = "fail"
 
 
-class ReceiverState(Enum):
+class ReceiverState(_Fast):
     """Where a receiver is."""
 
     REGISTERED = "registered"
@@ -94,7 +100,7 @@ class ReceiverState(Enum):
     FAILED = "failed"
 
 
-class ReceiverEvent(Enum):
+class ReceiverEvent(_Fast):
     """What can happen to a receiver."""
 
     OPEN = "open"

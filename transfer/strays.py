@@ -71,7 +71,7 @@ class Strays:
             parked.abort = message
         elif not isinstance(message, Open):
             self._dropped["unknown_stream"] += 1
-        elif parked is None:
+        elif parked is None or parked.open.epoch < message.epoch:
             if len(self._parked) >= MAX_PARKED_OPENS:
                 self._parked.popitem(last=False)
                 self._dropped["unknown_stream"] += 1

@@ -15,7 +15,7 @@ from transfer.actions import Failed, Timers
 from transfer.config import TransferConfig
 from transfer.connection import Connection
 from transfer.errors import EndpointClosed, LocalProtocolError, Overloaded, PeerLost, StreamAborted, TransferError
-from transfer.incoming_streams import IncomingStream, IncomingStreams, StreamListener
+from transfer.incoming_streams import IncomingStream, IncomingStreams, NobodyListens, StreamListener
 from transfer.messages import Abort, Announce, Block, Open, Probe, Revoked, StreamMessage
 from transfer.negotiate import Offer
 from transfer.receive_area import ReceiveArea
@@ -98,6 +98,9 @@ class StreamReceiver:
 
     def abort(self, stream_id: str, code: str, message: str) -> None:
         """End a stream; the sender gets the error, the listener is not called again. Unknown streams are ignored."""
+        stream = self._streams.by_id.get(stream_id)
+        if stream is not None:
+            stream.listener = NobodyListens()  # now, not when the callback runs
         self._service.post(lambda: self._end_quietly(stream_id, StreamAborted(code, message)))
 
     def close(self, stream_id: str) -> None:

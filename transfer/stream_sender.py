@@ -229,18 +229,9 @@ class StreamSender:
         index, block_id, first_row, num_rows = block.index, block.block_id, block.first_row, block.num_rows
         tag, terms = NO_TAG, stream.session.terms
         if terms is not None and terms.integrity == "xxh3-64":
+            seed, serial = stream.seed, block.serial
             tag = block_tag(
-                *(
-                    stream.seed,
-                    ticket.stream_id,
-                    ticket.epoch,
-                    index,
-                    block_id,
-                    first_row,
-                    num_rows,
-                    block.serial,
-                    frames,
-                )
+                seed, ticket.stream_id, ticket.epoch, index, block_id, first_row, num_rows, serial, frames
             )
         message = Block(
             stream_id=ticket.stream_id,

@@ -6,9 +6,12 @@ type or a nesting too deep is a MalformedMessage. Nothing is ever unpickled. Thi
 
 from __future__ import annotations
 
+import functools
+import operator
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import msgpack  # type: ignore[import-untyped]
 
@@ -36,7 +39,7 @@ from transfer.messages import (
 )
 from transfer.negotiate import Offer
 from transfer.tensors import PlaneSpec
-from transfer.ticket import is_stream_id
+from transfer.ticket import STREAM_ID_CHARS, is_stream_id
 
 WIRE_VERSION = 2
 MAX_FRAMES = 4096
@@ -52,13 +55,20 @@ Check: TypeAlias = Callable[[Any], Any]
 _PREFIX = bytes([WIRE_VERSION])
 
 
-def _int(low: int, high: int) -> Check:
-    def check(value: Any) -> int:
-        if type(value) is not int or not low <= value <= high:
-            raise MalformedMessage(f"expected an int from {low} to {high}")
+class _Int(NamedTuple):
+    """An int from `low` to `high`. Most fields are one, so that `decode_header` looks at them without a call."""
+
+    low: int
+    high: int
+
+    def __call__(self, value: Any) -> int:
+        if type(value) is not int or not self.low <= value <= self.high:
+            raise MalformedMessage(f"expected an int from {self.low} to {self.high}")
         return value
 
-    return check
+
+def _int(low: int, high: int) -> Check:
+    return _Int(low, high)
 
 
 def _text(limit: int) -> Check:
@@ -99,9 +109,12 @@ def _offer(value: Any) -> Offer:
 
 
 def _stream_id(value: Any) -> str:
-    if not is_stream_id(value):
+    if type(value) is not str or len(value) != STREAM_ID_CHARS or not _is_known_stream_id(value):
         raise MalformedMessage("a stream_id is 32 lower-case hexadecimal digits")
-    return str(value)
+    return value
+
+
+_is_known_stream_id = functools.lru_cache(maxsize=1024)(is_stream_id)  # the same few come with every block
 
 
 def _list(limit: int, element: Check) -> Check:
@@ -248,7 +261,11 @@ SCHEMAS: Mapping[str, _Schema] = {
     "fail": _Schema(kind=Fail, fields={**_CALL, "code": _code, "message": _message}),
     "cancel": _Schema(kind=Cancel, fields=_CALL),
 }
+_CHECKS: Mapping[str, tuple[tuple[str, Check], ...]] = {n: tuple(s.fields.items()) for n, s in SCHEMAS.items()}
 _NAMES: Mapping[Any, tuple[str, tuple[str, ...]]] = {s.kind: (n, tuple(s.fields)) for n, s in SCHEMAS.items()}
+_GETTERS: Mapping[Any, Callable[[Any], tuple[Any, ...]]] = {
+    kind: operator.attrgetter(*fields) for kind, (_, fields) in _NAMES.items() if len(fields) > 1
+}
 
 
 def encode_header(message: Message) -> bytes:
@@ -257,9 +274,9 @@ def encode_header(message: Message) -> bytes:
     Raises LocalProtocolError for a body of other than plain values, MessageTooLarge beyond MAX_HEADER_BYTES.
     """
     name, fields = _NAMES[type(message)]
-    record: dict[str, Any] = {"type": name}
-    for field in fields:
-        record[field] = getattr(message, field)
+    getter = _GETTERS.get(type(message))
+    values = (getattr(message, fields[0]),) if getter is None else getter(message)
+    record: dict[str, Any] = {"type": name, **dict(zip(fields, values, strict=True))}
     if isinstance(message, (Open, Accept)):
         offer = record["offer"] = {field: getattr(message.offer, field) for field in _OFFER}
         offer["planes"] = [plane.to_body() for plane in message.offer.planes]
@@ -268,9 +285,10 @@ def encode_header(message: Message) -> bytes:
     elif isinstance(message, (Abort, Fail)):
         record["code"], record["message"] = message.code[:128], message.message[:16384]
     try:
-        header: bytes = _PREFIX + msgpack.packb(record, use_bin_type=True)
+        body: bytes = msgpack.packb(record, use_bin_type=True)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise LocalProtocolError(f"a {name!r} message holds something that cannot travel: {error}") from error
+    header = _PREFIX + zlib.crc32(body).to_bytes(4, "big") + body
     if len(header) > MAX_HEADER_BYTES:
         raise MessageTooLarge(f"a {name!r} header of {len(header)} bytes is beyond {MAX_HEADER_BYTES}")
     return header
@@ -278,12 +296,15 @@ def encode_header(message: Message) -> bytes:
 
 def decode_header(header: bytes | memoryview, num_frames: int) -> Message:
     """The message of a header frame that came with `num_frames` raw frames. MalformedMessage for anything else."""
-    if not 2 <= len(header) <= MAX_HEADER_BYTES:
-        raise MalformedMessage(f"a header of {len(header)} bytes; 2 to {MAX_HEADER_BYTES} are allowed")
+    if not 6 <= len(header) <= MAX_HEADER_BYTES:
+        raise MalformedMessage(f"a header of {len(header)} bytes; 6 to {MAX_HEADER_BYTES} are allowed")
     if header[0] != WIRE_VERSION:
         raise MalformedMessage(f"wire version {header[0]}; this side speaks {WIRE_VERSION}: run equal versions")
+    body = memoryview(header)[5:]
+    if zlib.crc32(body) != int.from_bytes(header[1:5], "big"):
+        raise MalformedMessage("a header does not match its checksum: it was damaged on its way")
     try:
-        record = msgpack.unpackb(memoryview(header)[1:], raw=False, use_list=True, strict_map_key=True, max_ext_len=0)
+        record = msgpack.unpackb(body, raw=False, use_list=True, strict_map_key=True, max_ext_len=0)
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
         raise MalformedMessage(f"a header is no msgpack: {type(error).__name__}") from error
     if type(record) is not dict or not isinstance(record.get("type"), str) or record["type"] not in SCHEMAS:
@@ -295,7 +316,13 @@ def decode_header(header: bytes | memoryview, num_frames: int) -> Message:
     if not schema.min_frames <= num_frames <= schema.max_frames:
         raise MalformedMessage(f"a {name!r} message came with {num_frames} frames")
     try:
-        message: Message = schema.kind(**{field: check(record[field]) for field, check in schema.fields.items()})
+        for field, check in _CHECKS[name]:
+            value = record[field]
+            if type(check) is not _Int:
+                record[field] = check(value)
+            elif type(value) is not int or not check.low <= value <= check.high:
+                check(value)
+        message: Message = schema.kind(**record)
     except TransferError as error:
         raise MalformedMessage(f"a {name!r} message is not valid: {error}") from error
     if isinstance(message, Parts) and sum(part.num_frames for part in message.parts) != num_frames:

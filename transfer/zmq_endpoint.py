@@ -126,7 +126,8 @@ class ZmqEndpoint(EndpointBase):
 
     def send(self, connection: Connection, message: Message, frames: Sequence[Frame] = ()) -> None:
         """Queue for the I/O thread; at once when called on it and nothing waits."""
-        check_frames(connection.peer, frames, self._config)
+        if frames:
+            check_frames(connection.peer, frames, self._config)
         header = encode_header(message)
         parts = (header, *frames) if connection.outgoing else (connection.key, header, *frames)
         if self._closed:
