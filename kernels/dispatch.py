@@ -59,6 +59,12 @@ def twin(module: str, tensor: torch.Tensor) -> ModuleType | None:
     return loaded
 
 
+def attention_twin(module: str, q: torch.Tensor) -> ModuleType | None:
+    """`twin` for queries [..., D] whose head fits the registers of a tile; wider heads take the torch path."""
+    widest = 128 if q.dtype == torch.float32 else 256
+    return twin(module, q) if q.shape[-1] <= widest else None
+
+
 @functools.cache
 def has_triton() -> bool:
     """Whether Triton is installed (not whether a driver is there)."""

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.attention_mask import CAUSAL, AttentionMask
-from kernels.dispatch import twin
+from kernels.dispatch import attention_twin
 from kernels.pages import kv_slots
 
 SHORT_WINDOW = 16  # longest window that is answered in a padded group
@@ -145,7 +145,7 @@ def paged_attention(
     """
     num_pages, page_size, num_kv_heads, head_dim = k_cache.shape
     heads_per_key = q.shape[1] // num_kv_heads
-    triton = twin("paged_attention", q)
+    triton = attention_twin("paged_attention", q)
     if triton is not None:
         tiles, shape = batch.tiles(triton, q, page_size, heads_per_key)
         out: torch.Tensor = triton.paged_attention(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from kernels.dispatch import twin
+from kernels.dispatch import attention_twin
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +59,7 @@ def varlen_attention(
     segments = cu_seqlens if isinstance(cu_seqlens, Segments) else Segments.from_cu_seqlens(cu_seqlens)
     if segments.num_tokens != q.shape[0]:
         raise ValueError(f"segments cover {segments.num_tokens} tokens, the queries are {q.shape[0]}")
-    triton = twin("varlen_attention", q)
+    triton = attention_twin("varlen_attention", q)
     if triton is not None:
         return triton.varlen_attention(q, k, v, segments.runs, scale)  # type: ignore[no-any-return]
     parts = [_run_attention(q, k, v, run, scale) for run in segments.runs]

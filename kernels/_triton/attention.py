@@ -24,7 +24,6 @@ TILE_COLUMNS = 5
 MIN_ROWS = 16  # of a tensor-core product
 MIN_SPLIT_KEYS = 256  # a shorter split costs more in merging than it gains in parallelism
 MAX_SPLITS = 64
-MAX_HEAD_DIM = 256
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -183,16 +182,13 @@ _SHAPES: dict[tuple[int, int], dict[int, tuple[int, int]]] = {
     (2, 64): {16: (64, 4), 32: (64, 8), 64: (64, 8), 128: (64, 8)},
     (2, 128): {16: (32, 4), 32: (64, 8), 64: (64, 8), 128: (64, 8)},
     (2, 256): {16: (32, 8), 32: (32, 8), 64: (16, 8)},
-    (4, 64): {16: (32, 4)},
+    (4, 64): {16: (16, 8)},
     (4, 128): {16: (16, 4)},
-    (4, 256): {16: (16, 8)},
 }
 
 
 def shape_for(heads_per_key: int, head_dim: int, longest_window: int, element_size: int) -> Shape:
-    """Tile shape for windows of at most `longest_window` queries. ValueError for heads wider than 256."""
-    if head_dim > MAX_HEAD_DIM:
-        raise ValueError(f"attention on the Triton path takes heads of at most {MAX_HEAD_DIM} elements, not {head_dim}")
+    """Tile shape for windows of at most `longest_window` queries; heads as `dispatch.attention_twin` lets through."""
     shapes = _SHAPES[element_size, max(64, next_power_of_2(head_dim))]
     wanted = next_power_of_2(max(MIN_ROWS, heads_per_key * min(longest_window, 128)))
     rows = min(wanted, max(shapes))
