@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_transfer [--rounds N] [--paths tcp,streams-tcp,...] [--json FILE]
 
-Every round sends 536 MB over each path and then some requests of 1024 tokens, in blocks of 917,504 bytes from and to
+Every round sends 543 MB over each path and then some requests of 1024 tokens, in blocks of 917,504 bytes from and to
 cold memory in shuffled order; the first round is thrown away, and checks every byte instead. Ratios are taken within
 a round; medians are reported, with processor seconds of both processes.
 """
@@ -24,14 +24,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.report import machine, versions, write_json
-from benchmarks.transfer_memory import Shape
+from benchmarks.transfer_memory import ITEM_BLOCKS, Shape
 from benchmarks.transfer_paths import PATHS, new_ticket
 from benchmarks.transfer_tables import markdown, summarise, tables
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "numpy", "pyzmq", "msgpack", "xxhash")
 CONGESTION = "reno"  # loopback has no losses: what matters is that nothing is paced
-REQUEST_ROWS = 1024
 ANSWER_S = 120
 
 Body = dict[str, Any]
@@ -41,7 +40,7 @@ class Peer:
     """A child process that obeys `transfer_peer`'s commands."""
 
     def __init__(self, role: str, shape: Shape, folder: str, extra: Sequence[str]) -> None:
-        sizes = ["--blocks", str(shape.num_blocks), "--block-rows", str(shape.block_rows), "--folder", folder]
+        sizes = ["--items", str(shape.num_items), "--block-rows", str(shape.block_rows), "--folder", folder]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.transfer_peer", role, *sizes, *extra],
             stdin=subprocess.PIPE,
@@ -99,12 +98,20 @@ class Pair:
             self.receiver.close()
             raise
         self._block_bytes = shape.block_bytes
-        for path in paths:
-            if path != "memcpy":
-                address = self.receiver.ask(do="open", path=path)["address"]
-                key = self.sender.ask(do="open", path=path, address=address)["key"]
-                if key is not None:
-                    self.receiver.ask(do="allow", path=path, key=key)
+        try:
+            for path in paths:
+                self._open(path)
+        except RuntimeError:
+            self.close()
+            raise
+
+    def _open(self, path: str) -> None:
+        if path == "memcpy":
+            return
+        address = self.receiver.ask(do="open", path=path)["address"]
+        key = self.sender.ask(do="open", path=path, address=address)["key"]
+        if key is not None:
+            self.receiver.ask(do="allow", path=path, key=key)
 
     def run(self, path: str, count: int, requests: int = 1, *, check: bool = False, is_open: bool = False) -> Body:
         """`requests` requests of `count` blocks: seconds of each, GB/s and processor seconds per GB."""
@@ -139,12 +146,12 @@ class Pair:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print a table, write JSON."""
     options = _options(arguments)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     paths = options.paths.split(",") if options.paths else ["memcpy", *PATHS]
     unknown = sorted(set(paths) - {"memcpy", *PATHS})
     if unknown:
         raise SystemExit(f"there is no path {unknown[0]!r}; choose from memcpy, {', '.join(PATHS)}")
-    shape = Shape(num_blocks=options.blocks) if options.blocks else Shape()
+    shape = Shape(num_items=options.items or Shape().num_items, block_rows=options.block_rows)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="tandem-bench-") as folder:
         pair = Pair(shape, folder, paths, not options.no_namespace)
@@ -177,14 +184,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=15, help="rounds that count (default 15)")
     parser.add_argument("--requests", type=int, default=10, help="1024-token requests per path and round (default 10)")
     parser.add_argument("--paths", default="", help=f"comma-separated, of memcpy, {', '.join(PATHS)} (default: all)")
-    parser.add_argument("--blocks", type=int, default=0, help="blocks of a pool (default: 256 MiB)")
+    parser.add_argument("--items", type=int, default=0, help="items of 8 blocks in a pool (default: 256 MiB)")
+    parser.add_argument("--block-rows", type=int, default=128, help="rows of 7168 bytes in a block (default 128)")
     parser.add_argument("--no-namespace", action="store_true", help="measure on the machine's own loopback")
 
 
 def _measure(pair: Pair, shape: Shape, paths: list[str], options: argparse.Namespace, console: Console) -> list[Body]:
     """One body per round, path -> figures; who goes first changes from round to round."""
     rounds: list[Body] = []
-    per_request = max(1, REQUEST_ROWS // shape.block_rows)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("measuring", total=options.rounds + 1)
         for i in range(options.rounds + 1):
@@ -195,8 +202,8 @@ def _measure(pair: Pair, shape: Shape, paths: list[str], options: argparse.Names
                     continue
                 figures[path] = pair.run(path, 2 * shape.num_blocks)
                 if path != "memcpy":
-                    figures[path]["latency"] = pair.run(path, per_request, options.requests, is_open=True)["seconds"]
-                    figures[path]["cold"] = pair.run(path, per_request, options.requests)["seconds"]
+                    figures[path]["latency"] = pair.run(path, ITEM_BLOCKS, options.requests, is_open=True)["seconds"]
+                    figures[path]["cold"] = pair.run(path, ITEM_BLOCKS, options.requests)["seconds"]
             progress.advance(task)
             if i:
                 rounds.append(figures)

@@ -170,7 +170,8 @@ PATHS: dict[str, Path] = {
     "push-tcp": _bare("bare ZeroMQ PUSH/PULL, tcp", "push", "tcp"),
     "router-tcp": _bare("bare ZeroMQ DEALER/ROUTER, tcp", "router", "tcp"),
     "push-ipc": _bare("bare ZeroMQ PUSH/PULL, ipc", "push", "ipc"),
+    "push-curve": _bare("bare ZeroMQ PUSH/PULL, tcp, CURVE", "curve", "tcp"),
     "streams-tcp": _streams("Tandem streams, tcp", "tcp"),
     "streams-ipc": _streams("Tandem streams, ipc", "ipc"),
-    "streams-curve": _streams("Tandem streams, tcp, CURVE", "tcp", curve=True),
+    "streams-encrypted": _streams("Tandem streams, tcp, encrypted", "tcp", curve=True),
 }

@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Set the process up, then obey until stdin ends."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.transfer_peer")
     parser.add_argument("role", choices=("receiver", "sender"))
-    parser.add_argument("--blocks", type=int, required=True)
+    parser.add_argument("--items", type=int, required=True)
     parser.add_argument("--block-rows", type=int, required=True)
     parser.add_argument("--folder", required=True, help="private folder for ipc sockets")
     parser.add_argument("--isolate", metavar="CONGESTION", help="own network namespace with this congestion control")
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.join:
         network_namespace.join(options.join)
     tuned = tune_allocator()
-    shape = Shape(num_blocks=options.blocks, block_rows=options.block_rows)
+    shape = Shape(num_items=options.items, block_rows=options.block_rows)
     process = (ReceiverProcess if options.role == "receiver" else SenderProcess)(shape, options.folder)
     congestion = network_namespace.congestion_control()
     _answer({"pid": os.getpid(), "isolated": isolated, "congestion": congestion, "allocator_tuned": tuned})

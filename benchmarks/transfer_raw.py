@@ -86,10 +86,15 @@ class BareZmqReceiver:
         self._pool = pool
         self._context = zmq.Context()
         self._socket = _socket(self._context, zmq.ROUTER if kind == "router" else zmq.PULL)
+        public, secret = zmq.curve_keypair()
+        if kind == "curve":
+            self._socket.setsockopt(zmq.CURVE_SERVER, 1)
+            self._socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
         self._socket.bind(address)
         self._done = _socket(self._context, zmq.PUSH)
         self._done.bind("tcp://127.0.0.1:*")
-        self.address = " ".join(sock.getsockopt_string(zmq.LAST_ENDPOINT) for sock in (self._socket, self._done))
+        addresses = [sock.getsockopt_string(zmq.LAST_ENDPOINT) for sock in (self._socket, self._done)]
+        self.address = " ".join([*addresses, public.decode("ascii")])
 
     def receive(self, first: int, count: int) -> None:
         for i in range(first, first + count):
@@ -112,8 +117,14 @@ class BareZmqSender:
         self._context = zmq.Context()
         self._socket = _socket(self._context, zmq.DEALER if kind == "router" else zmq.PUSH)
         self._done = _socket(self._context, zmq.PULL)
-        for sock, target in zip((self._socket, self._done), address.split(), strict=True):
-            sock.connect(target)
+        target, done_target, server_key = address.split()
+        if kind == "curve":
+            public, secret = zmq.curve_keypair()
+            self._socket.setsockopt(zmq.CURVE_SERVERKEY, server_key.encode("ascii"))
+            self._socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
+            self._socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
+        self._socket.connect(target)
+        self._done.connect(done_target)
 
     def send(self, first: int, count: int) -> float:
         """Seconds until the receiver has them all."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.transfer_memory import ROW_WIDTH, Content, Pool, Shape
+from benchmarks.transfer_memory import ITEM_BLOCKS, ROW_WIDTH, Content, Pool, Shape
 from transfer.config import TransferConfig
 from transfer.endpoint import open_endpoint
 from transfer.errors import TransferError
@@ -29,8 +29,9 @@ WAIT_S = 60.0
 
 
 def config_for(shape: Shape) -> TransferConfig:
-    """Every default but the pool's size."""
-    return TransferConfig(block_size=shape.block_rows, pool_tokens=shape.num_blocks * shape.block_rows)
+    """Every default but the pool's size; over the wire."""
+    pool_tokens = shape.num_blocks * shape.block_rows
+    return TransferConfig(block_size=shape.block_rows, pool_tokens=pool_tokens, shared_memory=False)
 
 
 class _Consumer:
@@ -133,8 +134,8 @@ class Sender:
             started = time.perf_counter()
         block_rows = self._pool.content.shape.block_rows
         stream.announce(count * block_rows)
-        for i in range(count):
-            stream.write(i * block_rows, {PLANE.name: self._pool.rows(first + i)})
+        for i in range(0, count, ITEM_BLOCKS):
+            stream.write(i * block_rows, {PLANE.name: self._pool.rows(first + i, min(ITEM_BLOCKS, count - i))})
         stream.result(WAIT_S)
         return time.perf_counter() - started
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from benchmarks.report import median
 
-HEADER = ("path", "GB/s", "x TCP", "x memcpy", "s/GB", "sent", "got", "1024 ms", "x TCP", "+open")
+HEADER = ("path", "GB/s", "x TCP", "x memcpy", "x plain", "CPU-s/GB", "send", "recv", "1024: ms", "x TCP", "+open")
 GOAL_HEADER = ("goal", "is to be", "is")
 
 Body = dict[str, Any]
@@ -47,6 +47,12 @@ GOALS = (
         at_least=False,
         limit=1.1,
         value=lambda paths: paths["streams-tcp"]["latency_x_tcp"],
+    ),
+    Goal(
+        text="encrypted, in the rate of plain",
+        at_least=True,
+        limit=0.8,
+        value=lambda paths: paths["streams-encrypted"]["x_plain"],
     ),
 )
 
@@ -108,6 +114,7 @@ def _rows(report: Body) -> list[list[str]]:
             _cell(figures, "gb_per_s"),
             _cell(figures, "x_tcp"),
             _cell(figures, "x_memcpy"),
+            _cell(figures, "x_plain") if path.startswith("streams") else "",
             _cell(figures, "cpu_s_per_gb", 3),
             _cell(figures, "sender_cpu_s_per_gb", 3),
             _cell(figures, "receiver_cpu_s_per_gb", 3),

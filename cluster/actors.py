@@ -27,6 +27,7 @@ from embedding_worker.worker import EmbeddingWorker
 from language_worker.config import EngineConfig
 from language_worker.errors import EngineError
 from language_worker.worker import LanguageWorker
+from transfer.allocator import tune_allocator
 from transfer.config import TransferConfig
 from transfer.connection import Endpoint
 from transfer.endpoint import open_endpoint
@@ -79,6 +80,7 @@ class WorkerActor:
         log_level: str,
     ) -> None:
         configure_logging(log_level)
+        tune_allocator()
         self._name = name
         self._kind: WorkerKind = "embedding" if isinstance(config, EmbedConfig) else "language"
         self._failure = ""

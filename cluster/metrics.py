@@ -100,7 +100,7 @@ class GatewayMetrics:
         """The page in Prometheus' text format; workers have `timeout_s` to answer."""
         stats: WorkerStats = {}
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(2 * timeout_s):  # one late worker takes all of its time, and is alone down then
                 stats = await worker_stats()
         except Exception:  # as in gather_stats: the page must come, and shows the workers as down
             stats = dict.fromkeys(self._known_workers)

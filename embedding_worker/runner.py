@@ -84,6 +84,15 @@ class VisionRunner:
         """Name of the embedding of these bytes under this model, dtype and device class."""
         return content_key(media, self.settings, self._model.fingerprint, f"{self.dtype_name}@{self.device.type}")
 
+    def stream_key(self, media_key: str) -> str:
+        """Name of all rows of a request whose media have this digest; "" for none. Equal names mean equal rows."""
+        return self.content_key(media_key.encode()) if media_key else ""
+
+    def warm_up(self) -> None:
+        """Encode the smallest image there is: the first pass of a thread or a device sets much up."""
+        side = self.settings.merge_size
+        self.encode([PreparedImage(patches=torch.zeros(side * side, self._model.patch_dim), grid=(1, side, side))])
+
     def encode(self, images: Sequence[PreparedImage]) -> list[torch.Tensor]:
         """Encode images in one pass. Returns per image [num_rows, embedding_dim], on the CPU, contiguous.
 

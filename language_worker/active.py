@@ -66,6 +66,8 @@ class ActiveRequest:
     collector: PromptCollector | None = None
     first_token_at: float | None = None
     num_generated: int = 0
+    num_restarts: int = 0  # of its media
+    is_counted: bool = False  # its prompt, in the totals
 
     @property
     def wants_prompt_logits(self) -> bool:
@@ -74,6 +76,13 @@ class ActiveRequest:
     @property
     def is_done(self) -> bool:
         return bool(self.samples) and all(sample.is_done for sample in self.samples)
+
+    def forget_media(self) -> None:
+        """Back to before the announcement; its sequences must have left the scheduler."""
+        self.items = self.media = self.collector = None
+        self.prompt = self.starts = self.media_positions = ()
+        self.samples = []
+        self.num_restarts += 1
 
     def take_prompt_logprobs(self, index: int) -> tuple[TokenLogprob | None, ...] | None:
         """The prompt's log-probabilities, once, for the first chunk of sample 0."""

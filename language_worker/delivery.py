@@ -49,7 +49,7 @@ class Delivery:
             elif isinstance(output, PromptLogits):
                 self._send_logits(output)
             elif isinstance(output, MediaAdmitted):
-                self._streams.admit(output.request_id)
+                self._streams.admit(output.request_id, output.num_restarts)
         if parts:
             self._service.reply_many(parts)
         for output in outputs:

@@ -77,6 +77,10 @@ class Engine:
         """The request's media are known: plain maps {"grid": [t, h, w], "rows": n} in prompt order."""
         self._post(lambda: self._roster.on_announce(request_id, total_rows, items))
 
+    def forget_media(self, request_id: str) -> None:
+        """The request's media come anew, from the announcement on: what was computed from the old ones is void."""
+        self._post(lambda: self._roster.on_media_restart(request_id))
+
     def cancel(self, request_id: str) -> None:
         """End a request; it comes out as RequestFailed(Cancelled) unless it is over already."""
         self.fail(request_id, Cancelled(f"request {request_id} was cancelled"))
@@ -169,6 +173,7 @@ class Engine:
             self._collect(part.window.seq.key, part.window.start, step.logits[part.first_row :][: part.length])
         chosen = {id(window): choice for window, choice in zip(step.sampling, choices, strict=True)}
         now = self._clock()
+        self._roster.counters["computed_tokens_total"] += sum(window.length for window in plan.windows)
         for window in plan.windows:
             choice = chosen.get(id(window))
             self.scheduler.commit(window, () if choice is None else (choice.token_id,))
@@ -206,5 +211,5 @@ class Engine:
             "kv_pages_referenced": pool.num_in_use,
             "kv_pages_cached": 0,
             "input_buffer_rows_reserved": roster.num_rows_reserved,
-            **{name: roster.counters[name] for name in (*names, "num_preemptions_total")},
+            **{name: roster.counters[name] for name in (*names, "num_preemptions_total", "computed_tokens_total")},
         }

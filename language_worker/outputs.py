@@ -17,10 +17,13 @@ from language_worker.sampler import token_logprob
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MediaAdmitted:
-    """The input buffer of the request's media is reserved: its rows may come."""
+    """The input buffer of the request's media is reserved: its rows may come. num_restarts: how often the media were
+    forgotten before.
+    """
 
     request_id: str
     num_rows: int
+    num_restarts: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

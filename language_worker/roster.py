@@ -162,6 +162,16 @@ class Roster:
         self._budget.request(active.order, total_rows)
         active.items = items
 
+    def on_media_restart(self, request_id: str) -> None:
+        """Its media come anew: the request is as it was before they were announced, and keeps its age."""
+        active = self._requests.get(request_id)
+        if active is None:
+            return
+        for item in active.samples:
+            self._scheduler.end(item.seq)
+        self._budget.release(active.order)
+        active.forget_media()
+
     def grant_media(self) -> None:
         """Reserve input buffers, oldest first, and queue the requests that got theirs."""
         for order in self._budget.grant():
@@ -172,7 +182,8 @@ class Roster:
         """The request's rows are reserved: allocate them (which may fail for want of memory) and queue the request."""
         rows = sum(item.rows for item in active.items or ())
         active.media = MediaRows(rows, self._spec.hidden_size, dtype=self._dtype, device=self._device)
-        self.outputs.append(MediaAdmitted(request_id=active.request.request_id, num_rows=rows))
+        request_id, num_restarts = active.request.request_id, active.num_restarts
+        self.outputs.append(MediaAdmitted(request_id=request_id, num_rows=rows, num_restarts=num_restarts))
         self._schedule(active)
 
     def _schedule(self, active: ActiveRequest) -> None:
@@ -189,7 +200,9 @@ class Roster:
             self._tokenizer, positions, max_model_len=self._limits.max_model_len, vocab_size=self._spec.vocab_size
         ):
             self._scheduler.add(seq)
-        self.counters["prompt_tokens_total"] += len(active.prompt)
+        if not active.is_counted:
+            self.counters["prompt_tokens_total"] += len(active.prompt)
+            active.is_counted = True
 
     def _guarded(self, active: ActiveRequest, action: Callable[[], None]) -> None:
         """Run `action`; a typed error ends the request, and so does any other, logged."""

@@ -38,7 +38,7 @@ THIRD_PARTIES: dict[str, tuple[str, ...]] = {
     "xxhash": ("cluster/handoff.py", "cluster/router.py", "transfer/integrity.py"),
     "msgpack": ("transfer/wire.py",),
     "cryptography": ("transfer/sealing.py",),
-    "zmq": ("transfer/zmq_endpoint.py", "transfer/zmq_sockets.py"),
+    "zmq": ("transfer/zmq_endpoint.py", "transfer/zmq_sealed.py", "transfer/zmq_sockets.py"),
     "safetensors": ("transfer/checkpoint.py",),
     "PIL": ("embedding_worker/preprocess.py",),
     "tokenizers": ("language_worker/tokenizer.py",),

@@ -64,6 +64,20 @@ class SendBlock:
 
 
 @dataclass(frozen=True, slots=True)
+class SendFilled:
+    """Write rows first_row ... into the peer's slots, one block each from `first_index` on, and say so.
+
+    Slots that hold their rows already (sent before, or computed in place) are not written again.
+    """
+
+    first_index: int
+    block_ids: tuple[int, ...]
+    first_row: int
+    num_rows: int
+    serial: int
+
+
+@dataclass(frozen=True, slots=True)
 class Accepted:
     """The receiver proved itself: what was agreed, and where the stream goes on."""
 
@@ -82,20 +96,31 @@ class ReleaseRows:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Copy verified frames (one per plane) into a granted block."""
+    """A verified block: copy its frames (one per plane) into the granted one; none where they are in place already."""
 
     block_id: int
     frames: Sequence[memoryview]
 
 
 @dataclass(frozen=True, slots=True)
+class Placed:
+    """The sender wrote this many verified blocks where they are."""
+
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
 class Deliver:
-    """Hand rows of block `index` to the consumer, and return the block to the pool."""
+    """Hand rows to the consumer, and return their blocks to the pool.
+
+    They are those of `num_blocks` blocks up to `index`, which lie side by side from `block_id` on.
+    """
 
     index: int
     block_id: int
     first_row: int
     num_rows: int
+    num_blocks: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,5 +165,7 @@ class Failed:
     error: TransferError
 
 
-SenderAction: TypeAlias = Send | SendBlock | Accepted | ReleaseRows | Dropped | Finished | Failed
-ReceiverAction: TypeAlias = Send | Place | Deliver | FreeBlocks | Announced | Restarted | Dropped | Finished | Failed
+SenderAction: TypeAlias = Send | SendBlock | SendFilled | Accepted | ReleaseRows | Dropped | Finished | Failed
+ReceiverAction: TypeAlias = (
+    Send | Place | Placed | Deliver | FreeBlocks | Announced | Restarted | Dropped | Finished | Failed
+)

@@ -7,7 +7,9 @@ file and `checkpoint` import torch; the others of this package use the `Tensor` 
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Mapping, Sequence
+from mmap import mmap
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 from transfer.errors import LocalProtocolError
 from transfer.tensors import PlaneSpec
 
-__all__ = ["PlaneBuffers", "RowQueue", "Tensor", "dtype_name", "plane_of", "tensor_bytes"]
+__all__ = ["PlaneBuffers", "RowQueue", "Tensor", "dtype_name", "is_same_memory", "plane_of", "tensor_bytes"]
 
 _DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64,
@@ -47,6 +49,11 @@ def tensor_bytes(rows: Tensor) -> memoryview:
     return rows.reshape(-1).view(torch.uint8).numpy().data
 
 
+def is_same_memory(rows: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same bytes in the same shape."""
+    return rows.data_ptr() == other.data_ptr() and rows.shape == other.shape and rows.dtype == other.dtype
+
+
 class PlaneBuffers:
     """Memory of the receive pool: per plane one tensor [num_blocks, block_size, *row_shape], in host memory.
 
@@ -55,12 +62,30 @@ class PlaneBuffers:
 
     def __init__(self, num_blocks: int, block_size: int, planes: Sequence[PlaneSpec], device: str = "cpu") -> None:
         pinned = device.startswith("cuda") and torch.cuda.is_available()
-        self._tensors: dict[str, Tensor] = {
+        tensors = {
             p.name: torch.empty((num_blocks, block_size, *p.row_shape), dtype=_DTYPES[p.dtype], pin_memory=pinned)
             for p in planes
         }
-        self._bytes = [t.view(num_blocks, -1).view(torch.uint8).numpy() for t in self._tensors.values()]
+        self._keep(tensors, block_size)
+
+    @classmethod
+    def over(
+        cls, memory: mmap, offsets: Sequence[int], num_blocks: int, block_size: int, planes: Sequence[PlaneSpec]
+    ) -> PlaneBuffers:
+        """Blocks in memory that is there already, each plane's from its byte offset on. Keeps `memory` in use."""
+        buffers = cls.__new__(cls)
+        tensors = {}
+        for plane, offset in zip(planes, offsets, strict=True):
+            shape = (num_blocks, block_size, *plane.row_shape)
+            flat = torch.frombuffer(memory, dtype=_DTYPES[plane.dtype], count=math.prod(shape), offset=offset)
+            tensors[plane.name] = flat.view(shape)
+        buffers._keep(tensors, block_size)
+        return buffers
+
+    def _keep(self, tensors: dict[str, Tensor], block_size: int) -> None:
         self._block_size = block_size
+        self._tensors = {name: tensor.flatten(0, 1) for name, tensor in tensors.items()}
+        self._bytes = [t.view(t.shape[0], -1).view(torch.uint8).numpy() for t in tensors.values()]
         self._whole: dict[int, dict[str, Tensor]] = {}  # views of whole blocks that were handed out before
 
     def place(self, block_id: int, frames: Sequence[memoryview]) -> None:
@@ -69,13 +94,19 @@ class PlaneBuffers:
             target[block_id, : len(frame)] = np.frombuffer(frame, dtype=np.uint8)
 
     def rows(self, block_id: int, num_rows: int) -> dict[str, Tensor]:
-        """Views [num_rows, *row_shape] of a block; valid until the block is freed."""
-        if num_rows < self._block_size:
-            return {name: tensor[block_id, :num_rows] for name, tensor in self._tensors.items()}
+        """Views [num_rows, *row_shape] from the head of a block on, into its neighbours; valid until they are freed."""
+        first = block_id * self._block_size
+        if num_rows != self._block_size:
+            return {name: tensor[first : first + num_rows] for name, tensor in self._tensors.items()}
         whole = self._whole.get(block_id)
         if whole is None:
-            whole = self._whole[block_id] = {name: tensor[block_id] for name, tensor in self._tensors.items()}
+            whole = {name: tensor[first : first + num_rows] for name, tensor in self._tensors.items()}
+            self._whole[block_id] = whole
         return whole.copy()
+
+    def frames(self, block_id: int, num_rows: int) -> list[memoryview]:
+        """The bytes of the first rows of a block, one frame per plane."""
+        return [part[block_id, : part.shape[1] // self._block_size * num_rows].data for part in self._bytes]
 
 
 class RowQueue:
@@ -130,6 +161,12 @@ class RowQueue:
                 out.append(data[low * size : high * size])
             at += 1
         return [memoryview(b"".join(parts)) for parts in pieces]
+
+    def own(self, first_row: int) -> None:
+        """Copy what was given by reference at and after `first_row`: its memory belongs to somebody else soon."""
+        for at, (count, chunk) in enumerate(self._chunks):
+            if self._starts[at] + count > first_row:
+                self._chunks[at] = count, tuple(memoryview(bytes(data)) for data in chunk)
 
     def release(self, before_row: int) -> None:
         """Forget chunks that lie wholly below `before_row`."""

@@ -17,12 +17,16 @@ Frame: TypeAlias = bytes | memoryview
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Connection:
-    """One peer, as one endpoint sees it. `outgoing`: we connected to it; else it connected to us."""
+    """One peer, as one endpoint sees it. `outgoing`: we connected to it; else it connected to us.
+
+    `is_sealed_path`: goes one way and carries sealed Blocks and Probes only; whose they are, their seals must tell.
+    """
 
     endpoint: str
     peer: str
     key: bytes
     outgoing: bool
+    is_sealed_path: bool = False
 
     def __hash__(self) -> int:
         """Of the key alone, which is different for every peer: connections are looked up for every message."""
@@ -50,6 +54,12 @@ class Endpoint(Protocol):
         """Start the I/O thread. `on_tick(now)` (monotonic seconds) runs about every `tick_s`.
 
         Should the thread's loop die, it is started anew, and `on_restart()` runs first.
+        """
+
+    def listen_sealed(self, max_frame_bytes: int) -> str | None:
+        """Listen for sealed Blocks and Probes beside the connections, which are encrypted: what senders `connect` to.
+
+        None where connections are not encrypted: Blocks go over them as they are.
         """
 
     def connect(self, address: str, public_key: str | None = None) -> Connection:

@@ -20,6 +20,7 @@ from transfer.actions import (
     Finished,
     FreeBlocks,
     Place,
+    Placed,
     ReceiverAction,
     Restarted,
     Send,
@@ -32,6 +33,7 @@ from transfer.messages import Abort, Ack, Body, Close, StreamMessage
 from transfer.receive_area import ReceiveArea
 from transfer.receiver_session import ReceiverSession
 from transfer.schedule import Schedule
+from transfer.segment_area import SegmentArea
 from transfer.service import Service
 from transfer.state import TERMINAL, ReceiverState
 from transfer.strays import Strays
@@ -91,11 +93,21 @@ class IncomingStream:
     session: ReceiverSession
     listener: StreamListener
     age: int
-    area: ReceiveArea
+    area: ReceiveArea | None  # None while its sender may still say whether it can use a segment
     record: StreamRecord
     connection: Connection | None = None
+    former: Connection | None = None  # of the sender before, which may not know yet that its epoch is over
     delivered: int = 0  # blocks handed to the listener
+    num_restarts: int = 0  # told to the listener
+    invited: SegmentArea | None = None  # what the sender was asked to map
     wants_nothing: bool = False  # and its area knows: admitted, and all it needs was granted
+
+    @property
+    def has_sealed_path(self) -> bool:
+        """Whether its Blocks and Probes come over the path of sealed payloads, and not over the connection."""
+        accept = self.session.facts.accept
+        is_shared = isinstance(self.area, SegmentArea)  # then there are no payloads on any path
+        return accept is not None and accept.data_address is not None and not is_shared
 
 
 class IncomingStreams:
@@ -110,10 +122,14 @@ class IncomingStreams:
         self._on_end = on_end
         self._schedule = Schedule()
 
+    def now(self) -> float:
+        """The time, for events that do not come with one."""
+        return self._service.now()
+
     def add(self, stream: IncomingStream) -> None:
         """A stream is expected from now on."""
         self.by_id[stream.session.ticket.stream_id] = stream
-        self._settle(stream)
+        self.settle(stream)
 
     def run(self, stream: IncomingStream, actions: Sequence[ReceiverAction], *, is_decided: bool = False) -> None:
         """Do what a session asks for, in order. A listener that raises ends its stream.
@@ -135,11 +151,11 @@ class IncomingStreams:
             self._remove(stream)
             return
         if state is ReceiverState.ORPHANED:
-            stream.connection = None
-        if not actions or not isinstance(actions[0], Place):
+            stream.former, stream.connection = stream.connection or stream.former, None
+        if not actions or not isinstance(actions[0], (Place, Placed)):
             stream.record = session.record()
             stream.wants_nothing = False
-        self._settle(stream)
+        self.settle(stream)
 
     def tick(self, now: float) -> None:
         """What is due: limits in time, late acknowledgements, early Opens to forget."""
@@ -177,8 +193,18 @@ class IncomingStreams:
             actions = stream.session.restore(stream.record, stream.delivered, now)
             window = stream.session.window
             held = [*window.held.values(), *(a.block_id for a in actions if isinstance(a, Deliver))]
-            stream.area.retain(stream_id, held + list(() if window.pending is None else window.pending.withheld))
+            if stream.area is not None:
+                stream.area.retain(stream_id, held + list(() if window.pending is None else window.pending.withheld))
             self.run(stream, actions)
+
+    def sender_of(self, message: StreamMessage) -> Connection | None:
+        """Whose a message on the path of sealed payloads says it is, if that can be; its seal has still to prove it."""
+        stream = self.by_id.get(message.stream_id)
+        if stream is None:
+            return self.strays.sender_of(message.stream_id)
+        if message.epoch == stream.session.facts.ticket.epoch:
+            return stream.connection if stream.has_sealed_path else None
+        return stream.former
 
     def send(self, connection: Connection, message: StreamMessage) -> None:
         """Send; what cannot leave now counts as lost on the way: the sender's probes ask again."""
@@ -190,31 +216,40 @@ class IncomingStreams:
 
     # -- helpers --------------------------------------------------------------------------------------------------
 
-    def _settle(self, stream: IncomingStream) -> None:
+    def settle(self, stream: IncomingStream) -> None:
+        """Something about a stream changed: its record, what it wants and when it is due follow."""
         session = stream.session
-        if not stream.wants_nothing:
+        if stream.area is not None and not stream.wants_nothing:
             stream.area.update(session, stream.age)
             stream.wants_nothing = session.wants_nothing
         self._schedule.at(session.facts.ticket.stream_id, session.due())
 
     def _execute(self, stream: IncomingStream, action: ReceiverAction) -> None:
+        area = stream.area
         match action:
             case Place(block_id, frames):
-                stream.area.place(block_id, frames)
+                assert area is not None, "only granted blocks are placed"
+                if frames:
+                    area.place(block_id, frames)
                 stream.record = stream.session.record()  # now it is stored: only then it may be acknowledged
                 self.totals["blocks_received"] += 1
-            case Deliver(index, block_id, first_row, num_rows):
-                stream.listener.on_rows(first_row, stream.area.rows(block_id, num_rows))
+            case Placed(num_blocks):
+                stream.record = stream.session.record()
+                self.totals["blocks_received"] += num_blocks
+            case Deliver(index, block_id, first_row, num_rows, num_blocks):
+                assert area is not None, "only granted blocks are handed on"
+                stream.listener.on_rows(first_row, area.rows(block_id, num_rows))
                 stream.delivered = index + 1
-                stream.area.free(stream.session.ticket.stream_id, (block_id,), fenced=False)
+                area.free(stream.session.ticket.stream_id, range(block_id, block_id + num_blocks), fenced=False)
             case FreeBlocks(block_ids, fenced):
                 stream.record = stream.session.record()  # first: a restart must not count on what is given away
-                stream.area.free(stream.session.ticket.stream_id, block_ids, fenced=fenced)
+                assert area is not None, "only granted blocks come back"
+                area.free(stream.session.ticket.stream_id, block_ids, fenced=fenced)
             case Send(message):
                 if not isinstance(message, Ack):  # what an Ack says was recorded when it was stored
                     stream.record = stream.session.record()  # first: the peer will count on it
                 if isinstance(message, (Close, Abort)) and stream.session.state in TERMINAL:
-                    self.strays.ended(message)
+                    self.strays.ended(message, stream.connection)
                 if stream.connection is not None:
                     self.send(stream.connection, message)
             case Announced(total_rows, items):
@@ -222,6 +257,7 @@ class IncomingStreams:
                 stream.listener.on_announce(total_rows, items)
             case Restarted():
                 stream.delivered = 0
+                stream.num_restarts += 1
                 stream.record = stream.session.record()
                 self.totals["streams_restarted"] += 1
                 stream.listener.on_restart()
@@ -241,7 +277,7 @@ class IncomingStreams:
         session = stream.session
         session.fail(error, tell_peer=False)
         abort = session.abort_message(error)
-        self.strays.ended(abort)
+        self.strays.ended(abort, stream.connection)
         if stream.connection is not None:
             self.send(stream.connection, abort)
         self._remove(stream)
@@ -256,5 +292,7 @@ class IncomingStreams:
         if self.by_id.get(stream_id) is stream:
             del self.by_id[stream_id]
             self._schedule.remove(stream_id)
-            stream.area.end(stream_id)
+            for area in {stream.area, stream.invited} - {None}:
+                assert area is not None
+                area.end(stream_id)
             self._on_end(stream_id)

@@ -79,6 +79,10 @@ class InprocEndpoint(EndpointBase):
         """Always None: nothing leaves the process."""
         return None
 
+    def listen_sealed(self, max_frame_bytes: int) -> str | None:
+        """Always None: there is no wire."""
+        return None
+
     def connect(self, address: str, public_key: str | None = None) -> Connection:
         """The peer need not exist yet; sending to it before raises PeerLost."""
         if not address.startswith("inproc://"):

@@ -1,7 +1,7 @@
 """Tags over blocks: XXH3-64 of header fields and payload, seeded per stream and epoch from the ticket's secret.
 
 A tag finds corruption and blocks that belong elsewhere (another stream, epoch, index or place). It is keyed but not
-a MAC: against an active attacker on the path, CURVE is the defence.
+a MAC: against an active attacker on the path, sealing and CURVE are the defence.
 """
 
 from __future__ import annotations
@@ -9,20 +9,14 @@ from __future__ import annotations
 import hashlib
 import hmac
 import struct
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from collections.abc import Sequence
 
 import xxhash
 
-from transfer.messages import Block
-from transfer.negotiate import Terms
 from transfer.ticket import Ticket
 
 _HEADER = struct.Struct("<32sQQQQQQ")
 NO_TAG = b""
-
-Verify: TypeAlias = Callable[[Block, Sequence[memoryview]], bool]
-"""Whether a block's payload is what its sender sent."""
 
 
 def tag_seed(ticket: Ticket) -> int:
@@ -48,18 +42,3 @@ def block_tag(
     for frame in frames:
         digest.update(frame)
     return digest.digest()
-
-
-def verifier(ticket: Ticket, terms: Terms) -> Verify:
-    """How the receiver checks the blocks of one epoch."""
-    if terms.integrity != "xxh3-64":
-        return lambda block, frames: block.tag == NO_TAG
-    seed = tag_seed(ticket)
-
-    def verify(block: Block, frames: Sequence[memoryview]) -> bool:
-        b = block
-        return b.tag == block_tag(
-            seed, b.stream_id, b.epoch, b.index, b.block_id, b.first_row, b.num_rows, b.serial, frames
-        )
-
-    return verify

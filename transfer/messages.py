@@ -117,6 +117,34 @@ class Block:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Attached:
+    """Sender to receiver, to an Accept with a segment: I have mapped it (0: I cannot, use the wire). Grants follow."""
+
+    stream_id: str
+    epoch: int
+    generation: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Filled:
+    """Sender to receiver: the rows of blocks first_index, ... lie in these slots, which are sealed with `serial`."""
+
+    stream_id: str
+    epoch: int
+    first_index: int
+    block_ids: tuple[int, ...]
+    serial: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Released:
+    """Sender to receiver, after the end of a stream whose segment it had mapped: I hold no slot of it any more."""
+
+    stream_id: str
+    epoch: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Ack:
     """Receiver to sender: every block below `next_index` is verified and stored, below `kept_index` for good.
 
@@ -133,11 +161,15 @@ class Ack:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Probe:
-    """Sender to receiver, on the path of the Blocks and in order with them: how far are you?"""
+    """Sender to receiver, on the path of the Blocks and in order with them: how far are you?
+
+    `tag` proves the sender where payloads are sealed, and is empty elsewhere.
+    """
 
     stream_id: str
     epoch: int
     nonce: int
+    tag: bytes = b""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -221,7 +253,8 @@ class Cancel:
 
 
 StreamMessage: TypeAlias = (
-    Open | Accept | Grant | Revoke | Revoked | Announce | Block | Ack | Probe | Resume | Close | Abort
-)
+    Open | Accept | Attached | Grant | Revoke | Revoked | Announce | Block | Filled | Released | Ack | Probe | Resume
+    | Close | Abort
+)  # fmt: skip
 ServiceMessage: TypeAlias = Call | Parts | End | Fail | Cancel
 Message: TypeAlias = StreamMessage | ServiceMessage

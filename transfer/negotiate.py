@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transfer.errors import Incompatible, IncompatibleBlocks
-from transfer.tensors import PlaneSpec
+from transfer.tensors import SEAL_BYTES, PlaneSpec
 
 PROTOCOL_VERSION = 2
-INTEGRITY = ("aes-256-gcm", "xxh3-64", "none")  # strongest first: the first that both offer is used
+SEALED, TAGGED = "aes-256-gcm", "xxh3-64"
+INTEGRITY = (SEALED, TAGGED, "none")  # strongest first: the first that both offer is used
 PAYLOAD = ("shm", "wire")
 
 
@@ -24,7 +25,7 @@ class Offer:
     versions: tuple[int, int] = (PROTOCOL_VERSION, PROTOCOL_VERSION)
     block_size: int
     planes: tuple[PlaneSpec, ...]
-    integrity: tuple[str, ...] = ("xxh3-64",)
+    integrity: tuple[str, ...] = (TAGGED,)
     payload: tuple[str, ...] = ("wire",)
     max_frame_bytes: int
     credit: int
@@ -61,18 +62,20 @@ def agree(ours: Offer, theirs: Offer) -> Terms:
     if ours.planes != theirs.planes:
         shown = sorted(", ".join(map(_shown, offer.planes)) for offer in (ours, theirs))
         raise IncompatibleBlocks(f"one end has the planes [{shown[0]}], the other [{shown[1]}]: run matching models")
+    integrity = _strongest("integrity", INTEGRITY, ours.integrity, theirs.integrity)
     max_frame_bytes = min(ours.max_frame_bytes, theirs.max_frame_bytes)
     for plane in ours.planes:
-        if plane.row_bytes * ours.block_size > max_frame_bytes:
+        frame_bytes = plane.row_bytes * ours.block_size + (SEAL_BYTES if integrity == SEALED else 0)
+        if frame_bytes > max_frame_bytes:
             raise IncompatibleBlocks(
-                f"a block of plane {plane.name!r} is {plane.row_bytes * ours.block_size} bytes, and one end takes "
+                f"a block of plane {plane.name!r} is {frame_bytes} bytes, and one end takes "
                 f"frames of at most {max_frame_bytes}: lower block_size or raise max_message_bytes"
             )
     return Terms(
         version=version,
         block_size=ours.block_size,
         planes=ours.planes,
-        integrity=_strongest("integrity", INTEGRITY, ours.integrity, theirs.integrity),
+        integrity=integrity,
         payload=_strongest("payload path", PAYLOAD, ours.payload, theirs.payload),
         max_frame_bytes=max_frame_bytes,
         credit=min(ours.credit, theirs.credit),

@@ -15,9 +15,10 @@ from transfer.actions import Accepted, SenderAction, StreamStats
 from transfer.buffers import RowQueue, Tensor
 from transfer.connection import Connection
 from transfer.errors import EndpointClosed, LocalProtocolError, StreamAborted, StreamTimeout, TransferError
-from transfer.integrity import tag_seed
-from transfer.messages import Body
+from transfer.messages import Body, Revoked
+from transfer.payload import OutgoingPayload
 from transfer.sender_session import SenderSession
+from transfer.slot_writer import SlotWriter
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,11 @@ class OutgoingStream:
         self.session = session
         self.connection = connection
         self.rows = RowQueue(session.offer.planes)
-        self.seed = tag_seed(session.ticket)
+        self.payload: OutgoingPayload | None = None  # how rows travel, once that was agreed on
+        self.sealed_path: Connection | None = None  # where Blocks and Probes go, if not over the connection
         self.accepted: Accepted | None = None  # what the receiver said, once it did
+        self.slots: SlotWriter | None = None  # where the payload goes through a segment
+        self.held: Revoked | None = None  # the answer to a revocation that waits for the producer
         self._sender = sender
         self._lock = threading.Lock()
         self._num_written = 0  # rows below were written, or are not needed
@@ -93,7 +97,8 @@ class OutgoingStream:
         other than the opened planes.
         """
         num_rows, chunk = self.rows.check(planes)
-        end = first_row + num_rows
+        end, slots = first_row + num_rows, self.slots
+        in_place = None if slots is None else slots.commit(first_row, planes)
 
         def add(now: float) -> list[SenderAction]:
             if self.rows.num_rows < first_row:  # what is left out here is stored already
@@ -101,6 +106,9 @@ class OutgoingStream:
                 self.rows.num_rows = first_row
             self.rows.append(num_rows, chunk)
             self.rows.release(self.first_row or 0)
+            if in_place and slots is not None:
+                slots.placed(first_row, end)
+                self.session.blocks_placed(slots.placed_until(self.session.num_sent))
             return self.session.rows_written(end, now)
 
         with self._lock:
@@ -114,6 +122,23 @@ class OutgoingStream:
             closed = self._sender.run_soon(self, add)  # under the lock: rows stay in order whoever writes them
         if closed is not None:
             self.finish(closed)
+        elif in_place is not None and slots is not None:
+            slots.settle()
+
+    def slot_rows(self, first_row: int, num_rows: int) -> dict[str, Tensor] | None:
+        """Where to compute the next rows so that they need no copy: views [n, *row_shape] of the receiver's memory.
+
+        n is at most num_rows: what lies side by side. None where there is nothing of that kind (now): compute them
+        anywhere. Hand them to `write(first_row, rows)` as they are, or give them up with `drop_slots`; nobody may
+        touch them afterwards, and until then nothing else can be reserved.
+        """
+        return None if self.slots is None else self.slots.reserve(first_row, num_rows)
+
+    def drop_slots(self) -> None:
+        """The rows of `slot_rows` are not wanted after all; nobody writes them any more."""
+        if self.slots is not None:
+            self.slots.commit(0, None)
+            self.slots.settle()
 
     def abort(self, code: str, message: str) -> None:
         """End the stream; both ends get the error. Nothing happens when it is over."""

@@ -11,6 +11,7 @@ from transfer.block_pool import BlockPool
 from transfer.buffers import PlaneBuffers, Tensor
 from transfer.grant_planner import Demand, GrantPlanner, Plan
 from transfer.receiver_session import ReceiverSession
+from transfer.segment_book import SegmentBook
 from transfer.state import ReceiverState
 from transfer.tensors import PlaneSpec
 
@@ -20,14 +21,23 @@ _NOT_ADMITTED = (ReceiverState.GRANTED, ReceiverState.HELD, ReceiverState.ORPHAN
 class ReceiveArea:
     """`num_blocks` blocks of `block_size` rows of `planes`, shared by streams."""
 
-    def __init__(self, num_blocks: int, block_size: int, planes: Sequence[PlaneSpec], device: str = "cpu") -> None:
-        self.pool = BlockPool(num_blocks, block_size)
-        self._buffers = PlaneBuffers(num_blocks, block_size, planes, device)
+    def __init__(self, pool: BlockPool | SegmentBook, buffers: PlaneBuffers) -> None:
+        self.pool = pool
+        self._buffers = buffers
         self._planner = GrantPlanner()
+
+    @classmethod
+    def of_wire(cls, num_blocks: int, block_size: int, planes: Sequence[PlaneSpec], device: str = "cpu") -> ReceiveArea:
+        """Memory of our own, for what comes over the wire."""
+        return cls(BlockPool(num_blocks, block_size), PlaneBuffers(num_blocks, block_size, planes, device))
 
     def place(self, block_id: int, frames: Sequence[memoryview]) -> None:
         """Verified frames into a granted block."""
         self._buffers.place(block_id, frames)
+
+    def targets(self, block_id: int, num_rows: int) -> list[memoryview]:
+        """The memory of a granted block's rows, one writable view per plane."""
+        return self._buffers.frames(block_id, num_rows)
 
     def rows(self, block_id: int, num_rows: int) -> dict[str, Tensor]:
         """Views of a block's rows; valid until the block is freed."""
@@ -44,13 +54,18 @@ class ReceiveArea:
     def retain(self, stream_id: str, held: Sequence[int]) -> None:
         """After a restart: a stream keeps these of its blocks, and whatever else it had comes back."""
         lost = [block_id for block_id in self.pool.held_by(stream_id) if block_id not in set(held)]
-        self.pool.free_blocks(stream_id, lost)
+        if lost:
+            self.free(stream_id, lost, fenced=True)
 
     def end(self, stream_id: str) -> None:
         """The stream is over; what it still holds comes back."""
         self._planner.remove(stream_id)
-        if self.pool.in_use_by(stream_id):
-            self.pool.free_owner(stream_id)
+        self._take_back(stream_id)
+
+    def _take_back(self, stream_id: str) -> None:
+        held = self.pool.held_by(stream_id) if self.pool.in_use_by(stream_id) else ()
+        if held:
+            self.free(stream_id, held, fenced=True)
 
     def update(self, session: ReceiverSession, age: int) -> None:
         """What a stream wants and can give may have changed."""

@@ -12,9 +12,9 @@ from typing import Any
 
 from transfer.actions import Failed, FreeBlocks, ReceiverAction, Send, Timers
 from transfer.errors import StreamAborted, StreamTimeout, TicketRejected, TransferError, error_code
-from transfer.integrity import Verify, verifier
 from transfer.messages import Abort, Ack
-from transfer.negotiate import Offer, Terms
+from transfer.negotiate import Offer
+from transfer.payload import IncomingPayload, TaggedPayload
 from transfer.receiver_window import ReceiverWindow
 from transfer.state import RECEIVER_TABLE, TERMINAL, ReceiverEvent, ReceiverState, apply
 from transfer.stream_record import StreamFacts, StreamRecord
@@ -27,7 +27,8 @@ FLOWING = (ReceiverState.HELD, ReceiverState.ADMITTED)
 class ReceiverLife:
     """The part of a ReceiverSession that does not depend on what its sender says.
 
-    `deadline`: in the clock of `now`. `next_ticket` issues the tickets of later epochs, `verifier` checks blocks.
+    `deadline`: in the clock of `now`. `next_ticket` issues the tickets of later epochs, `payload` says how
+    the blocks of an epoch arrive.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class ReceiverLife:
         deadline: float | None = None,
         take_over_s: float = 0.0,
         next_ticket: Callable[[Ticket], Ticket] = Ticket.next_epoch,
-        verifier: Callable[[Ticket, Terms], Verify] = verifier,
+        payload: Callable[[StreamFacts], IncomingPayload] = TaggedPayload,
     ) -> None:
         self.offer = offer
         self.block_size = offer.block_size
@@ -51,9 +52,8 @@ class ReceiverLife:
         self.timers = timers
         self.default_blocks = default_blocks
         self._next_ticket = next_ticket
-        self._verifier = verifier
-        self._verify: Verify | None = None
-        self._row_bytes = tuple(plane.row_bytes for plane in offer.planes)
+        self._payload_of = payload
+        self._payload: IncomingPayload | None = None
         self._acked = 0
         self._heard = self._progressed = now
 
@@ -67,7 +67,7 @@ class ReceiverLife:
             self.facts = replace(self.facts, state=ReceiverState.ADMITTED)
         self.window = ReceiverWindow.restore(record.window, delivered)
         if record.facts.terms is not None:
-            self._verify = self._verifier(record.facts.ticket, record.facts.terms)
+            self._payload = self._payload_of(record.facts)
         self._acked = 0
         self._heard = self._progressed = now
 

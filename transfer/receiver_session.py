@@ -7,8 +7,9 @@ looked at only to check their sizes and their tag; there is no socket, clock, th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeAlias
 
 from transfer.actions import (
     Announced,
@@ -17,6 +18,7 @@ from transfer.actions import (
     Finished,
     FreeBlocks,
     Place,
+    Placed,
     ReceiverAction,
     Send,
     StreamStats,
@@ -30,12 +32,16 @@ from transfer.errors import (
     TransferError,
     error_from_code,
 )
-from transfer.messages import Abort, Announce, Block, Body, Close, Grant, Open, Probe, Resume, Revoke, Revoked
+from transfer.messages import Abort, Announce, Block, Body, Close, Filled, Grant, Open, Probe, Resume, Revoke, Revoked
 from transfer.receiver_life import ReceiverLife
+from transfer.segments import runs
 from transfer.state import ReceiverEvent, ReceiverState
 from transfer.stream_record import StreamRecord
 from transfer.take_over import accept_of, opened_by
 from transfer.ticket import open_is_proven
+
+IsFilled: TypeAlias = Callable[[Filled, int, int, int], bool]
+"""Whether the slots of a message, from its n-th on and so many of them, are sealed for it with so many rows."""
 
 
 class ReceiverSession(ReceiverLife):
@@ -69,7 +75,7 @@ class ReceiverSession(ReceiverLife):
         self.facts = replace(facts, accept=accept)
         self._apply(event)
         assert facts.terms is not None
-        self._verify = self._verifier(self.ticket, facts.terms)
+        self._payload = self._payload_of(self.facts)
         self._acked = self.window.next_index
         self._progressed = now
         return [*actions, Send(accept)]
@@ -156,6 +162,8 @@ class ReceiverSession(ReceiverLife):
         """How far are we: everything the sender sent before is here, or lost."""
         if reason := self._not_from_sender(message.epoch):
             return [Dropped(reason)]
+        if self._payload is None or not self._payload.knows(message):
+            return [Dropped("bad_tag")]
         self._heard = now
         ack = self._ack()
         resume = Resume(
@@ -177,8 +185,9 @@ class ReceiverSession(ReceiverLife):
             return [Dropped(reason), Send(self._ack())]
         self._apply(ReceiverEvent.BLOCK)
         self._heard = self._progressed = now
-        window = self.window
-        actions: list[ReceiverAction] = [Place(message.block_id, frames)]
+        window, payload = self.window, self._payload
+        is_placed = payload is not None and payload.is_placed
+        actions: list[ReceiverAction] = [Place(message.block_id, () if is_placed else frames)]
         window.store(message.index)
         waiting = window.next_index - self._acked
         if window.next_index >= window.num_granted or 4 * waiting >= self.credit:
@@ -187,6 +196,35 @@ class ReceiverSession(ReceiverLife):
             return actions + self._maybe_finish(now)
         actions += self._deliver()
         return actions if window.next_index < window.num_granted else actions + self._maybe_finish(now)
+
+    def filled(self, message: Filled, is_filled: IsFilled, now: float) -> list[ReceiverAction]:
+        """Blocks that lie in their slots: as `block` does, for all of them at once."""
+        facts, window = self.facts, self.window
+        if message.epoch != facts.ticket.epoch:
+            return [Dropped("stale_epoch")]
+        if not facts.is_announced:
+            return [Dropped("early")]
+        ids, first = message.block_ids, message.first_index
+        wanted = [i for i in range(first, first + len(ids)) if i >= window.next_index and i not in window.stored]
+        self.num_repeated += len(ids) - len(wanted)
+        if not wanted:
+            return [Dropped("duplicate"), Send(self._ack())]
+        if any(window.held.get(index) != ids[index - first] for index in wanted):
+            return [Dropped("not_granted")]
+        for index, count in runs(wanted):
+            num_rows = min(count * self.block_size, (facts.total_rows or 0) - index * self.block_size)
+            if not is_filled(message, index - first, count, num_rows):
+                return [Dropped("bad_seal")]
+        self._apply(ReceiverEvent.BLOCK)
+        self._heard = self._progressed = now
+        actions: list[ReceiverAction] = [Placed(len(wanted))]
+        for index in wanted:
+            window.store(index)
+        if window.next_index >= window.num_granted or 4 * (window.next_index - self._acked) >= self.credit:
+            actions.append(Send(self._ack()))
+        if self.state is ReceiverState.ADMITTED:
+            actions += self._deliver(join=True)
+        return actions + self._maybe_finish(now)
 
     def admit(self, now: float) -> list[ReceiverAction]:
         """The consumer has room for every row. LocalProtocolError before the announcement or when repeated."""
@@ -237,20 +275,25 @@ class ReceiverSession(ReceiverLife):
         num_rows = min(self.block_size, (facts.total_rows or 0) - first_row)
         if message.first_row != first_row or message.num_rows != num_rows:
             return "misaligned"
-        if len(frames) != len(self._row_bytes):
+        assert self._payload is not None
+        if not self._payload.fits(frames, num_rows):
             return "wrong_size"
-        for frame, row_bytes in zip(frames, self._row_bytes, strict=True):
-            if len(frame) != row_bytes * num_rows:
-                return "wrong_size"
-        assert self._verify is not None
-        return None if self._verify(message, frames) else "bad_tag"
+        return None if self._payload.check(message, frames) else "bad_tag"
 
-    def _deliver(self) -> list[ReceiverAction]:
-        size, total = self.block_size, self.facts.total_rows or 0
-        return [
-            Deliver(index, block_id, index * size, min(size, total - index * size))
-            for index, block_id in self.window.hand_on()
-        ]
+    def _deliver(self, *, join: bool = False) -> list[ReceiverAction]:
+        """Hand on what is stored; `join`: blocks that are neighbours in memory go together."""
+        actions: list[ReceiverAction] = []
+        taken = self.window.hand_on()
+        start = 0
+        while start < len(taken):
+            (index, block_id), end = taken[start], start + 1
+            while join and end < len(taken) and taken[end][1] == block_id + end - start:
+                end += 1
+            first_row, count = index * self.block_size, end - start
+            num_rows = min(count * self.block_size, (self.facts.total_rows or 0) - first_row)
+            actions.append(Deliver(index + count - 1, block_id, first_row, num_rows, count))
+            start = end
+        return actions
 
     def _maybe_finish(self, now: float) -> list[ReceiverAction]:
         if self.window.delivered < self.num_blocks:
@@ -259,7 +302,7 @@ class ReceiverSession(ReceiverLife):
         total = self.facts.total_rows or 0
         stats = StreamStats(
             blocks=self.window.delivered,
-            num_bytes=total * sum(self._row_bytes),
+            num_bytes=total * sum(plane.row_bytes for plane in self.offer.planes),
             grant_rounds=self.window.num_rounds,
             resent_blocks=self.num_repeated,
             seconds=now - self.facts.started,

@@ -22,10 +22,11 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from transfer.connection import Frame
 from transfer.errors import LocalProtocolError
+from transfer.tensors import SEAL_BYTES
 from transfer.ticket import Ticket
 
 KEY_BYTES = 32
-TAG_BYTES = 16
+TAG_BYTES = SEAL_BYTES
 SALT_BYTES = 16
 MAX_SERIAL = (1 << 32) - 1  # keeps what one key has encrypted far below the bounds of GCM
 POOL_BYTES = 64 * 1024 * 1024

@@ -14,6 +14,7 @@ import fcntl
 import mmap
 import os
 import secrets
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -26,7 +27,7 @@ from transfer.tensors import PlaneSpec
 SEAL_BYTES = 64
 SEAL_WORDS = 8  # stream id (2), epoch, index, segment generation, serial, rows, checksum
 PAGE_BYTES = 4096
-POPULATE_STEP_BYTES = 4 << 20
+POPULATE_STEP_BYTES = 256 << 10  # other threads may need the address space in between
 MADV_POPULATE_WRITE = 23  # Linux 5.14; not in the mmap module yet
 _MAX_BYTES = 1 << 46
 
@@ -97,6 +98,7 @@ class Segment:
     def __init__(self, memory: mmap.mmap, layout: SegmentLayout, generation: int) -> None:
         self.layout = layout
         self.generation = generation
+        self._num_populated = 0  # slots below were asked for
         self._memory: mmap.mmap | None = memory
         words = np.frombuffer(memory, dtype=np.uint64, count=layout.num_slots * SEAL_WORDS)
         self._seals: npt.NDArray[np.uint64] | None = words.reshape(layout.num_slots, SEAL_WORDS)
@@ -154,6 +156,18 @@ class Segment:
                 length = min(POPULATE_STEP_BYTES, _page_up(end) - at)
                 if not self.is_open or _libc.madvise(base + at, length, MADV_POPULATE_WRITE):
                     return  # closed meanwhile, or a kernel without it: pages then come when they are first touched
+
+    def populate_soon(self, end: int) -> None:
+        """Slots below `end` are to be used soon: `populate` those that never were, in a thread of its own."""
+        first, self._num_populated = self._num_populated, max(self._num_populated, end)
+        if end > first:
+            threading.Thread(
+                target=self._populate_quietly, args=(first, end - first), name="populate segment", daemon=True
+            ).start()
+
+    def _populate_quietly(self, slot: int, num_slots: int) -> None:
+        with contextlib.suppress(LocalProtocolError):  # closed meanwhile
+            self.populate(slot, num_slots)
 
     def close(self) -> None:
         """Let go of the mapping; it ends with the last view of it. Safe to repeat."""

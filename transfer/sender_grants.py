@@ -29,6 +29,11 @@ class SenderGrants:
         """The receiver's block for `index`."""
         return self._ids[index - self._first_index]
 
+    def block_ids(self, index: int, count: int) -> tuple[int, ...]:
+        """The receiver's blocks for `index` and those after it."""
+        first = index - self._first_index
+        return tuple(self._ids[first : first + count])
+
     def refusal(self, message: Grant | Revoke) -> str | None:
         """Why a message is not for now: "duplicate", "early" (something before it was lost), or None. Typed errors."""
         if isinstance(message, Revoke):

@@ -9,7 +9,7 @@ from typing import Any
 
 from transfer.actions import Failed, Send, SenderAction, Timers
 from transfer.errors import StreamAborted, StreamTimeout, TransferError, error_code
-from transfer.messages import Abort, Announce, Body, Open, Probe
+from transfer.messages import Abort, Announce, Attached, Body, Open, Probe
 from transfer.negotiate import Offer, Terms
 from transfer.probes import Probes
 from transfer.sender_grants import SenderGrants
@@ -56,12 +56,24 @@ class SenderLife:
         self._serial = 0
         self._is_heard = False  # the announcement was acknowledged
         self._waits_for_ack = False  # blocks take another path than the announcement
+        self._generation: int | None = None  # of the segment, once asked for: 0 where it cannot be used
+        self._num_placed = 0  # blocks below are in their slots already, and so need no credit
         self._probes = Probes()
         self._timers = timers
         self._started = self._heard = now
         self._acked_at = now  # when an Ack was last owed and came, or began to be owed
         self._gap = timers.open_retry_s
         self._next_probe = now + self._gap
+
+    @property
+    def num_rounds(self) -> int:
+        """Grants taken and not revoked whole."""
+        return self._grants.num_rounds
+
+    def attached(self, generation: int) -> list[SenderAction]:
+        """The receiver's segment was mapped (0: it cannot be). Its grants are for slots from now on."""
+        self._generation = generation
+        return [self._attachment(generation)]
 
     def fail(self, error: TransferError, *, tell_peer: bool = True) -> list[SenderAction]:
         """End the stream from this side; nothing happens when it is over already."""
@@ -105,6 +117,8 @@ class SenderLife:
         if self.state is SenderState.OPENING:
             return [Send(self._open(now))]
         probe = Send(Probe(**self._ids, nonce=self._probes.ask(self.num_sent)))
+        if self._generation is not None and not self.num_rounds:  # it may wait for that
+            return [self._attachment(self._generation), probe]
         if self.state is SenderState.SENDING and not self._is_heard:
             return [Send(self._announcement()), probe]
         return [probe]
@@ -127,6 +141,9 @@ class SenderLife:
     def _open(self, now: float) -> Open:
         left_ms = None if self.deadline is None else max(0, int((self.deadline - now) * 1000))
         return proven_open(self.ticket, self.nonce, self.offer, self.content_key, left_ms)
+
+    def _attachment(self, generation: int) -> Send:
+        return Send(Attached(**self._ids, generation=generation))
 
     def _announcement(self) -> Announce:
         return Announce(

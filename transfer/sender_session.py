@@ -7,8 +7,19 @@ there is no socket, clock, thread or tensor here. Which blocks may be filled is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
-from transfer.actions import Accepted, Dropped, Finished, ReleaseRows, Send, SendBlock, SenderAction, StreamStats
+from transfer.actions import (
+    Accepted,
+    Dropped,
+    Finished,
+    ReleaseRows,
+    Send,
+    SendBlock,
+    SenderAction,
+    SendFilled,
+    StreamStats,
+)
 from transfer.errors import LocalProtocolError, RemoteProtocolError, ResumeRejected, TransferError, error_from_code
 from transfer.messages import Abort, Accept, Ack, Body, Close, Grant, Resume, Revoke, Revoked, StreamMessage
 from transfer.negotiate import agree
@@ -16,6 +27,8 @@ from transfer.sender_grants import SenderGrants
 from transfer.sender_life import SenderLife
 from transfer.state import TERMINAL, SenderEvent, SenderState
 from transfer.ticket import accept_is_proven
+
+MAX_FILL_BLOCKS = 8  # copied into slots before the receiver hears of them
 
 
 class SenderSession(SenderLife):
@@ -47,6 +60,10 @@ class SenderSession(SenderLife):
             raise LocalProtocolError(f"{end_row} rows written, {self.total_rows} announced")
         self._rows_ready = max(self._rows_ready, end_row)
         return self._produced(now)
+
+    def blocks_placed(self, end: int) -> None:
+        """The producer computed the blocks below `end`, as far as they were not sent, in their slots."""
+        self._num_placed = end
 
     # -- the peer's messages --------------------------------------------------------------------------------------
 
@@ -120,6 +137,7 @@ class SenderSession(SenderLife):
         self._grants.revoke(revoke)
         self.num_sent = min(self.num_sent, revoke.first_index)
         self.num_acked = min(self.num_acked, revoke.first_index)
+        self._num_placed = min(self._num_placed, revoke.first_index)
         self._probes.clear()
         self._note_progress(now)
         return [Send(answer)]
@@ -140,7 +158,7 @@ class SenderSession(SenderLife):
             self._probes.clear()  # their answers may speak of the same loss
             self.num_resent += len(lost)
             self._note_progress(now)
-            actions += map(self._block, lost)
+            actions += self._blocks(lost.start, lost.stop)
         return [*actions, *self._advance(now)]
 
     def _on_close(self, close: Close, now: float) -> list[SenderAction]:
@@ -200,14 +218,27 @@ class SenderSession(SenderLife):
         if self.state is not SenderState.SENDING or (self._waits_for_ack and not self._is_heard):
             return actions
         whole = self._num_blocks() if self._rows_ready == self.total_rows else self._rows_ready // self.block_size
-        limit = min(self._grants.end, whole, self.num_acked + self._credit)
-        while self.num_sent < limit:
+        end = min(self._grants.end, whole, max(self.num_acked + self._credit, self._num_placed))
+        if self.num_sent < end:
             self._apply(SenderEvent.SEND)
             if self.num_sent == self.num_acked:
                 self._acked_at = now
-            actions.append(self._block(self.num_sent))
-            self.num_sent += 1
+            actions += self._blocks(self.num_sent, end)
+            self.num_sent = end
         return actions
+
+    def _blocks(self, index: int, end: int) -> Sequence[SenderAction]:
+        if not self._generation:
+            return [self._block(i) for i in range(index, end)]
+        placed_end = min(end, self._num_placed)
+        bounds = [*([index] if index < placed_end else []), *range(max(index, placed_end), end, MAX_FILL_BLOCKS), end]
+        return [self._fill(first, after - first) for first, after in pairwise(bounds)]
+
+    def _fill(self, index: int, count: int) -> SendFilled:
+        first = index * self.block_size
+        num_rows = self._row_after(index + count) - first
+        self._serial += 1
+        return SendFilled(index, self._grants.block_ids(index, count), first, num_rows, self._serial)
 
     def _block(self, index: int) -> SendBlock:
         first = index * self.block_size

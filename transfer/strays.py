@@ -37,18 +37,22 @@ class Strays:
     def __init__(self, dropped: Counter[str]) -> None:
         self._dropped = dropped
         self._parked: OrderedDict[str, _Parked] = OrderedDict()
-        self._last_words: OrderedDict[str, Close | Abort] = OrderedDict()
+        self._last_words: OrderedDict[str, tuple[Close | Abort, Connection | None]] = OrderedDict()
 
     @property
     def num_parked(self) -> int:
         """Opens waiting for their ticket."""
         return len(self._parked)
 
-    def ended(self, last_word: Close | Abort) -> None:
-        """A stream ended here with this message."""
-        self._last_words[last_word.stream_id] = last_word
+    def ended(self, last_word: Close | Abort, sender: Connection | None) -> None:
+        """The stream of this sender ended here with this message."""
+        self._last_words[last_word.stream_id] = last_word, sender
         if len(self._last_words) > MAX_LAST_WORDS:
             self._last_words.popitem(last=False)
+
+    def sender_of(self, stream_id: str) -> Connection | None:
+        """Whose stream this was, if it ended here."""
+        return self._last_words.get(stream_id, (None, None))[1]
 
     def opened(self, stream_id: str) -> tuple[Connection, tuple[Open | Abort, ...]] | None:
         """A ticket came: what waited for it, if anything, in order."""
@@ -60,7 +64,7 @@ class Strays:
 
     def answer(self, connection: Connection, message: StreamMessage, now: float) -> StreamMessage | None:
         """What to reply to a message for a stream that is not open here."""
-        last_word = self._last_words.get(message.stream_id)
+        last_word, _ = self._last_words.get(message.stream_id, (None, None))
         if last_word is not None and last_word.epoch >= message.epoch:
             self._dropped["ended_stream"] += 1
             if last_word.epoch == message.epoch:

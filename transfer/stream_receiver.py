@@ -16,13 +16,28 @@ from transfer.config import TransferConfig
 from transfer.connection import Connection
 from transfer.errors import EndpointClosed, LocalProtocolError, Overloaded, PeerLost, StreamAborted, TransferError
 from transfer.incoming_streams import IncomingStream, IncomingStreams, NobodyListens, StreamListener
-from transfer.messages import Abort, Announce, Block, Open, Probe, Revoked, StreamMessage
-from transfer.negotiate import Offer
+from transfer.messages import (
+    Abort,
+    Announce,
+    Attached,
+    Block,
+    Filled,
+    Open,
+    Probe,
+    Released,
+    Revoked,
+    StreamMessage,
+)
+from transfer.negotiate import SEALED, Offer
+from transfer.payload import incoming_payload, integrity_offered
 from transfer.receive_area import ReceiveArea
+from transfer.receive_areas import ReceiveAreas
 from transfer.receiver_session import ReceiverSession, refusal_of
+from transfer.segment_area import SegmentArea
+from transfer.segment_host import SegmentHost, host_for
 from transfer.service import Service
 from transfer.state import TERMINAL, ReceiverState
-from transfer.tensors import PlaneSpec, check_block_bytes
+from transfer.tensors import SEAL_BYTES, PlaneSpec, check_block_bytes
 from transfer.ticket import Ticket
 
 logger = logging.getLogger(__name__)
@@ -31,27 +46,46 @@ __all__ = ["StreamListener", "StreamReceiver"]
 
 
 class StreamReceiver:
-    """Receives streams of fixed `planes` into one pool of blocks. ConfigError when a block fits no message."""
+    """Receives streams of fixed `planes` into one pool of blocks. ConfigError when a block fits no message.
+
+    `next_ticket` issues the tickets of later epochs (a simulation draws their secrets from its seed);
+    `segments`: in place of those that the configuration asks for.
+    """
 
     def __init__(
-        self, service: Service, config: TransferConfig, planes: Sequence[PlaneSpec], device: str = "cpu"
+        self,
+        service: Service,
+        config: TransferConfig,
+        planes: Sequence[PlaneSpec],
+        device: str = "cpu",
+        *,
+        next_ticket: Callable[[Ticket], Ticket] = Ticket.next_epoch,
+        segments: SegmentHost | None = None,
     ) -> None:
-        check_block_bytes(planes, config)
+        integrity = integrity_offered(service.endpoint, config)
+        seal_bytes = SEAL_BYTES if SEALED in integrity else 0
+        check_block_bytes(planes, config, seal_bytes)
         self._service = service
         self._config = config
+        self._streams = IncomingStreams(service, self._ended)
+        self._area = wire = ReceiveArea.of_wire(config.num_pool_blocks, config.block_size, planes, device)
+        self._areas = ReceiveAreas(wire, segments or host_for(service, config, planes), self._streams)
         self._offer = Offer(
             block_size=config.block_size,
             planes=tuple(planes),
+            integrity=integrity,
+            payload=self._areas.payload,
             max_frame_bytes=config.max_message_bytes,
             credit=config.credit_window_blocks,
         )
-        self._area = ReceiveArea(config.num_pool_blocks, config.block_size, self._offer.planes, device)
+        block_bytes = max(plane.row_bytes for plane in planes) * config.block_size
+        self._sealed_address = service.endpoint.listen_sealed(block_bytes + SEAL_BYTES)
         self._timers = Timers.of(config)
-        self._streams = IncomingStreams(service, self._forget_ticket)
         self._tickets: set[str] = set()  # streams open for their consumer; guarded by the lock
         self._lock = threading.Lock()
         self._ages = 0
-        service.attach((Open, Announce, Block, Probe, Revoked, Abort), self)
+        self._next_ticket = next_ticket
+        service.attach((Open, Attached, Announce, Block, Filled, Released, Probe, Revoked, Abort), self)
 
     # -- any thread -----------------------------------------------------------------------------------------------
 
@@ -77,13 +111,14 @@ class StreamReceiver:
             self._forget_ticket(ticket.stream_id)
             raise
 
-    def admit(self, stream_id: str, total_rows: int | None = None) -> None:
+    def admit(self, stream_id: str, total_rows: int | None = None, *, num_restarts: int | None = None) -> None:
         """The consumer has room for every announced row: hand them over as they come.
 
         `total_rows`: what room was made for; given, a stream that has started over with another total meanwhile is not
-        admitted. Unknown streams are ignored.
+        admitted. `num_restarts`: how often the listener had been told to start over when room was made; given, a stream
+        that has started over since is not admitted. Unknown streams are ignored.
         """
-        self._service.post(lambda: self._admit(stream_id, total_rows))
+        self._service.post(lambda: self._admit(stream_id, total_rows, num_restarts))
 
     def reissue(self, stream_id: str, on_ticket: Callable[[Ticket | None], None]) -> None:
         """End the sender's epoch and issue the ticket of the next, for another sender: `on_ticket(ticket)`.
@@ -111,7 +146,7 @@ class StreamReceiver:
         """The ledger (zero when nothing is under way), dropped messages by reason, and totals."""
         streams = self._streams
         return {
-            "transfer_blocks_in_use": self._area.pool.num_in_use,
+            **self._areas.stats(),
             "transfer_streams_open": len(streams.by_id),
             "transfer_tickets_open": len(self._tickets),
             "transfer_opens_parked": streams.strays.num_parked,
@@ -125,6 +160,17 @@ class StreamReceiver:
         """A message of a sender; see service.StreamSide."""
         streams, now = self._streams, self._service.now()
         stream = streams.by_id.get(message.stream_id)
+        if isinstance(message, Released):
+            self._areas.released(connection, message)
+            self._areas.plan()
+            return True
+        is_apart = connection.is_sealed_path
+        if is_apart:
+            sender = streams.sender_of(message)
+            if sender is None:
+                streams.dropped[_no_sender(stream, message)] += 1
+                return True
+            connection = sender
         if stream is None:
             reply = streams.strays.answer(connection, message, now)
             if reply is not None:
@@ -132,10 +178,7 @@ class StreamReceiver:
             return not isinstance(message, Abort)  # that one may be for a sender in this process
         session = stream.session
         if isinstance(message, Open) and stream.connection in (None, connection):
-            stream.connection = connection
-            streams.run(stream, session.open(message, now))
-            if session.facts.opened is None:
-                stream.connection = None  # a stale Open: the right one is still to come
+            self._open(stream, connection, message, now)
         elif stream.connection != connection:
             if isinstance(message, Abort):
                 return False  # as above
@@ -143,26 +186,34 @@ class StreamReceiver:
             if isinstance(message, Open) or (isinstance(message, Probe) and message.epoch < session.facts.ticket.epoch):
                 streams.send(connection, refusal_of(message))  # bound to another sender, or an epoch that is over
             return True
+        elif isinstance(message, Filled):
+            self._areas.filled(stream, message, now)
+        elif isinstance(message, Attached):
+            self._areas.attached(stream, message, now)
+        elif _is_astray(stream, message, is_apart):
+            streams.dropped["wrong_path"] += 1
         elif isinstance(message, Block):
             streams.run(stream, session.block(message, frames, now))
         else:
             streams.run(stream, _told(session, message, now))
-        streams.plan(self._area)
+        self._areas.plan()
         return True
 
     def on_tick(self, now: float) -> None:
         """Time limits, late acknowledgements, parked opens; see service.StreamSide."""
         self._streams.tick(now)
-        self._streams.plan(self._area)
+        self._areas.tick(now)
+        self._areas.plan()
 
     def on_peer_lost(self, connection: Connection, error: PeerLost) -> None:
         """Streams of a lost peer fail, or wait for another sender; see service.StreamSide."""
+        self._areas.peer_lost(connection)
         for stream in tuple(self._streams.by_id.values()):
             if stream.connection == connection:
                 self._streams.run(
                     stream, stream.session.lost(error, self._service.now(), tell_peer=False), is_decided=True
                 )
-        self._streams.plan(self._area)
+        self._areas.plan()
 
     def on_close(self) -> None:
         """Every stream fails with EndpointClosed; see service.StreamSide."""
@@ -170,24 +221,36 @@ class StreamReceiver:
         for stream in tuple(self._streams.by_id.values()):
             self._streams.run(stream, stream.session.fail(error))
         self._streams.strays.clear()
+        self._areas.close()
 
     def restart_loop(self) -> None:
         """The endpoint's loop died and runs again: build every session from its record; probes bring what was lost."""
         self._streams.restart(lambda stream: self._session(stream.record.facts.ticket), self._service.now())
-        self._streams.plan(self._area)
+        self._areas.plan()
 
     # -- helpers --------------------------------------------------------------------------------------------------
 
     def _register(self, ticket: Ticket, listener: StreamListener, deadline: float | None, take_over_s: float) -> None:
         self._ages += 1
         session = self._session(ticket, deadline=deadline, take_over_s=take_over_s)
-        stream = IncomingStream(session, listener, self._ages, self._area, session.record())
+        stream = IncomingStream(session, listener, self._ages, self._areas.wire, session.record())
         self._streams.add(stream)
         parked = self._streams.strays.opened(ticket.stream_id)
         if parked is not None:
             connection, messages = parked
             for message in messages:
                 self.on_message(connection, message, ())
+
+    def _open(self, stream: IncomingStream, connection: Connection, message: Open, now: float) -> None:
+        session = stream.session
+        is_first = session.facts.opened is None
+        stream.connection = connection
+        segment = self._areas.invite(stream, connection, message)
+        self._streams.run(stream, session.open(message, now, segment=segment, data_address=self._sealed_address))
+        if session.facts.opened is None:
+            stream.connection = None  # a stale Open: the right one is still to come
+        elif is_first and session.state not in TERMINAL:
+            self._areas.opened(stream)
 
     def _session(self, ticket: Ticket, **more: Any) -> ReceiverSession:
         return ReceiverSession(
@@ -196,21 +259,23 @@ class StreamReceiver:
             default_blocks=self._config.default_blocks,
             timers=self._timers,
             now=self._service.now(),
+            next_ticket=self._next_ticket,
+            payload=lambda facts: incoming_payload(facts, self._area.targets),
             **more,
         )
 
-    def _admit(self, stream_id: str, total_rows: int | None) -> None:
+    def _admit(self, stream_id: str, total_rows: int | None, num_restarts: int | None) -> None:
         stream = self._streams.by_id.get(stream_id)
         if stream is None:
             return  # it ended meanwhile
         session = stream.session
-        if total_rows is not None and total_rows != session.total_rows:
+        if total_rows not in (None, session.total_rows) or num_restarts not in (None, stream.num_restarts):
             return  # it started over meanwhile
         try:
             self._streams.run(stream, session.admit(self._service.now()), is_decided=True)
         except LocalProtocolError:
             logger.exception("stream %s was admitted at the wrong time", stream_id)
-        self._streams.plan(self._area)
+        self._areas.plan()
 
     def _reissue(self, stream_id: str, on_ticket: Callable[[Ticket | None], None]) -> None:
         stream = self._streams.by_id.get(stream_id)
@@ -219,25 +284,42 @@ class StreamReceiver:
             return
         self._streams.run(stream, stream.session.reissue(self._service.now()), is_decided=True)
         on_ticket(stream.session.ticket)
-        self._streams.plan(self._area)
+        self._areas.plan()
 
     def _sender_lost(self, stream_id: str, reason: str) -> None:
         stream = self._streams.by_id.get(stream_id)
         if stream is not None and stream.session.state is not ReceiverState.ORPHANED:
             self._streams.run(stream, stream.session.lost(PeerLost(reason), self._service.now()), is_decided=True)
-            self._streams.plan(self._area)
+            self._areas.plan()
 
     def _end_quietly(self, stream_id: str, error: TransferError) -> None:
         stream = self._streams.by_id.get(stream_id)
         if stream is not None:
             self._streams.run(stream, [a for a in stream.session.fail(error) if not isinstance(a, Failed)])
-            self._streams.plan(self._area)
+            self._areas.plan()
         else:
             self._forget_ticket(stream_id)
+
+    def _ended(self, stream_id: str) -> None:
+        self._areas.ended(stream_id)
+        self._forget_ticket(stream_id)
 
     def _forget_ticket(self, stream_id: str) -> None:
         with self._lock:
             self._tickets.discard(stream_id)
+
+
+def _no_sender(stream: IncomingStream | None, message: StreamMessage) -> str:
+    """Why what came over the path of sealed payloads is nobody's."""
+    if stream is None:
+        return "unknown_stream"
+    return "wrong_path" if message.epoch == stream.session.facts.ticket.epoch else "stale_epoch"
+
+
+def _is_astray(stream: IncomingStream, message: StreamMessage, is_apart: bool) -> bool:
+    if isinstance(message, Block) and isinstance(stream.area, SegmentArea):
+        return True  # its rows are to lie in the segment
+    return isinstance(message, (Block, Probe)) and stream.has_sealed_path and not is_apart
 
 
 def _told(session: ReceiverSession, message: StreamMessage, now: float) -> Sequence[Any]:

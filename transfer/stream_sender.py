@@ -11,6 +11,7 @@ import secrets
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from transfer.actions import (
     Accepted,
@@ -21,28 +22,47 @@ from transfer.actions import (
     Send,
     SendBlock,
     SenderAction,
+    SendFilled,
     Timers,
 )
 from transfer.config import TransferConfig
-from transfer.connection import Connection
+from transfer.connection import Connection, Frame
 from transfer.errors import (
     EndpointClosed,
     LocalProtocolError,
     Overloaded,
     PeerLost,
+    RemoteProtocolError,
     TicketRejected,
     TransferError,
 )
-from transfer.integrity import NO_TAG, block_tag
-from transfer.messages import Abort, Accept, Ack, Block, Close, Grant, Resume, Revoke, StreamMessage
-from transfer.negotiate import Offer
+from transfer.messages import (
+    Abort,
+    Accept,
+    Ack,
+    Block,
+    Close,
+    Grant,
+    Probe,
+    Resume,
+    Revoke,
+    Revoked,
+    StreamMessage,
+)
+from transfer.negotiate import SEALED, Offer
+from transfer.outgoing_slots import OutgoingSlots
 from transfer.outgoing_stream import OutgoingStream
+from transfer.payload import integrity_offered, outgoing_payload
 from transfer.schedule import Schedule
+from transfer.segment_guest import SegmentGuest, guest_for
 from transfer.sender_session import SenderSession
 from transfer.service import Service
 from transfer.state import TERMINAL
-from transfer.tensors import PlaneSpec, check_block_bytes
+from transfer.tensors import SEAL_BYTES, PlaneSpec, check_block_bytes
 from transfer.ticket import Ticket
+
+if TYPE_CHECKING:
+    from transfer.sealing import SealBuffers
 
 logger = logging.getLogger(__name__)
 
@@ -55,12 +75,23 @@ class StreamSender:
     """Sends streams over a service, to any number of receivers.
 
     A connection that no stream used for idle_timeout_s is given up, unless calls go over it: receivers come and go.
+    `token_bytes` draws the nonces of streams (a simulation draws them from its seed).
     """
 
-    def __init__(self, service: Service, config: TransferConfig) -> None:
+    def __init__(
+        self,
+        service: Service,
+        config: TransferConfig,
+        *,
+        token_bytes: Callable[[int], bytes] = secrets.token_bytes,
+        segments: SegmentGuest | None = None,
+    ) -> None:
         self._service = service
         self._config = config
+        self._token_bytes = token_bytes
         self._timers = Timers.of(config)
+        self._integrity = integrity_offered(service.endpoint, config)
+        self._buffers: SealBuffers | None = None  # what is sealed lies here until it is sent
         self._streams: dict[str, OutgoingStream] = {}
         self._num_using: Counter[Connection] = Counter()  # open streams by connection, and since when there are none
         self._idle_since: dict[Connection, float] = {}
@@ -68,6 +99,8 @@ class StreamSender:
         self._dropped: Counter[str] = Counter()
         self._totals: Counter[str] = Counter()
         self._schedule = Schedule()
+        self._guest = segments or guest_for(service, config)
+        self._slots = OutgoingSlots(service, self._guest, self._run, self._send)
         service.attach((Accept, Grant, Revoke, Ack, Resume, Close, Abort), self)
 
     def open(
@@ -87,23 +120,8 @@ class StreamSender:
         one that is still open here. Raises ConfigError for an address that cannot be reached or a block that fits no
         message, LocalProtocolError when the stream is open here, Overloaded beyond max_streams, EndpointClosed.
         """
-        check_block_bytes(planes, self._config)
-        config, now = self._config, self._service.now()
-        offer = Offer(
-            block_size=config.block_size,
-            planes=tuple(planes),
-            max_frame_bytes=config.max_message_bytes,
-            credit=config.credit_window_blocks,
-        )
-        session = SenderSession(
-            ticket,
-            offer=offer,
-            nonce=secrets.token_bytes(NONCE_BYTES),
-            content_key=content_key,
-            timers=self._timers,
-            now=now,
-            deadline=None if deadline_s is None else now + deadline_s,
-        )
+        check_block_bytes(planes, self._config, SEAL_BYTES if SEALED in self._integrity else 0)
+        now = self._service.now()
         with self._lock:
             earlier = self._streams.get(ticket.stream_id)
             if earlier is not None and earlier.session.ticket.epoch >= ticket.epoch:
@@ -111,6 +129,15 @@ class StreamSender:
             if len(self._streams) >= self._config.max_streams:
                 raise Overloaded(f"{len(self._streams)} streams are open: raise max_streams, or try later")
             connection = self._service.endpoint.connect(receiver_address, receiver_public_key)
+            session = SenderSession(
+                ticket,
+                offer=self._offer(planes, connection),
+                nonce=self._token_bytes(NONCE_BYTES),
+                content_key=content_key,
+                timers=self._timers,
+                now=now,
+                deadline=None if deadline_s is None else now + deadline_s,
+            )
             if earlier is not None:
                 self._forget(earlier)
             stream = self._streams[ticket.stream_id] = OutgoingStream(self, session, connection)
@@ -130,10 +157,22 @@ class StreamSender:
             raise
         return stream
 
+    def _offer(self, planes: Sequence[PlaneSpec], connection: Connection) -> Offer:
+        config = self._config
+        return Offer(
+            block_size=config.block_size,
+            planes=tuple(planes),
+            integrity=self._integrity,
+            payload=self._guest.payload(connection),
+            max_frame_bytes=config.max_message_bytes,
+            credit=config.credit_window_blocks,
+        )
+
     def stats(self) -> dict[str, int]:
         """Streams being sent, dropped messages by reason, and totals."""
         return {
             "transfer_streams_sending": len(self._streams),
+            "transfer_segments_mapped": self._guest.num_mapped,
             **{f"transfer_{name}_total": count for name, count in tuple(self._totals.items())},
             **{f"transfer_dropped_{reason}": count for reason, count in tuple(self._dropped.items())},
         }
@@ -168,7 +207,14 @@ class StreamSender:
             if not isinstance(message, Abort):
                 self._dropped["unknown_stream" if stream is None else "foreign_connection"] += 1
             return not isinstance(message, Abort)
-        self._run(stream, stream.session.receive(message, self._service.now()))
+        session, num_rounds = stream.session, stream.session.num_rounds
+        actions = session.receive(message, self._service.now())
+        if isinstance(message, Grant) and stream.slots is not None and session.num_rounds > num_rounds:
+            try:
+                stream.slots.granted(message.first_index, message.block_ids)
+            except RemoteProtocolError as error:
+                actions = session.fail(error)
+        self._run(stream, actions)
         return True
 
     def on_tick(self, now: float) -> None:
@@ -177,6 +223,7 @@ class StreamSender:
             stream = self._streams.get(stream_id)
             if stream is not None:
                 self._run(stream, stream.session.tick(now))
+        self._guest.tick()
         self._release_idle(now)
 
     def restart_loop(self) -> None:
@@ -190,11 +237,13 @@ class StreamSender:
             self._run(stream, stream.session.fail(error, tell_peer=False))
         with self._lock:
             self._idle_since.pop(connection, None)
+        self._guest.forget(connection)
 
     def on_close(self) -> None:
         """Every stream fails with EndpointClosed; see service.StreamSide."""
         for stream in tuple(self._streams.values()):
             self._run(stream, stream.session.fail(EndpointClosed("the sending service was closed")))
+        self._guest.close()
 
     # -- helpers --------------------------------------------------------------------------------------------------
 
@@ -202,14 +251,27 @@ class StreamSender:
         for action in actions:
             match action:
                 case Accepted():
-                    stream.accept(action)
+                    try:
+                        self._accept(stream, action)
+                    except TransferError as error:
+                        self._run(stream, stream.session.fail(error))
+                        return
+                    self._slots.join(stream, action)
                 case SendBlock():
                     if stream.session.state not in TERMINAL:  # the block before it may have ended the stream
                         self._send_block(stream, action)
+                case SendFilled():
+                    if stream.session.state not in TERMINAL:
+                        self._totals["blocks_sent"] += len(action.block_ids)
+                        self._slots.send_filled(stream, action)
+                case Send(Revoked() as message) if stream.slots is not None:
+                    self._slots.confirm(stream, message)
                 case Send(message):
                     self._send(stream, message)
                 case ReleaseRows(before_row):
                     stream.rows.release(before_row)
+                    if stream.slots is not None:
+                        stream.slots.release(before_row)
                 case Dropped(reason):
                     self._dropped[reason] += 1
                 case Finished(stats):
@@ -223,32 +285,39 @@ class StreamSender:
         if stream.session.state not in TERMINAL:
             self._schedule.at(stream.stream_id, stream.session.due())
 
+    def _accept(self, stream: OutgoingStream, accepted: Accepted) -> None:
+        """The two ends agreed: choose how rows travel. Raises what `connect` does."""
+        session = stream.session
+        stream.payload = outgoing_payload(session.ticket, session.nonce, accepted.terms, self._seal_buffers)
+        if accepted.data_address is not None:
+            with self._lock:
+                path = stream.sealed_path = self._service.endpoint.connect(accepted.data_address)
+                self._num_using[path] += 1
+                self._idle_since.pop(path, None)
+        stream.accept(accepted)
+
+    def _seal_buffers(self) -> SealBuffers:
+        if self._buffers is None:
+            from transfer.sealing import SealBuffers
+
+            self._buffers = SealBuffers()
+        return self._buffers
+
     def _send_block(self, stream: OutgoingStream, block: SendBlock) -> None:
-        ticket = stream.session.ticket
-        frames = stream.rows.frames(block.first_row, block.num_rows)
-        index, block_id, first_row, num_rows = block.index, block.block_id, block.first_row, block.num_rows
-        tag, terms = NO_TAG, stream.session.terms
-        if terms is not None and terms.integrity == "xxh3-64":
-            seed, serial = stream.seed, block.serial
-            tag = block_tag(
-                seed, ticket.stream_id, ticket.epoch, index, block_id, first_row, num_rows, serial, frames
-            )
-        message = Block(
-            stream_id=ticket.stream_id,
-            epoch=ticket.epoch,
-            index=index,
-            block_id=block_id,
-            first_row=first_row,
-            num_rows=num_rows,
-            serial=block.serial,
-            tag=tag,
-        )
+        assert stream.payload is not None
+        message, frames = stream.payload.block(block, stream.rows.frames(block.first_row, block.num_rows))
         self._totals["blocks_sent"] += 1
         self._send(stream, message, frames)
 
-    def _send(self, stream: OutgoingStream, message: StreamMessage, frames: Sequence[memoryview] = ()) -> None:
+    def _send(self, stream: OutgoingStream, message: StreamMessage, frames: Sequence[Frame] = ()) -> None:
+        path = stream.connection
+        if isinstance(message, (Block, Probe)):
+            if stream.sealed_path is not None and stream.slots is None:
+                path = stream.sealed_path
+            if isinstance(message, Probe) and stream.payload is not None:
+                message = stream.payload.probe(message)
         try:
-            self._service.endpoint.send(stream.connection, message, frames)
+            self._service.endpoint.send(path, message, frames)
         except LocalProtocolError as error:  # too large, or nothing that can travel: repeating it would not help
             self._dropped["unsent"] += 1
             self._run(stream, stream.session.fail(error))
@@ -264,10 +333,12 @@ class StreamSender:
                     continue
                 del self._idle_since[connection]
                 if not self._service.carries_calls(connection):
+                    self._guest.forget(connection)
                     self._service.endpoint.disconnect(connection)
 
     def _remove(self, stream: OutgoingStream) -> None:
         stream.rows.clear()
+        self._slots.let_go(stream)
         with self._lock:
             if self._streams.get(stream.stream_id) is stream:
                 self._schedule.remove(stream.stream_id)
@@ -276,7 +347,8 @@ class StreamSender:
     def _forget(self, stream: OutgoingStream) -> None:
         """Under the lock."""
         del self._streams[stream.stream_id]
-        self._num_using[stream.connection] -= 1
-        if not self._num_using[stream.connection]:
-            del self._num_using[stream.connection]
-            self._idle_since[stream.connection] = self._service.now()
+        for connection in filter(None, (stream.connection, stream.sealed_path)):
+            self._num_using[connection] -= 1
+            if not self._num_using[connection]:
+                del self._num_using[connection]
+                self._idle_since[connection] = self._service.now()

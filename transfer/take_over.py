@@ -11,7 +11,7 @@ from dataclasses import replace
 from transfer.actions import FreeBlocks, ReceiverAction, Restarted
 from transfer.errors import TransferError
 from transfer.messages import Accept, Body, Open
-from transfer.negotiate import Offer, agree
+from transfer.negotiate import SEALED, Offer, agree
 from transfer.receiver_window import ReceiverWindow
 from transfer.state import ReceiverEvent, ReceiverState
 from transfer.stream_record import StreamFacts
@@ -63,8 +63,8 @@ def opened_by(
 def accept_of(
     facts: StreamFacts, offer: Offer, first_index: int, segment: Body | None, data_address: str | None
 ) -> Accept:
-    """The answer to the Open in `facts`."""
-    assert facts.opened is not None
+    """The answer to the Open in `facts`; `data_address` only where payloads are sealed."""
+    assert facts.opened is not None and facts.terms is not None
     message = Accept(
         stream_id=facts.ticket.stream_id,
         epoch=facts.ticket.epoch,
@@ -72,6 +72,6 @@ def accept_of(
         offer=offer,
         first_index=first_index,
         segment=segment,
-        data_address=data_address,
+        data_address=data_address if facts.terms.integrity == SEALED else None,
     )
     return proven_accept(facts.ticket, message, facts.opened)

@@ -1,4 +1,4 @@
-"""Messages to bytes and back: one version byte and a msgpack map, then raw frames that are never copied or parsed.
+"""Messages to bytes and back: a version byte, a checksum and a msgpack map, then raw frames never copied or parsed.
 
 Decoding is strict: another version, an unknown type, a missing or unknown field, a value out of range, an extension
 type or a nesting too deep is a MalformedMessage. Nothing is ever unpickled. This is the only file that knows msgpack.
@@ -11,7 +11,7 @@ import operator
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import msgpack  # type: ignore[import-untyped]
 
@@ -21,18 +21,21 @@ from transfer.messages import (
     Accept,
     Ack,
     Announce,
+    Attached,
     Block,
     Call,
     Cancel,
     Close,
     End,
     Fail,
+    Filled,
     Grant,
     Message,
     Open,
     Part,
     Parts,
     Probe,
+    Released,
     Resume,
     Revoke,
     Revoked,
@@ -42,6 +45,7 @@ from transfer.tensors import PlaneSpec
 from transfer.ticket import STREAM_ID_CHARS, is_stream_id
 
 WIRE_VERSION = 2
+PREFIX_BYTES = 5  # the version, and the checksum of what follows
 MAX_FRAMES = 4096
 MAX_HEADER_BYTES = 16 * 1024 * 1024
 MAX_BLOCKS = 1 << 20  # blocks in one grant
@@ -55,7 +59,8 @@ Check: TypeAlias = Callable[[Any], Any]
 _PREFIX = bytes([WIRE_VERSION])
 
 
-class _Int(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Int:
     """An int from `low` to `high`. Most fields are one, so that `decode_header` looks at them without a call."""
 
     low: int
@@ -247,8 +252,14 @@ SCHEMAS: Mapping[str, _Schema] = {
         },
         max_frames=MAX_PLANES,
     ),
+    "attached": _Schema(kind=Attached, fields={**_STREAM, "generation": _u63}),
+    "filled": _Schema(
+        kind=Filled,
+        fields={**_STREAM, "first_index": _u32, "block_ids": _list(MAX_BLOCKS, _u32), "serial": _u63},
+    ),
+    "released": _Schema(kind=Released, fields=_STREAM),
     "ack": _Schema(kind=Ack, fields={**_STREAM, "serial": _u32, "next_index": _u32, "kept_index": _u32}),
-    "probe": _Schema(kind=Probe, fields={**_STREAM, "nonce": _u63}),
+    "probe": _Schema(kind=Probe, fields={**_STREAM, "nonce": _u63, "tag": _bytes(0, 16)}),
     "resume": _Schema(
         kind=Resume,
         fields={**_STREAM, "nonce": _u63, "serial": _u32, "next_index": _u32, "kept_index": _u32},
@@ -288,20 +299,28 @@ def encode_header(message: Message) -> bytes:
         body: bytes = msgpack.packb(record, use_bin_type=True)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise LocalProtocolError(f"a {name!r} message holds something that cannot travel: {error}") from error
-    header = _PREFIX + zlib.crc32(body).to_bytes(4, "big") + body
+    header = frame_header(body)
     if len(header) > MAX_HEADER_BYTES:
         raise MessageTooLarge(f"a {name!r} header of {len(header)} bytes is beyond {MAX_HEADER_BYTES}")
     return header
 
 
+def frame_header(body: bytes) -> bytes:
+    """The header frame round a msgpack map: the version, a CRC-32 of the map, the map.
+
+    Blocks have tags of their own; this keeps a damaged Ack or Announce from passing for a message with other numbers.
+    """
+    return _PREFIX + zlib.crc32(body).to_bytes(4, "big") + body
+
+
 def decode_header(header: bytes | memoryview, num_frames: int) -> Message:
     """The message of a header frame that came with `num_frames` raw frames. MalformedMessage for anything else."""
-    if not 6 <= len(header) <= MAX_HEADER_BYTES:
-        raise MalformedMessage(f"a header of {len(header)} bytes; 6 to {MAX_HEADER_BYTES} are allowed")
+    if not PREFIX_BYTES < len(header) <= MAX_HEADER_BYTES:
+        raise MalformedMessage(f"a header of {len(header)} bytes; {PREFIX_BYTES + 1} to {MAX_HEADER_BYTES} are allowed")
     if header[0] != WIRE_VERSION:
         raise MalformedMessage(f"wire version {header[0]}; this side speaks {WIRE_VERSION}: run equal versions")
-    body = memoryview(header)[5:]
-    if zlib.crc32(body) != int.from_bytes(header[1:5], "big"):
+    body = memoryview(header)[PREFIX_BYTES:]
+    if zlib.crc32(body) != int.from_bytes(header[1:PREFIX_BYTES], "big"):
         raise MalformedMessage("a header does not match its checksum: it was damaged on its way")
     try:
         record = msgpack.unpackb(body, raw=False, use_list=True, strict_map_key=True, max_ext_len=0)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
 import socket
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,25 +17,41 @@ from typing import Any
 
 import zmq
 
-from transfer.addresses import ZAP_DOMAIN, AllowList, check_bind_host, is_loopback, prepare_ipc, tcp_host
+from transfer.addresses import (
+    AllowList,
+    check_bind_host,
+    is_loopback,
+    prepare_ipc,
+    raw_key,
+    sealed_address,
+    tcp_host,
+)
 from transfer.config import TransferConfig
 from transfer.connection import Connection, Frame
 from transfer.endpoint_base import EndpointBase
 from transfer.errors import (
     ConfigError,
     EndpointClosed,
+    LocalProtocolError,
     MalformedMessage,
-    Overloaded,
     PeerLost,
 )
 from transfer.messages import Message
 from transfer.outbox import Outbox
+from transfer.peer_book import MAX_PEERS, PeerBook, check_peer
 from transfer.wire import decode_header, encode_header
-from transfer.zmq_sockets import check_frames, new_socket, raw_key, receive_message, send_message
+from transfer.zmq_sealed import ON_SEALED_PATH, bind_sealed, connect_sealed, decode_sealed
+from transfer.zmq_sockets import (
+    check_frames,
+    dealer_for,
+    guard_with_curve,
+    new_socket,
+    receive_message,
+    send_message,
+)
 
 logger = logging.getLogger(__name__)
 
-MAX_PEERS = 4096
 BLOCKED_POLL_MS = 2  # how soon to try again when ZeroMQ's own queue for a peer is full
 BATCH = 64  # messages read from one socket before the others get their turn
 
@@ -73,8 +88,7 @@ class ZmqEndpoint(EndpointBase):
         self._poller = zmq.Poller()
         self._dealers: dict[Connection, zmq.Socket[bytes]] = {}
         self._connection_of: dict[zmq.Socket[bytes], Connection] = {}
-        self._connections: dict[str, tuple[Connection, str | None]] = {}
-        self._incoming: dict[bytes, Connection] = {}
+        self._peers = PeerBook(self._address)
         self._outboxes: dict[Connection, Outbox] = {}
         self._dirty: set[Connection] = set()  # outboxes that may hold something
         self._awake = False
@@ -82,13 +96,9 @@ class ZmqEndpoint(EndpointBase):
     def _bind(self, address: str) -> None:
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an unknown peer is an error, not a silent drop
         self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a reconnected peer keeps its (random, private) identity
+        self._router.setsockopt(zmq.IPV6, int("[" in address))
         if self._curve:
-            self._zap = self._context.socket(zmq.REP)
-            self._zap.setsockopt(zmq.LINGER, 0)
-            self._zap.bind("inproc://zeromq.zap.01")
-            self._router.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
-            self._router.setsockopt(zmq.CURVE_SERVER, 1)
-            self._router.setsockopt(zmq.CURVE_SECRETKEY, self._secret)
+            self._zap = guard_with_curve(self._context, self._router, self._secret)
         self._router.bind(address)
 
     # -- any thread -----------------------------------------------------------------------------------------------
@@ -103,31 +113,32 @@ class ZmqEndpoint(EndpointBase):
         """Our CURVE public key, None where CURVE is off."""
         return self._public.decode("ascii") if self._curve else None
 
+    def listen_sealed(self, max_frame_bytes: int) -> str | None:
+        """See `connection.Endpoint`. ConfigError when there is no port for it, EndpointClosed."""
+        if not self._curve:
+            return None
+        pull = bind_sealed(self._context, self._config, self._address, max_frame_bytes)
+        address = pull.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._connection_of[pull] = self._peers.sealed_path
+        try:
+            self.post(lambda: self._poller.register(pull, zmq.POLLIN))  # it is the I/O thread's from here on
+        except EndpointClosed:
+            pull.close(linger=0)
+            raise
+        return sealed_address(address, self._allow_list.token)
+
     def connect(self, address: str, public_key: str | None = None) -> Connection:
         """The connection to `address`; the socket follows with the first message. The peer need not be up yet."""
-        if address.startswith("tcp://"):
-            if public_key is None and (self._curve or not is_loopback(tcp_host(address))):
-                raise ConfigError(f"{address} is reached with CURVE only: its public key is needed")
-        elif not address.startswith("ipc://"):
-            raise ConfigError(f"{self._address} cannot reach {address!r}: use tcp:// or ipc://")
-        if public_key is not None:
-            raw_key(public_key)
+        check_peer(self._address, address, public_key, is_encrypted=self._curve)
         with self._lock:
-            known = self._connections.get(address)
-            if known is not None and known[1] == public_key:
-                return known[0]
-            if known is not None:
-                raise ConfigError(f"{address} is connected with another public key: disconnect it first")
-            if len(self._connections) >= MAX_PEERS:
-                raise Overloaded(f"{MAX_PEERS} peers are connected: disconnect some")
-            connection = Connection(endpoint=self._address, peer=address, key=secrets.token_bytes(16), outgoing=True)
-            self._connections[address] = (connection, public_key)
-            return connection
+            return self._peers.make(address, public_key)
 
     def send(self, connection: Connection, message: Message, frames: Sequence[Frame] = ()) -> None:
         """Queue for the I/O thread; at once when called on it and nothing waits."""
         if frames:
             check_frames(connection.peer, frames, self._config)
+        if connection.is_sealed_path and not isinstance(message, ON_SEALED_PATH):
+            raise LocalProtocolError(f"a {type(message).__name__} cannot go over the path of sealed payloads")
         header = encode_header(message)
         parts = (header, *frames) if connection.outgoing else (connection.key, header, *frames)
         if self._closed:
@@ -155,7 +166,7 @@ class ZmqEndpoint(EndpointBase):
         return outbox
 
     def _check_connected(self, connection: Connection) -> None:
-        if connection.outgoing and self._connections.get(connection.peer, (None,))[0] != connection:
+        if connection.outgoing and self._peers.way_to(connection) is None:
             raise PeerLost(f"{connection.peer} was disconnected")
 
     def allow(self, public_keys: Iterable[str]) -> None:
@@ -167,8 +178,7 @@ class ZmqEndpoint(EndpointBase):
         """Forget a peer; its socket closes on the I/O thread."""
         with self._lock:
             self._outboxes.pop(connection, None)
-            if self._connections.get(connection.peer, (None,))[0] == connection:
-                del self._connections[connection.peer]
+            self._peers.forget(connection)
         with contextlib.suppress(EndpointClosed):
             self.post(lambda: self._close_dealer(connection))
 
@@ -234,11 +244,12 @@ class ZmqEndpoint(EndpointBase):
                 return
             try:
                 if is_router:
-                    connection = self._incoming_connection(sock.recv(zmq.NOBLOCK))
+                    connection = self._peers.came(sock.recv(zmq.NOBLOCK))
                 header, frames = receive_message(sock)  # there at once when there was an identity
                 if connection is None:
                     raise MalformedMessage("a message of a peer that was disconnected")
-                message = decode_header(header, len(frames))
+                decode = decode_sealed if connection.is_sealed_path else decode_header
+                message = decode(header, len(frames))
             except zmq.Again:
                 return
             except MalformedMessage as error:
@@ -246,16 +257,6 @@ class ZmqEndpoint(EndpointBase):
                 logger.debug("dropped a message on %s: %s", self._address, error)
                 continue
             self._dispatch(connection, message, frames)
-
-    def _incoming_connection(self, identity: bytes) -> Connection:
-        connection = self._incoming.get(identity)
-        if connection is None:
-            if len(self._incoming) >= MAX_PEERS:
-                self._incoming.clear()  # only a cache: equal identities give equal connections
-            peer = f"{self._address}<-{identity.hex()}"
-            connection = Connection(endpoint=self._address, peer=peer, key=identity, outgoing=False)
-            self._incoming[identity] = connection
-        return connection
 
     def _flush(self) -> None:
         with self._lock:
@@ -290,14 +291,11 @@ class ZmqEndpoint(EndpointBase):
     def _dealer(self, connection: Connection) -> zmq.Socket[bytes]:
         dealer = self._dealers.get(connection)
         if dealer is None:
-            public_key = next((k for c, k in tuple(self._connections.values()) if c == connection), None)
-            dealer = new_socket(self._context, zmq.DEALER, self._config)
-            dealer.setsockopt(zmq.ROUTING_ID, connection.key)
-            if public_key is not None:
-                dealer.setsockopt(zmq.CURVE_SERVERKEY, public_key.encode("ascii"))
-                dealer.setsockopt(zmq.CURVE_PUBLICKEY, self._public)
-                dealer.setsockopt(zmq.CURVE_SECRETKEY, self._secret)
-            dealer.connect(connection.peer)
+            address, public_key = self._peers.way_to(connection) or (connection.peer, None)
+            if connection.is_sealed_path:
+                dealer = connect_sealed(self._context, self._config, address)
+            else:
+                dealer = dealer_for(self._context, self._config, connection, public_key, (self._public, self._secret))
             self._dealers[connection] = dealer
             self._connection_of[dealer] = connection
             self._poller.register(dealer, zmq.POLLIN)

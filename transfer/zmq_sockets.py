@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import zmq
-from zmq.utils import z85
 
+from transfer.addresses import ZAP_DOMAIN
 from transfer.config import TransferConfig
-from transfer.connection import Frame
-from transfer.errors import ConfigError, MalformedMessage, MessageTooLarge
+from transfer.connection import Connection, Frame
+from transfer.errors import MalformedMessage, MessageTooLarge
 from transfer.wire import MAX_FRAMES, MAX_HEADER_BYTES
 
 HIGH_WATER_MARK = 256  # messages inside ZeroMQ per peer; the rest waits in our own, byte-bounded outboxes
@@ -97,12 +97,33 @@ def receive_message(sock: zmq.Socket[bytes]) -> tuple[bytes, list[memoryview]]:
     return header, frames
 
 
-def raw_key(public_key: str) -> bytes:
-    """The 32 bytes of a CURVE public key. ConfigError for anything else."""
-    try:
-        key: bytes = z85.decode(public_key.encode("ascii"))
-    except (ValueError, UnicodeEncodeError, KeyError) as error:
-        raise ConfigError("a CURVE public key is 40 characters of z85") from error
-    if len(key) != 32:
-        raise ConfigError("a CURVE public key is 40 characters of z85")
-    return key
+def guard_with_curve(
+    context: zmq.Context[zmq.Socket[bytes]], router: zmq.Socket[bytes], secret_key: bytes
+) -> zmq.Socket[bytes]:
+    """Before `router` is bound: ask the socket returned here who may come in. One for all sockets of a context."""
+    door = context.socket(zmq.REP)
+    door.setsockopt(zmq.LINGER, 0)
+    door.bind("inproc://zeromq.zap.01")
+    router.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
+    router.setsockopt(zmq.CURVE_SERVER, 1)
+    router.setsockopt(zmq.CURVE_SECRETKEY, secret_key)
+    return door
+
+
+def dealer_for(
+    context: zmq.Context[zmq.Socket[bytes]],
+    config: TransferConfig,
+    connection: Connection,
+    public_key: str | None,
+    own_keys: tuple[bytes, bytes],
+) -> zmq.Socket[bytes]:
+    """A socket that connects to a peer; with CURVE when its public key is given."""
+    dealer = new_socket(context, zmq.DEALER, config)
+    dealer.setsockopt(zmq.ROUTING_ID, connection.key)
+    dealer.setsockopt(zmq.IPV6, int("[" in connection.peer))
+    if public_key is not None:
+        dealer.setsockopt(zmq.CURVE_SERVERKEY, public_key.encode("ascii"))
+        dealer.setsockopt(zmq.CURVE_PUBLICKEY, own_keys[0])
+        dealer.setsockopt(zmq.CURVE_SECRETKEY, own_keys[1])
+    dealer.connect(connection.peer)
+    return dealer

@@ -1,4 +1,4 @@
-"""`tandem bench`: the benchmarks of the repository, which the installed package does not have. Their flags are theirs."""
+"""`tandem bench`: benchmarks, which the repository has and the installed package has not. Their flags are theirs."""
 
 from __future__ import annotations
 

@@ -105,6 +105,7 @@ def run(options: argparse.Namespace) -> int:
             except OSError as error:
                 raise ConfigError(f"cannot write --json {options.json}: {error.strerror}") from error
         proxy = stack.enter_context(ChaosProxy(options.listen, options.upstream, faults, seed=options.seed))
+        stop.expect()
         print(f"relaying {proxy.address} to {options.upstream} (Ctrl-C stops)", file=sys.stderr, flush=True)
         stop.wait()
         proxy.close()

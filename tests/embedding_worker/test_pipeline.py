@@ -56,6 +56,7 @@ class Job:
     deadline: float = float("inf")
     alive: bool = True
     break_on_rows: bool = False
+    first_row: int = 0
     items: tuple[EmbedItem, ...] = ()
     rows: list[torch.Tensor] = dataclasses.field(default_factory=list)
     summary: EncodeSummary | None = None

@@ -20,7 +20,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from transfer.messages import Abort, Call, Close, End, Message
-from transfer.wire import MAX_HEADER_BYTES, WIRE_VERSION, decode_header, encode_header
+from transfer.wire import MAX_HEADER_BYTES, WIRE_VERSION, decode_header, encode_header, frame_header
 
 WAIT_MS = 20_000
 LISTENING_TCP, LISTENING_UNIX = "0A", "00010000"
@@ -66,11 +66,11 @@ def malformed_messages(folder: Path) -> list[Frames]:
     pickles = [pickle.dumps(Bomb(str(folder / f"pickle-{protocol}")), protocol) for protocol in range(6)]
     messages: list[Frames] = []
     for data in pickles:
-        messages += [[data], [version + data], [data, data], [version + data, b"", data]]
-        messages.append([version + msgpack.packb({"type": "call", "call_id": 1, "method": "ping", "body": data})])
-        messages.append([version + msgpack.packb(msgpack.ExtType(42, data))])
+        messages += [[data], [frame_header(data)], [data, data], [frame_header(data), b"", data]]
+        for value in ({"type": "call", "call_id": 1, "method": "ping", "body": data}, msgpack.ExtType(42, data)):
+            messages.append([frame_header(msgpack.packb(value))])
     messages += [[bytes([other]) + good[1:]] for other in range(256) if other != WIRE_VERSION]
-    messages += [[], [b""], [version], [b"\xff" * 1000], [version + b"\xc1"], [version + b"\x81" * 5000]]
+    messages += [[], [b""], [version], [b"\xff" * 1000], [frame_header(b"\xc1")], [frame_header(b"\x81" * 5000)]]
     messages += [[good[:size]] for size in range(1, len(good))]
     messages.append([good] + [b"x"] * 5000)
     messages.append([version + bytes(MAX_HEADER_BYTES)])

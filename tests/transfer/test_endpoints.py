@@ -536,7 +536,7 @@ def test_connections_to_receivers_that_went_are_closed() -> None:
         assert first.ended.wait(WAIT_S)
         receivers[1].close()
         wait_for(lambda: set(endpoint._dealers) == {held})  # calls went over that one: it is not the streams' to close
-        assert len(endpoint._connections) == 1
+        assert len(endpoint._peers) == 1
         transfer(receivers[2], sides[2])  # closed meanwhile, and made again
         second = Answers()
         client.call(held, "ping", {}, on_end=second.on_end)

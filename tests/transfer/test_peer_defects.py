@@ -18,6 +18,8 @@ from transfer.stream_receiver import StreamReceiver
 from transfer.tensors import PlaneSpec
 from transfer.ticket import Ticket
 
+pytestmark = pytest.mark.usefixtures("payload")
+
 
 def finish(pair: Pair, *consumers: Consumer) -> None:
     pair.network.run_until(lambda: all(consumer.ends for consumer in consumers), limit_s=30.0)
@@ -109,9 +111,9 @@ def test_7_nothing_is_left_of_streams_that_ended_and_no_block_is_freed_twice() -
             pair.network.settle()
     streams = pair.receiver._streams
     assert not streams.by_id and not streams._schedule._times and not streams.strays._parked
-    assert not pair.receiver._area._planner._demands and not pair.receiver._tickets
+    assert not pair.receiver._areas.wire._planner._demands and not pair.receiver._tickets
     pair.assert_ledger_zero()
-    pool = pair.receiver._area.pool
+    pool = pair.receiver._areas.wire.pool
     allocation = pool.allocate(16, "one")
     pool.free(allocation)
     with pytest.raises(DoubleFree):

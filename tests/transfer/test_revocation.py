@@ -21,6 +21,8 @@ from transfer.sender_session import SenderSession
 from transfer.state import ReceiverState, SenderState
 from transfer.ticket import Ticket
 
+pytestmark = pytest.mark.usefixtures("payload")
+
 demands = st.lists(
     st.tuples(st.booleans(), st.integers(0, 9), st.integers(0, 6), st.integers(0, 9), st.booleans()), max_size=10
 )

@@ -301,7 +301,7 @@ class BookMachine(RuleBasedStateMachine):
                 self.book.allocate(num_tokens, owner)
             return
         allocation = self.book.allocate(num_tokens, owner)
-        assert len(set(allocation.block_ids)) == count and set(allocation.block_ids) <= set(free)
+        assert list(allocation.block_ids) == free[:count], "the lowest first"
         assert allocation.allocated_tokens == count * 16
         self.slots.update(dict.fromkeys(allocation.block_ids, ("granted", owner)))
 
@@ -347,7 +347,8 @@ class BookMachine(RuleBasedStateMachine):
         assert self.book.num_in_use == states.count("granted")
         assert self.book.num_fenced == states.count("fenced")
         assert self.book.num_free == (0 if self.abandoned else states.count("free"))
-        assert [[*self.book.held_by(owner)] for owner in "abc"] == [self.held("granted", o) for o in "abc"]
+        assert [self.book.held_by(owner) for owner in "abc"] == [self.held("granted", o) for o in "abc"]
+        assert [self.book.in_use_by(o) for o in "abc"] == [len(self.held("granted", o)) for o in "abc"]
 
 
 TestBook = BookMachine.TestCase

@@ -23,7 +23,10 @@ from transfer.errors import (
     StreamTimeout,
 )
 from transfer.messages import Block, Grant
+from transfer.tensors import SEAL_BYTES
 from transfer.ticket import Ticket
+
+pytestmark = pytest.mark.usefixtures("payload")
 
 SIZES = st.sampled_from([0, 1, 15, 16, 17, 100, 127, 128, 129, 1000, 1600, 2049])
 
@@ -69,7 +72,8 @@ def check_rounds(pair: Pair, block_size: int) -> None:
             assert message.allocated_tokens == len(message.block_ids) * block_size
         if isinstance(message, Block):
             assert message.first_row == message.index * block_size
-            assert [len(f) for f in frames] == [6 * message.num_rows, 4 * message.num_rows]
+            seal = 0 if message.tag else SEAL_BYTES
+            assert [len(f) - seal for f in frames] == [6 * message.num_rows, 4 * message.num_rows]
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -363,7 +367,8 @@ def test_a_lost_peer_and_a_closed_service_end_their_streams() -> None:
     pair = Pair(configure(16, 32, 4))
     stream, consumer, _ = pair.transfer(1000, admit=False)
     pair.network.settle()
-    (connection,) = {c for e, c, _, _ in pair.network.log if e.address == "virtual://receiver"}
+    log = pair.network.log
+    (connection,) = {c for e, c, _, _ in log if e.address == "virtual://receiver" and not c.is_sealed_path}
     pair.receiver_service.drop_peer(connection, "its actor died")
     pair.network.settle()
     assert isinstance(consumer.ends[0], PeerLost)

@@ -14,6 +14,8 @@ from transfer.messages import Abort, Accept, Block, Message
 from transfer.stream_sender import OutgoingStream
 from transfer.ticket import Ticket
 
+pytestmark = pytest.mark.usefixtures("payload")
+
 ROWS, BLOCKS = 200, 13  # blocks of 16
 
 

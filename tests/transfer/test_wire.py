@@ -35,7 +35,7 @@ from transfer.messages import (
 )
 from transfer.negotiate import Offer
 from transfer.tensors import DTYPE_BYTES, PlaneSpec
-from transfer.wire import MAX_HEADER_BYTES, WIRE_VERSION, decode_header, encode_header
+from transfer.wire import MAX_HEADER_BYTES, PREFIX_BYTES, WIRE_VERSION, decode_header, encode_header, frame_header
 
 hex_ids = st.text("0123456789abcdef", min_size=32, max_size=32)
 u32 = st.integers(0, 2**32 - 1)
@@ -122,18 +122,31 @@ def test_damaged_headers_raise_one_error_or_decode(message: Message, data: st.Da
     for candidate in (bytes(header), bytes(header[:cut]), bytes(header) + b"\0"):
         with contextlib.suppress(MalformedMessage):
             decode_header(candidate, data.draw(st.integers(0, 3)))
+        with contextlib.suppress(MalformedMessage):
+            decode_header(frame_header(candidate[PREFIX_BYTES:]), data.draw(st.integers(0, 3)))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(messages, st.data())
+def test_no_turned_bit_and_no_missing_byte_goes_unseen(message: Message, data: st.DataObject) -> None:
+    header = bytearray(encode_header(message))
+    header[data.draw(st.integers(0, len(header) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    cut = encode_header(message)[: data.draw(st.integers(0, len(header) - 1))]
+    for damaged in (bytes(header), cut):
+        with pytest.raises(MalformedMessage):
+            decode_header(damaged, frames_of(message))
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.binary(max_size=200))
 def test_random_bytes_raise_one_error(junk: bytes) -> None:
-    for header in (junk, bytes([WIRE_VERSION]) + junk):
+    for header in (junk, bytes([WIRE_VERSION]) + junk, frame_header(junk)):
         with pytest.raises(MalformedMessage):
             decode_header(header, 0)
 
 
 def packed(record: object) -> bytes:
-    return bytes([WIRE_VERSION]) + bytes(msgpack.packb(record))
+    return frame_header(bytes(msgpack.packb(record)))
 
 
 ACK = {"type": "ack", "stream_id": "0" * 32, "epoch": 1, "serial": 0, "next_index": 0, "kept_index": 0}
@@ -153,7 +166,9 @@ def nested(depth: int) -> object:
         b"",
         b"\x01",
         bytes([WIRE_VERSION + 1]) + packed(ACK)[1:],
-        packed(ACK) + packed(ACK)[1:],
+        frame_header(packed(ACK)[PREFIX_BYTES:] * 2),
+        packed(ACK)[:PREFIX_BYTES],
+        packed(ACK)[:1] + bytes(4) + packed(ACK)[PREFIX_BYTES:],
         packed([ACK]),
         packed({**ACK, "type": "nonsense"}),
         packed({**ACK, "type": ["ack"]}),
@@ -176,11 +191,11 @@ def nested(depth: int) -> object:
         packed({**CALL, "method": "m" * 200}),
         packed({"type": "parts", "parts": [[1, {}, 1]]}),
         packed({"type": "parts", "parts": [[1, {}]]}),
-        bytes([WIRE_VERSION]) + b"\x91" * 100_000,
-        bytes([WIRE_VERSION]) + b"\xdf\xff\xff\xff\xff",
-        bytes([WIRE_VERSION]) + b"\xdd\xff\xff\xff\xff",
+        frame_header(b"\x91" * 100_000),
+        frame_header(b"\xdf\xff\xff\xff\xff"),
+        frame_header(b"\xdd\xff\xff\xff\xff"),
         pickle.dumps({"type": "ack"}),
-        bytes([WIRE_VERSION]) + pickle.dumps({"type": "ack"}),
+        frame_header(pickle.dumps({"type": "ack"})),
     ],
 )
 def test_wrong_headers_are_malformed(header: bytes) -> None:

@@ -5,16 +5,23 @@ Messages wait in one queue; `faults` may lose, repeat, reorder or corrupt them. 
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from transfer.config import TransferConfig
 from transfer.connection import Connection, Frame, Handler, Tick
-from transfer.messages import Block, Message
+from transfer.errors import TicketRejected
+from transfer.messages import Block, Message, Probe
+from transfer.segment_guest import SegmentGuest
+from transfer.segment_host import RELEASE_S, SegmentHost
+from transfer.segment_passing import FetchedSegment
+from transfer.segment_server import SegmentOffer
 from transfer.service import Service
 from transfer.stream_receiver import StreamReceiver
 from transfer.stream_sender import OutgoingStream, StreamSender
@@ -114,7 +121,12 @@ class VirtualNetwork:
 
 
 class VirtualEndpoint:
-    """Keeps the Endpoint contract over a VirtualNetwork."""
+    """Keeps the Endpoint contract over a VirtualNetwork.
+
+    `encrypted`: as between hosts, where payloads are sealed and go over a path of their own.
+    """
+
+    encrypted = False
 
     def __init__(self, network: VirtualNetwork, address: str) -> None:
         self.network = network
@@ -130,22 +142,36 @@ class VirtualEndpoint:
 
     @property
     def public_key(self) -> str | None:
-        return None
+        return "virtual key" if self.encrypted else None
 
     def start(
         self, handler: Handler, on_tick: Tick | None = None, on_restart: Callable[[], None] | None = None
     ) -> None:
         self._handler, self._tick = handler, on_tick
 
+    def listen_sealed(self, max_frame_bytes: int) -> str | None:
+        return f"{self._address}#token" if self.encrypted else None
+
     def connect(self, address: str, public_key: str | None = None) -> Connection:
-        return Connection(endpoint=self._address, peer=address, key=self._address.encode(), outgoing=True)
+        peer, _, token = address.partition("#")
+        key = self._address.encode()
+        return Connection(endpoint=self._address, peer=peer, key=key, outgoing=True, is_sealed_path=bool(token))
 
     def send(self, connection: Connection, message: Message, frames: Sequence[Frame] = ()) -> None:
         target = self.network.endpoints.get(connection.peer)
         if target is None:
             return
+        if connection.is_sealed_path:
+            assert isinstance(message, (Block, Probe)) and connection.outgoing
+            peer, key = "who knows", b""  # that path does not tell
+        else:
+            peer, key = self._address, connection.key
         twin = Connection(
-            endpoint=connection.peer, peer=self._address, key=connection.key, outgoing=not connection.outgoing
+            endpoint=connection.peer,
+            peer=peer,
+            key=key,
+            outgoing=not connection.outgoing,
+            is_sealed_path=connection.is_sealed_path,
         )
         self.network.push(target, twin, message, [bytes(frame) for frame in frames])
 
@@ -222,8 +248,57 @@ class Consumer:
         return torch.cat(self.rows[name])
 
 
+class VirtualLifeline:
+    """Stands for the connection that shows that both ends live."""
+
+    is_over = False
+
+    def recv(self, num_bytes: int) -> bytes:
+        if not self.is_over:
+            raise BlockingIOError
+        return b""
+
+    def close(self) -> None:
+        self.is_over = True
+
+
+class VirtualPassing:
+    """Stands for the socket that segments are passed over: at once, in this process, to holders of the ticket."""
+
+    path = "/virtual/segments.sock"
+
+    def __init__(self) -> None:
+        self.offers: dict[str, SegmentOffer] = {}
+        self.lifelines: dict[int, list[VirtualLifeline]] = {}
+
+    def offer(self, offer: SegmentOffer) -> None:
+        self.offers[offer.ticket.stream_id] = offer
+
+    def withdraw(self, stream_id: str) -> None:
+        self.offers.pop(stream_id, None)
+
+    def hang_up(self, generation: int) -> None:
+        self.offers = {key: offer for key, offer in self.offers.items() if offer.generation != generation}
+        for lifeline in self.lifelines.pop(generation, []):
+            lifeline.close()
+
+    def close(self) -> None:
+        for generation in tuple(self.lifelines):
+            self.hang_up(generation)
+
+    def fetch(self, path: str, ticket: Ticket, generation: int) -> FetchedSegment:
+        offer = self.offers.get(ticket.stream_id)
+        if path != self.path or offer is None or offer.ticket != ticket or offer.generation != generation:
+            raise TicketRejected("no such segment")
+        lifeline = VirtualLifeline()
+        self.lifelines.setdefault(generation, []).append(lifeline)
+        return FetchedSegment(os.dup(offer.fd), offer.num_bytes, lifeline)  # type: ignore[arg-type]
+
+
 class Pair:
-    """A receiving worker and a sending worker on one virtual network."""
+    """A receiving worker and a sending worker on one virtual network; `has_segments`: payload in shared memory."""
+
+    has_segments = False
 
     def __init__(
         self,
@@ -234,15 +309,34 @@ class Pair:
     ) -> None:
         self.network = network or VirtualNetwork()
         self.config = config
+        self.passing = VirtualPassing()
         self.receiver_service = self._service("virtual://receiver", config)
         self.sender_service = self._service("virtual://sender", sender_config or config)
-        self.receiver = StreamReceiver(self.receiver_service, config, PLANES)
-        self.sender = StreamSender(self.sender_service, sender_config or config)
+        self.host = self._host(config) if self.has_segments else None
+        self.receiver = StreamReceiver(self.receiver_service, config, PLANES, segments=self.host)
+        self.sender = StreamSender(
+            self.sender_service, sender_config or config, segments=self._guest(self.sender_service)
+        )
         self.receiver_service.start()
         self.sender_service.start()
 
+    def __del__(self) -> None:
+        if getattr(self, "host", None) is not None:
+            self.host.close()
+
     def _service(self, address: str, config: TransferConfig) -> Service:
         return Service(VirtualEndpoint(self.network, address), config, clock=lambda: self.network.now)
+
+    def _host(self, config: TransferConfig) -> SegmentHost:
+        config = replace(config, segment_tokens=config.pool_tokens)
+        return SegmentHost(
+            self.receiver_service, config, PLANES, folder=Path("/virtual"), open_server=lambda folder: self.passing
+        )
+
+    def _guest(self, service: Service) -> SegmentGuest | None:
+        if not self.has_segments:
+            return None
+        return SegmentGuest(service, is_on=True, fetch=self.passing.fetch, run=lambda job: job())
 
     def listen(self, ticket: Ticket, *, admit: bool = True, **more: float) -> Consumer:
         """`more`: deadline_s, take_over_s."""
@@ -265,7 +359,7 @@ class Pair:
     def another_sender(self, address: str = "virtual://another") -> StreamSender:
         """A second sending worker."""
         service = self._service(address, self.config)
-        sender = StreamSender(service, self.config)
+        sender = StreamSender(service, self.config, segments=self._guest(service))
         service.start()
         return sender
 
@@ -290,8 +384,10 @@ class Pair:
         return stream, consumer, data
 
     def assert_ledger_zero(self) -> None:
+        if self.has_segments:
+            self.network.advance(RELEASE_S + 0.1)  # a lost Released is not waited for any longer
         stats = self.receiver.stats()
-        for name in ("blocks_in_use", "streams_open", "tickets_open", "opens_parked"):
+        for name in ("blocks_in_use", "streams_open", "tickets_open", "opens_parked", "segments_open"):
             assert stats[f"transfer_{name}"] == 0, (name, stats)
         assert self.sender.stats()["transfer_streams_sending"] == 0
         for service in (self.receiver_service, self.sender_service):

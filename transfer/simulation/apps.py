@@ -73,6 +73,7 @@ class Consumer:
     ) -> None:
         self.book = book
         self.age = book.number
+        self.num_restarts = 0
         self._judge = judge
         self._admission = admission
         self._on_end = on_end
@@ -89,6 +90,7 @@ class Consumer:
 
     def on_restart(self) -> None:
         """See StreamListener."""
+        self.num_restarts += 1
         self.leave()
         self._judge.restarted(self.book)
 
@@ -150,4 +152,4 @@ class Admission:
             self._reserved[consumer] = num_rows
             self._free_rows -= num_rows
             consumer.book.is_admitted = True
-            self._host.receiver.admit(consumer.book.stream_id, num_rows)
+            self._host.receiver.admit(consumer.book.stream_id, num_rows, num_restarts=consumer.num_restarts)

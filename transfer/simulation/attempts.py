@@ -1,4 +1,4 @@
-"""Requests and attempts: one plan, the streams that were opened for it, the senders each stream had, and who is to blame.
+"""Requests and attempts: one plan, the streams opened for it, the senders each stream had, and who is to blame.
 
 Plain records, and one judgement: whether what was done to a stream explains that an end of it gave up.
 """
@@ -84,9 +84,9 @@ def explains_receiver(request: Request, attempt: Attempt, outages: Outages, erro
     """Whether a consumer's failure has a reason that was put into the run."""
     if attempt.harms or _is_expired(request, attempt, error, now):
         return True
-    if attempt.lost_s is not None and not attempt.has_sender:
-        if now + attempt.host.process.leap_s - attempt.lost_s >= request.plan.take_over_s - SLACK_S:
-            return True
+    waited_s = 0.0 if attempt.lost_s is None else now + attempt.host.process.leap_s - attempt.lost_s
+    if attempt.lost_s is not None and not attempt.has_sender and waited_s >= request.plan.take_over_s - SLACK_S:
+        return True
     names = {sending.host.name for sending in attempt.sendings}
     return any(outages.excuse(name, attempt.host.name, attempt.started_s, now) for name in names)
 

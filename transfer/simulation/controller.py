@@ -79,7 +79,9 @@ class Controller:
         book = StreamBook(ticket.stream_id, plan.number, host.process, ticket.epoch)
         book.senders[ticket.epoch] = sending.book
         self._judge.streams[ticket.stream_id] = book
-        consumer = Consumer(book, self._judge, self._admission(host), lambda end: self._consumer_ended(request, attempt, end))
+        consumer = Consumer(
+            book, self._judge, self._admission(host), lambda end: self._consumer_ended(request, attempt, end)
+        )
         attempt = Attempt(host, book, consumer, self._timeline.now, [sending])
         request.attempts.append(attempt)
         self.streams[ticket.stream_id] = request, attempt
@@ -117,7 +119,9 @@ class Controller:
             key = f"request-{request.plan.number}-{number}"
             num_rows = request.plan.num_rows
             if number:  # another preprocessing may well give another number of rows
-                num_rows = self._dice.choice((num_rows, num_rows + 1, max(0, num_rows - self.scenario.config.block_size)))
+                num_rows = self._dice.choice(
+                    (num_rows, num_rows + 1, max(0, num_rows - self.scenario.config.block_size))
+                )
             found = Content(key, self.scenario.planes, num_rows, f"{self.scenario.seed}/{key}")
             self._contents[request.plan.number, number] = found
             self._judge.contents.append(found)
@@ -253,18 +257,17 @@ class Controller:
             delay_s = self._dice.choice((0.0, self._dice.uniform(0, 3)))
             self._timeline.after(delay_s, self.replace_sender, request, attempt, number)
 
-    def replace_sender(self, request: Request, attempt: Attempt, content_number: int) -> bool:
-        """Let another sender go on with an attempt; whether it could be asked for."""
+    def replace_sender(self, request: Request, attempt: Attempt, content_number: int) -> None:
+        """Let another sender go on with an attempt, unless it is over or that is under way."""
         process = attempt.host.process
         if attempt.is_over or attempt.is_replacing or not process.is_alive or request.outcome is not None:
-            return False
+            return
         attempt.is_replacing = True
         request.num_contents = max(request.num_contents, content_number + 1)
         attempt.sending.harms.append("fenced")
         if attempt.lost_s is None or attempt.has_sender:
             attempt.lost_s = self._timeline.now
         process.after(0.0, self._reissue, request, attempt, content_number)
-        return True
 
     def _reissue(self, request: Request, attempt: Attempt, content_number: int) -> None:
         if attempt.is_over:
@@ -294,31 +297,35 @@ class Controller:
         attempt.book.senders[ticket.epoch] = sending.book
         host.process.after(self._dice.choice((0.0, 0.01, 1.0)), self._send, request, attempt, sending)
 
-    def states_of(self, request: Request) -> frozenset[str]:
-        """The states of both ends of its attempt under way."""
-        attempt = request.attempt
-        if attempt is None:
-            return frozenset()
-        stream = attempt.sending.stream
-        sender = "unknown" if stream is None else stream.session.state.value
-        return frozenset({attempt.host.states().get(attempt.stream_id, "unknown"), sender})
-
     # -- giving up ------------------------------------------------------------------------------------------------
 
+    def cancels(self) -> list[tuple[str, Request, str]]:
+        """Every way to give up a request now: the kind it counts as, the request, and the side that gives up."""
+        found = []
+        for request in self.requests:
+            attempt = request.attempt
+            if attempt is None or request.outcome is not None:
+                continue
+            state = attempt.host.states().get(attempt.stream_id, "unknown")
+            found.append((f"cancel_by_receiver_{state}", request, "receiver"))
+            stream = attempt.sending.stream
+            if stream is not None and attempt.sending.book.process.is_alive and attempt.sending.book.outcome is None:
+                found.append((f"cancel_by_sender_{stream.session.state.value}", request, "sender"))
+        return found
+
     def cancel(self, request: Request, side: str) -> None:
-        """Give a request up, from one of its ends."""
+        """Give a request up, from one of its ends; nothing happens when that end is not there."""
         attempt = request.attempt
-        if attempt is None or request.outcome is not None:
+        kind = next((kind for kind, *which in self.cancels() if which == [request, side]), None)
+        if attempt is None or kind is None:
             return
+        self.fired[kind] += 1
         attempt.harms.append("cancel")
         request.outcome = "cancelled"
-        stream = attempt.sending.stream
-        if side == "sender" and stream is not None and attempt.sending.host.process.is_alive:
-            self.fired[f"cancel_by_sender_{stream.session.state.value}"] += 1
+        if side == "sender" and attempt.sending.stream is not None:
+            stream = attempt.sending.stream
             attempt.sending.host.process.after(0.0, stream.abort, "Cancelled", "the producer gives up")
             return
-        state = attempt.host.states().get(attempt.stream_id, "unknown")
-        self.fired[f"cancel_by_receiver_{state}"] += 1
         attempt.is_over = True
         attempt.host.process.after(0.0, self._abort, attempt)
 
@@ -334,4 +341,3 @@ class Controller:
 def _other_planes(planes: tuple[PlaneSpec, ...]) -> tuple[PlaneSpec, ...]:
     first = planes[0]
     return (PlaneSpec(name=first.name, dtype=first.dtype, row_shape=(*first.row_shape, 7)), *planes[1:])
-

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+
 from transfer.config import TransferConfig
 from transfer.service import Service
+from transfer.simulation.judge import Judge
 from transfer.simulation.memory import WatchedBuffers, WatchedPool
 from transfer.simulation.network import VirtualEndpoint, VirtualNetwork
-from transfer.simulation.judge import Judge
 from transfer.simulation.timeline import Process
 from transfer.stream_receiver import StreamReceiver
 from transfer.stream_sender import StreamSender
 from transfer.tensors import PlaneSpec
+from transfer.ticket import SECRET_BYTES, Ticket
 
 
 class Host:
     """One machine: its program may crash and be started again, be stopped and woken, and its clock may leap."""
 
-    def __init__(self, name: str, network: VirtualNetwork, judge: Judge, config: TransferConfig) -> None:
+    def __init__(self, name: str, network: VirtualNetwork, judge: Judge, config: TransferConfig, seed: int) -> None:
         self.name = name
+        self.dice = random.Random(f"{seed}/{name}")  # in the place of the operating system's random bytes
         self.address = f"virtual://{name}"
         self.network = network
         self.judge = judge
@@ -81,7 +86,7 @@ class SenderHost(Host):
 
     def attach(self) -> None:
         """Put a StreamSender on the service."""
-        self.sender = StreamSender(self.service, self.config)
+        self.sender = StreamSender(self.service, self.config, token_bytes=self.dice.randbytes)
 
     def states(self) -> dict[str, str]:
         """See Host."""
@@ -104,13 +109,14 @@ class ReceiverHost(Host):
         judge: Judge,
         config: TransferConfig,
         planes: tuple[PlaneSpec, ...],
+        seed: int,
     ) -> None:
         self.planes = planes
-        super().__init__(name, network, judge, config)
+        super().__init__(name, network, judge, config, seed)
 
     def attach(self) -> None:
         """Put a StreamReceiver on the service, and watch its memory."""
-        self.receiver = StreamReceiver(self.service, self.config, self.planes)
+        self.receiver = StreamReceiver(self.service, self.config, self.planes, next_ticket=self._next_ticket)
         self.watch = self.judge.watch(self.process)
         self.watch.touch = self.process.touch
         num_blocks, size = self.config.num_pool_blocks, self.config.block_size
@@ -121,3 +127,6 @@ class ReceiverHost(Host):
     def states(self) -> dict[str, str]:
         """See Host."""
         return {stream_id: stream.session.state.value for stream_id, stream in self.receiver._streams.by_id.items()}
+
+    def _next_ticket(self, ticket: Ticket) -> Ticket:
+        return replace(ticket, epoch=ticket.epoch + 1, secret=self.dice.randbytes(SECRET_BYTES))

@@ -11,13 +11,27 @@ from transfer.simulation.controller import Controller
 from transfer.simulation.faults import Incident
 from transfer.simulation.hosts import Host, ReceiverHost, SenderHost
 from transfer.simulation.network import VirtualNetwork
+from transfer.simulation.onlooker import Onlooker
 from transfer.simulation.outages import Outages
 from transfer.simulation.story import Story
-from transfer.simulation.onlooker import Onlooker
 
 LONG_S = 18.0
-RARE_RECEIVER_STATES = frozenset({"registered", "opened", "orphaned"})
-RARE_STATES = RARE_RECEIVER_STATES | {"opening", "accepted", "draining"}
+# States that pass quickly come first: a cancellation meets the first of these that it finds.
+CANCEL_RARITY = {
+    kind: rank
+    for rank, kind in enumerate(
+        (
+            "cancel_by_sender_draining",
+            "cancel_by_sender_accepted",
+            "cancel_by_receiver_orphaned",
+            "cancel_by_receiver_opened",
+            "cancel_by_sender_granted",
+            "cancel_by_receiver_registered",
+            "cancel_by_receiver_held",
+            "cancel_by_sender_opening",
+        )
+    )
+}
 
 
 class Incidents:
@@ -201,7 +215,7 @@ class Incidents:
         return self._num_live(None, host)
 
     def _restart_loop(self, incident: Incident) -> int:
-        """A receiving loop dies and is started anew: what was on its way into it is lost, what it acknowledged is not."""
+        """A receiving loop dies and is started anew: what was on its way is lost, what it acknowledged is not."""
         _, host = self._pair(incident)
         if not host.is_up:
             return 0
@@ -212,25 +226,23 @@ class Incidents:
         return self._num_live(None, host)
 
     def _cancel(self, incident: Incident) -> int:
-        """One end gives up; streams in states that pass quickly are met first."""
-        live = [request for request in self._controller.requests if request.attempt is not None]
-        rare = [request for request in live if self._controller.states_of(request) & RARE_STATES]
-        if not live:
+        """One end gives up, in the rarest state that there is."""
+        found = self._controller.cancels()
+        if not found:
             return 0
-        request = (rare or live)[incident.target % len(rare or live)]
-        states = self._controller.states_of(request)
-        side = "receiver" if states & RARE_RECEIVER_STATES else "sender" if states & RARE_STATES else "receiver"
+        rarest = min(CANCEL_RARITY.get(kind, len(CANCEL_RARITY)) for kind, _, _ in found)
+        _, request, side = next(way for way in found if CANCEL_RARITY.get(way[0], len(CANCEL_RARITY)) == rarest)
         self._controller.cancel(request, side)
         return 1
 
     def _take_over(self, incident: Incident, content_number: int) -> int:
-        live = [request for request in self._controller.requests if request.attempt is not None]
-        if not live:
+        live = [(request, request.attempt) for request in self._controller.requests]
+        able = [(r, a) for r, a in live if a is not None and not a.is_replacing and a.host.is_up and r.outcome is None]
+        if not able:
             return 0
-        request = live[incident.target % len(live)]
-        attempt = request.attempt
-        assert attempt is not None
-        return self._controller.replace_sender(request, attempt, content_number)
+        request, attempt = able[incident.target % len(able)]
+        self._controller.replace_sender(request, attempt, content_number)
+        return 1
 
     def _take_over_same_key(self, incident: Incident) -> int:
         return self._take_over(incident, 0)

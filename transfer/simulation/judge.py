@@ -86,7 +86,9 @@ class Judge:
         falsified, self.falsified = self.falsified, []
         for book, sender in falsified:
             if not isinstance(sender.outcome, AlignmentError):
-                self.complain("1: a misaligned grant is a typed error", book.number, f"its outcome is {sender.outcome!r}")
+                self.complain(
+                    "1: a misaligned grant is a typed error", book.number, f"its outcome is {sender.outcome!r}"
+                )
 
     def _check_surplus(self, watch: BlockWatch) -> None:
         announced, self._announced = self._announced, []
@@ -139,7 +141,9 @@ class Judge:
         sender = book.senders.get(block.epoch)
         first_row = block.index * self._size
         if sender is None or list(frames) != sender.content.frames(first_row, block.num_rows):
-            self.complain("4: damaged or foreign bytes are dropped", book.number, f"{block} was stored, with other bytes")
+            self.complain(
+                "4: damaged or foreign bytes are dropped", book.number, f"{block} was stored, with other bytes"
+            )
         if block.index in book.stored:
             self.complain("4: a duplicate is dropped", book.number, f"{block} was stored again")
         book.stored.add(block.index)
@@ -155,7 +159,9 @@ class Judge:
         book.stored.discard(index)
         book.next_stored = min(book.next_stored, index)
         if index < book.kept and book.opened_epoch == book.epoch:
-            self.complain("3: kept means kept", book.number, f"block {index} was dropped, kept are those below {book.kept}")
+            self.complain(
+                "3: kept means kept", book.number, f"block {index} was dropped, kept are those below {book.kept}"
+            )
 
     # -- consumers and producers ----------------------------------------------------------------------------------
 
@@ -180,7 +186,9 @@ class Judge:
         """A consumer is told to forget everything."""
         before, sender = book.delivering, book.senders[book.opened_epoch]
         if before is not None and sender.key and before.key == sender.key:
-            self.complain("3: the same content goes on", book.number, f"it starts over with the same key {sender.key!r}")
+            self.complain(
+                "3: the same content goes on", book.number, f"it starts over with the same key {sender.key!r}"
+            )
         if book.is_ended:
             self.complain("3: a stream ends once", book.number, "it starts over after its end")
         book.start_over()
@@ -221,4 +229,6 @@ class Judge:
             self.complain("3: a stream ends once", book.number, f"{outcome} after {sender.outcome}")
         sender.outcome = outcome
         if isinstance(outcome, StreamStats) and not (book.is_ended and book.num_delivered == book.total_rows):
-            self.complain("3: done means delivered", book.number, f"its sender is done, {book.num_delivered} rows arrived")
+            self.complain(
+                "3: done means delivered", book.number, f"its sender is done, {book.num_delivered} rows arrived"
+            )

@@ -51,7 +51,9 @@ class BlockWatch:
         for block_id in block_ids:
             owner = self.owners.pop(block_id, None)
             if owner != stream_id:
-                self._complain("4: no block has two owners", stream_id, f"it freed block {block_id}, which {owner} owns")
+                self._complain(
+                    "4: no block has two owners", stream_id, f"it freed block {block_id}, which {owner} owns"
+                )
             self._on_gave(stream_id, block_id)
 
     def placing(self, block_id: int) -> None:
@@ -60,7 +62,9 @@ class BlockWatch:
         if owner is None:
             self._complain("4: a freed block is never written", None, f"block {block_id} was written while it was free")
         elif self.writing != (owner, block_id):
-            self._complain("4: a block is its owner's alone", owner, f"its block {block_id} was written for {self.writing}")
+            self._complain(
+                "4: a block is its owner's alone", owner, f"its block {block_id} was written for {self.writing}"
+            )
         else:
             self._on_placed(owner, block_id)
 

@@ -193,6 +193,10 @@ class VirtualEndpoint:
         self.process.on_loop_death = self.restart_loop
         self.process.after(self.config.tick_s, self._on_tick)
 
+    def listen_sealed(self, max_frame_bytes: int) -> str | None:
+        """Always None."""
+        return None
+
     def connect(self, address: str, public_key: str | None = None) -> Connection:
         """The connection to `address`, one until it is disconnected."""
         connection = self._outgoing.get(address)
@@ -210,16 +214,19 @@ class VirtualEndpoint:
         if not connection.outgoing:
             return Connection(endpoint=self._address, peer=peer, key=connection.key, outgoing=True)
         return Connection(
-            endpoint=self._address, peer=f"{self._address}<-{connection.key.decode()}", key=connection.key, outgoing=False
+            endpoint=self._address,
+            peer=f"{self._address}<-{connection.key.decode()}",
+            key=connection.key,
+            outgoing=False,
         )
 
     def send(self, connection: Connection, message: Message, frames: Sequence[Frame] = ()) -> None:
         """Raises EndpointClosed, PeerLost, Overloaded."""
         if self.is_closed:
             raise EndpointClosed(f"{self._address} is closed")
-        self.process.touch()
         copies = [bytes(frame) for frame in frames]
         self.network.observer.sent(self.process, message, copies)
+        self.process.touch()  # a loop that dies here has said it, and nobody heard
         self.network.carry(self, connection, message, copies)
 
     def deliver(self, connection: Connection, wire: Sequence[bytes]) -> None:

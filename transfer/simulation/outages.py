@@ -36,9 +36,7 @@ class Outages:
         """Something does not work from `start_s` on for so many seconds."""
         self._outages.append(Outage(start_s, start_s + seconds, sender, receiver))
 
-    def add_leap(
-        self, now: float, seconds: float, *, sender: str | None = None, receiver: str | None = None
-    ) -> None:
+    def add_leap(self, now: float, seconds: float, *, sender: str | None = None, receiver: str | None = None) -> None:
         """A clock leaps forward."""
         self._outages.append(Outage(now, now, sender, receiver, seconds))
 

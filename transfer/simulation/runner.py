@@ -28,6 +28,14 @@ class Report:
     fired: Counter[str] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
 
+    def add_result(self, result: Result) -> None:
+        """Take in what one seed came to."""
+        self.num_seeds += 1
+        self.fired.update(result.fired)
+        self.counts.update(result.counts)
+        if result.breach is not None:
+            self.failures.append((result.seed, str(result.breach)))
+
     def add(self, other: Report) -> None:
         """Take in what other seeds came to."""
         self.num_seeds += other.num_seeds
@@ -49,7 +57,9 @@ def run_seed(seed: int, *, is_told: bool = False) -> Result:
         return World(draw_scenario(seed), is_told=is_told).run()
 
 
-def run_seeds(seeds: Sequence[int], *, num_jobs: int = 1, on_done: Callable[[int], None] = lambda count: None) -> Report:
+def run_seeds(
+    seeds: Sequence[int], *, num_jobs: int = 1, on_done: Callable[[int], None] = lambda count: None
+) -> Report:
     """Play many seeds; `on_done(count)` is called as they are done."""
     report = Report()
     chunks = [seeds[start : start + CHUNK] for start in range(0, len(seeds), CHUNK)]
@@ -77,12 +87,11 @@ def _begin_worker() -> None:
 def _run_chunk(seeds: Sequence[int]) -> Report:
     report = Report()
     for seed in seeds:
-        result = run_seed(seed)
-        report.num_seeds += 1
-        report.fired.update(result.fired)
-        report.counts.update(result.counts)
-        if result.breach is not None:
-            report.failures.append((seed, str(result.breach)))
+        try:
+            report.add_result(run_seed(seed))
+        except Exception as error:
+            error.add_note(f"in the simulator itself, at seed {seed}")
+            raise
     return report
 
 

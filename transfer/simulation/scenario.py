@@ -149,10 +149,12 @@ def _incidents(dice: random.Random, requests: tuple[RequestPlan, ...], config: T
         is_long = dice.random() < 0.15
         incidents.append(
             Incident(
-                kind=dice.choice(INCIDENT_KINDS),
+                kind=dice.choice((*INCIDENT_KINDS, "cancel", "cancel")),
                 at_message=dice.randint(1, max(2, num_messages)),
                 target=dice.randrange(1000),
-                seconds=dice.uniform(18, 45) if is_long else dice.choice((0.01, dice.uniform(0, 0.5), dice.uniform(0, 8))),
+                seconds=dice.uniform(18, 45)
+                if is_long
+                else dice.choice((0.01, dice.uniform(0, 0.5), dice.uniform(0, 8))),
             )
         )
     return tuple(sorted(incidents, key=lambda incident: incident.at_message))

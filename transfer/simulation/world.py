@@ -11,10 +11,10 @@ from transfer.simulation.books import Breach
 from transfer.simulation.controller import Controller
 from transfer.simulation.hosts import Host, ReceiverHost, SenderHost
 from transfer.simulation.incidents import Incidents
-from transfer.simulation.network import VirtualNetwork
-from transfer.simulation.outages import Outages
 from transfer.simulation.judge import Judge
+from transfer.simulation.network import VirtualNetwork
 from transfer.simulation.onlooker import Onlooker
+from transfer.simulation.outages import Outages
 from transfer.simulation.scenario import Scenario
 from transfer.simulation.story import Story
 from transfer.simulation.timeline import Timeline
@@ -55,12 +55,13 @@ class World:
         )
         self.network.fired = self.fired
         config = scenario.config
-        names = range(1, scenario.num_receivers + 1)
         self.receivers = [
-            ReceiverHost(f"receiver-{n}", self.network, self.judge, config, scenario.planes) for n in names
+            ReceiverHost(f"receiver-{n}", self.network, self.judge, config, scenario.planes, scenario.seed)
+            for n in range(1, scenario.num_receivers + 1)
         ]
         self.senders = [
-            SenderHost(f"sender-{n}", self.network, self.judge, config) for n in range(1, scenario.num_senders + 1)
+            SenderHost(f"sender-{n}", self.network, self.judge, config, scenario.seed)
+            for n in range(1, scenario.num_senders + 1)
         ]
         timers = Timers.of(config)
         self.outages = Outages(timers.idle_timeout_s - 2 * timers.max_probe_s - 1)
@@ -141,7 +142,11 @@ class World:
     def _leftovers(self) -> str:
         for host in self.receivers:
             stats = host.receiver.stats()
-            open_ = [f"{name} {stats[name]}" for name in stats if name.endswith(("_in_use", "_open", "_parked")) and stats[name]]
+            open_ = [
+                f"{name} {stats[name]}"
+                for name in stats
+                if name.endswith(("_in_use", "_open", "_parked")) and stats[name]
+            ]
             if host.watch.owners:
                 open_.append(f"blocks {sorted(host.watch.owners)} still owned")
             if open_:
@@ -159,7 +164,9 @@ class World:
         for host in self.receivers:
             wild = [i for i in range(self.scenario.config.num_pool_blocks) if not host.buffers.is_poisoned(i)]
             if wild and not left:
-                self.judge.complain("4: a freed block is never written", None, f"{host.name}: blocks {wild} were written")
+                self.judge.complain(
+                    "4: a freed block is never written", None, f"{host.name}: blocks {wild} were written"
+                )
         for request in self.controller.requests:
             for attempt in request.attempts:
                 for sending in attempt.sendings:

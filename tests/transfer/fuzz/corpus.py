@@ -14,7 +14,7 @@ from pathlib import Path
 import msgpack
 
 from tests.transfer.fuzz.samples import sample_messages
-from transfer.wire import WIRE_VERSION, encode_header
+from transfer.wire import WIRE_VERSION, encode_header, frame_header
 
 FOLDER = Path(__file__).parent / "corpus"
 
@@ -28,30 +28,30 @@ def load() -> dict[str, tuple[int, bytes]]:
 
 def hostile_headers() -> dict[str, bytes]:
     """Headers that attack the decoder rather than the protocol."""
-    version = bytes([WIRE_VERSION])
     return {
         "empty": b"",
-        "version-only": version,
-        "other-version": bytes([WIRE_VERSION + 1]) + msgpack.packb({"type": "cancel", "call_id": 1}),
-        "pickle": version + pickle.dumps([1, 2, 3]),
-        "deep-lists": version + b"\x91" * 2000 + b"\xc0",
-        "deep-maps": version + b"\x81\xa1x" * 1000 + b"\xc0",
-        "array-of-4-billion": version + b"\xdd\xff\xff\xff\xff",
-        "map-of-4-billion": version + b"\xdf\xff\xff\xff\xff",
-        "string-of-4-gigabytes": version + b"\xdb\xff\xff\xff\xff",
-        "reserved-byte": version + b"\xc1",
-        "extension": version + msgpack.packb(msgpack.ExtType(42, b"abc")),
-        "timestamp": version + msgpack.packb({"type": "cancel", "call_id": msgpack.Timestamp(1)}),
-        "bad-utf8": version + b"\x82\xa4type\xa6cancel\xa7call_id\xa1\xff",
-        "key-is-a-number": version + msgpack.packb({1: 2}),
-        "key-is-a-list": version + b"\x81\x90\xc0",
-        "same-key-twice": version + b"\x83\xa4type\xa6cancel\xa7call_id\x01\xa7call_id\x02",
-        "bytes-for-text": version + msgpack.packb({"type": b"cancel", "call_id": 1}),
-        "trailing-bytes": version + msgpack.packb({"type": "cancel", "call_id": 1}) + b"\x00",
-        "float-for-int": version + msgpack.packb({"type": "cancel", "call_id": 1.0}),
-        "true-for-int": version + msgpack.packb({"type": "cancel", "call_id": True}),
-        "nan-in-a-body": version + msgpack.packb({"type": "end", "call_id": 1, "body": {"x": float("nan")}}),
-        "lone-surrogate": version + b"\x83\xa4type\xa3end\xa7call_id\x01\xa4body\x81\xa1x\xa3\xed\xa0\x80",
+        "version-only": bytes([WIRE_VERSION]),
+        "wrong-checksum": bytes([WIRE_VERSION]) + bytes(4) + msgpack.packb({"type": "cancel", "call_id": 1}),
+        "other-version": bytes([WIRE_VERSION + 1]) + frame_header(msgpack.packb({"type": "cancel", "call_id": 1}))[1:],
+        "pickle": frame_header(pickle.dumps([1, 2, 3])),
+        "deep-lists": frame_header(b"\x91" * 2000 + b"\xc0"),
+        "deep-maps": frame_header(b"\x81\xa1x" * 1000 + b"\xc0"),
+        "array-of-4-billion": frame_header(b"\xdd\xff\xff\xff\xff"),
+        "map-of-4-billion": frame_header(b"\xdf\xff\xff\xff\xff"),
+        "string-of-4-gigabytes": frame_header(b"\xdb\xff\xff\xff\xff"),
+        "reserved-byte": frame_header(b"\xc1"),
+        "extension": frame_header(msgpack.packb(msgpack.ExtType(42, b"abc"))),
+        "timestamp": frame_header(msgpack.packb({"type": "cancel", "call_id": msgpack.Timestamp(1)})),
+        "bad-utf8": frame_header(b"\x82\xa4type\xa6cancel\xa7call_id\xa1\xff"),
+        "key-is-a-number": frame_header(msgpack.packb({1: 2})),
+        "key-is-a-list": frame_header(b"\x81\x90\xc0"),
+        "same-key-twice": frame_header(b"\x83\xa4type\xa6cancel\xa7call_id\x01\xa7call_id\x02"),
+        "bytes-for-text": frame_header(msgpack.packb({"type": b"cancel", "call_id": 1})),
+        "trailing-bytes": frame_header(msgpack.packb({"type": "cancel", "call_id": 1}) + b"\x00"),
+        "float-for-int": frame_header(msgpack.packb({"type": "cancel", "call_id": 1.0})),
+        "true-for-int": frame_header(msgpack.packb({"type": "cancel", "call_id": True})),
+        "nan-in-a-body": frame_header(msgpack.packb({"type": "end", "call_id": 1, "body": {"x": float("nan")}})),
+        "lone-surrogate": frame_header(b"\x83\xa4type\xa3end\xa7call_id\x01\xa4body\x81\xa1x\xa3\xed\xa0\x80"),
     }
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from tests.transfer.fuzz import corpus
 from tests.transfer.fuzz.memory import Memory
-from tests.transfer.fuzz.mutate import mutate_bytes, mutate_header
+from tests.transfer.fuzz.mutate import mutate_bytes, mutate_header, repaired
 from transfer.errors import LocalProtocolError, MalformedMessage
 from transfer.wire import decode_header, encode_header
 
@@ -64,6 +64,8 @@ def fuzz(num_inputs: int, seed: int) -> dict[str, Any]:
             header = mutate_header(rng, header)
         if rng.random() < 0.6:
             header = mutate_bytes(rng, header, headers)
+            if rng.random() < 0.9:  # else nearly all would fall at the checksum
+                header = repaired(header)
         if rng.random() < 0.05:
             num_frames = rng.choice((0, 1, 2, 5, 4096, 4097))
         outcome = check_input(num_frames, header)

@@ -12,6 +12,8 @@ from typing import Any
 
 import msgpack
 
+from transfer.wire import PREFIX_BYTES, frame_header
+
 EDGE_INTS = (
     0, 1, 2, 15, 16, 17, 127, 128, 255, 256, 65535, 65536, 2**24, 2**24 + 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32,
     2**40, 2**40 + 1, 2**63 - 1, 2**63, 2**64 - 1, -1, -2, -(2**31), -(2**63),
@@ -71,14 +73,19 @@ _BYTE_CHANGES: tuple[Callable[[random.Random, bytearray, Sequence[bytes]], None]
 )  # fmt: skip
 
 
+def repaired(header: bytes) -> bytes:
+    """A damaged header with the version and the checksum it ought to have, so that the damage gets further."""
+    return frame_header(header[PREFIX_BYTES:])
+
+
 def mutate_header(rng: random.Random, header: bytes) -> bytes:
     """Change one value, key or length inside the msgpack of a header; the header itself when it holds none."""
     try:
-        record = msgpack.unpackb(header[1:], raw=False, strict_map_key=False)
+        record = msgpack.unpackb(header[PREFIX_BYTES:], raw=False, strict_map_key=False)
     except (ValueError, TypeError, msgpack.UnpackException):
         return header
     try:
-        return header[:1] + msgpack.packb(mutate_value(rng, record))
+        return frame_header(msgpack.packb(mutate_value(rng, record)))
     except (ValueError, TypeError, OverflowError):
         return header
 

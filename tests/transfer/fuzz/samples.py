@@ -10,18 +10,21 @@ from transfer.messages import (
     Accept,
     Ack,
     Announce,
+    Attached,
     Block,
     Call,
     Cancel,
     Close,
     End,
     Fail,
+    Filled,
     Grant,
     Message,
     Open,
     Part,
     Parts,
     Probe,
+    Released,
     Resume,
     Revoke,
     Revoked,
@@ -66,6 +69,10 @@ def sample_messages() -> dict[str, tuple[Message, int]]:
         ),
         "ack": (Ack(**STREAM, serial=1, next_index=4, kept_index=3), 0),  # type: ignore[arg-type]
         "probe": (Probe(**STREAM, nonce=99), 0),  # type: ignore[arg-type]
+        "probe-tagged": (Probe(**STREAM, nonce=99, tag=b"t" * 16), 0),  # type: ignore[arg-type]
+        "attached": (Attached(**STREAM, generation=3), 0),  # type: ignore[arg-type]
+        "filled": (Filled(**STREAM, first_index=2, block_ids=(4, 5), serial=6), 0),  # type: ignore[arg-type]
+        "released": (Released(**STREAM), 0),  # type: ignore[arg-type]
         "resume": (Resume(**STREAM, nonce=99, serial=1, next_index=4, kept_index=4), 0),  # type: ignore[arg-type]
         "close": (Close(**STREAM, total_rows=100), 0),  # type: ignore[arg-type]
         "abort": (Abort(**STREAM, code="StreamTimeout", message="é" * 40), 0),  # type: ignore[arg-type]

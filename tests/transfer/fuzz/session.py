@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from tests.transfer.fuzz.memory import Memory
-from tests.transfer.fuzz.mutate import mutate_bytes, mutate_header, mutate_message
+from tests.transfer.fuzz.mutate import mutate_bytes, mutate_header, mutate_message, repaired
 from tests.transfer.fuzz.samples import sample_messages
 from tests.transfer.virtual import Pair, VirtualEndpoint, VirtualNetwork, make_rows
 from transfer.config import TransferConfig
@@ -199,7 +199,7 @@ class SessionFuzzer:
         except LocalProtocolError:
             return None
         if roll > 0.8:
-            header = mutate_bytes(rng, header, [header]) if roll > 0.9 else mutate_header(rng, header)
+            header = repaired(mutate_bytes(rng, header, [header])) if roll > 0.9 else mutate_header(rng, header)
         try:
             return decode_header(header, len(frames)), frames
         except MalformedMessage:

@@ -31,7 +31,10 @@ CONFIG: dict[str, Any] = {
     "peer_timeout_s": 15.0,
     "idle_timeout_s": 20.0,
     "tick_s": 0.01,
+    "segment_tokens": 64 * BLOCK_ROWS,
+    "shared_memory": False,
 }
+MODES: dict[str, dict[str, Any]] = {"wire": {}, "shared memory": {"shared_memory": True}, "sealed": {"seal": True}}
 
 
 def until(condition: Callable[[], Any], what: str, deadline_s: float = WAIT_S) -> None:
@@ -47,6 +50,7 @@ class Nursery:
     """Starts peers by forking a process that has everything loaded."""
 
     def __init__(self) -> None:
+        self.mode: dict[str, Any] = {}  # settings of every peer that says nothing else
         self._socket, theirs = socket.socketpair()
         command = [sys.executable, "-m", "tests.transfer.processes.nursery", str(theirs.fileno())]
         self._process = subprocess.Popen(command, cwd=ROOT, pass_fds=[theirs.fileno()])
@@ -56,7 +60,7 @@ class Nursery:
     def peer(self, name: str, address: str = "tcp://127.0.0.1:0", **config: Any) -> Peer:
         """A new process with an open service."""
         peer = self.process(name)
-        peer.address = peer.ask("open", address=address, config=CONFIG | config)["address"]
+        peer.address = peer.ask("open", address=address, config=CONFIG | self.mode | config)["address"]
         return peer
 
     def process(self, name: str) -> Peer:
@@ -76,6 +80,7 @@ class Nursery:
         for peer in self._peers:
             peer.kill()
         self._peers.clear()
+        self.mode = {}
 
     def close(self) -> None:
         self.end_peers()

@@ -142,7 +142,7 @@ class Host:
         self._producers: dict[str, Producer] = {}
 
     def open(self, address: str, config: dict[str, Any], curve: bool | None = None) -> Any:
-        settings = TransferConfig(**config)
+        settings = TransferConfig(**{"shared_memory": False, **config})  # faults strike the link, so payload takes it
         self.service = Service(open_endpoint(address, settings, curve=curve), settings)
         self.receiver = StreamReceiver(self.service, settings, PLANES)
         self.sender = StreamSender(self.service, settings)
