@@ -47,12 +47,16 @@ class SenderPath(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Path:
-    """receiver(pool, folder) and sender(pool, address, folder) make the ends; uses_tickets: Tandem's own path."""
+    """receiver(pool, folder) and sender(pool, address, folder) make the ends. uses_tickets: Tandem's own path.
+
+    hands_over: nothing is copied, so there is no rate: measured is how long a hand-over takes.
+    """
 
     title: str
     receiver: Callable[[Pool, str], ReceiverPath]
     sender: Callable[[Pool, str, str], SenderPath]
     uses_tickets: bool = False
+    hands_over: bool = False
 
 
 class _RawReceiver:
@@ -151,14 +155,16 @@ def _bare(title: str, kind: str, transport: str) -> Path:
     )
 
 
-def _streams(title: str, transport: str, *, curve: bool = False) -> Path:
+def _streams(title: str, transport: str, **options: bool) -> Path:
+    kind = transfer_streams.Kind(**options)
+
     def receiver(pool: Pool, folder: str) -> ReceiverPath:
-        return _StreamsReceiver(transfer_streams.Receiver(pool.content.shape, _address(transport, folder, TCP), curve))
+        return _StreamsReceiver(transfer_streams.Receiver(pool.content.shape, _address(transport, folder, TCP), kind))
 
     def sender(pool: Pool, address: str, folder: str) -> SenderPath:
-        return _StreamsSender(transfer_streams.Sender(pool, address, _address(transport, folder, TCP), curve))
+        return _StreamsSender(transfer_streams.Sender(pool, address, _address(transport, folder, TCP), kind))
 
-    return Path(title=title, receiver=receiver, sender=sender, uses_tickets=True)
+    return Path(title=title, receiver=receiver, sender=sender, uses_tickets=True, hands_over=kind.in_place)
 
 
 def _address(transport: str, folder: str, tcp: str) -> str:
@@ -174,4 +180,7 @@ PATHS: dict[str, Path] = {
     "streams-tcp": _streams("Tandem streams, tcp", "tcp"),
     "streams-ipc": _streams("Tandem streams, ipc", "ipc"),
     "streams-encrypted": _streams("Tandem streams, tcp, encrypted", "tcp", curve=True),
+    "streams-shm": _streams("Tandem streams, shared memory, one copy", "ipc", is_shared=True),
+    "streams-shm-sums": _streams("the same with payload checksums", "ipc", is_shared=True, has_checksums=True),
+    "streams-in-place": _streams("Tandem streams, computed into the slots", "ipc", is_shared=True, in_place=True),
 }

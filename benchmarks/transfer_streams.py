@@ -6,12 +6,12 @@ granted block then, which is where raw TCP puts them.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks.transfer_memory import ITEM_BLOCKS, ROW_WIDTH, Content, Pool, Shape
@@ -20,7 +20,7 @@ from transfer.endpoint import open_endpoint
 from transfer.errors import TransferError
 from transfer.service import Service
 from transfer.stream_receiver import StreamReceiver
-from transfer.stream_sender import StreamSender
+from transfer.stream_sender import OutgoingStream, StreamSender
 from transfer.tensors import PlaneSpec
 from transfer.ticket import Ticket
 
@@ -28,10 +28,25 @@ PLANE = PlaneSpec(name="embeddings", dtype="bfloat16", row_shape=(ROW_WIDTH,))
 WAIT_S = 60.0
 
 
-def config_for(shape: Shape) -> TransferConfig:
-    """Every default but the pool's size; over the wire."""
-    pool_tokens = shape.num_blocks * shape.block_rows
-    return TransferConfig(block_size=shape.block_rows, pool_tokens=pool_tokens, shared_memory=False)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Kind:
+    """A kind of streams. is_shared: payload in memory that both processes map; in_place: rows are computed there."""
+
+    curve: bool = False
+    is_shared: bool = False
+    has_checksums: bool = False
+    in_place: bool = False
+
+    def config(self, shape: Shape) -> TransferConfig:
+        """Every default but the pools' sizes."""
+        num_rows = shape.num_blocks * shape.block_rows
+        return TransferConfig(
+            block_size=shape.block_rows,
+            pool_tokens=num_rows,
+            shared_memory=self.is_shared,
+            segment_tokens=num_rows,
+            shm_checksum=self.has_checksums,
+        )
 
 
 class _Consumer:
@@ -51,9 +66,10 @@ class _Consumer:
 
     def on_rows(self, first_row: int, planes: Mapping[str, torch.Tensor]) -> None:
         if self._expected is not None:
-            block = planes[PLANE.name].reshape(-1).view(torch.uint8).numpy()
-            i = self._first + first_row // self._expected.shape.block_rows
-            self.is_right = self.is_right and self._expected.matches(i, np.ascontiguousarray(block))
+            size = self._expected.shape.block_rows
+            for i, block in enumerate(planes[PLANE.name].split(size), self._first + first_row // size):
+                data = block.reshape(-1).view(torch.uint8).numpy()
+                self.is_right = self.is_right and self._expected.matches(i, data)
 
     def on_restart(self) -> None:
         self.error = TransferError("the stream started over")
@@ -70,9 +86,9 @@ class _Consumer:
 class Receiver:
     """A StreamReceiver on an endpoint of its own."""
 
-    def __init__(self, shape: Shape, address: str, curve: bool) -> None:
-        config = config_for(shape)
-        self._endpoint = open_endpoint(address, config, curve=curve)
+    def __init__(self, shape: Shape, address: str, kind: Kind) -> None:
+        config = kind.config(shape)
+        self._endpoint = open_endpoint(address, config, curve=kind.curve)
         self._service = Service(self._endpoint, config)
         self.receiver = StreamReceiver(self._service, config, [PLANE])
         self._service.start()
@@ -108,12 +124,13 @@ class Receiver:
 class Sender:
     """A StreamSender on an endpoint of its own."""
 
-    def __init__(self, pool: Pool, address: str, own_address: str, curve: bool) -> None:
+    def __init__(self, pool: Pool, address: str, own_address: str, kind: Kind) -> None:
         self._pool = pool
-        self._config = config_for(pool.content.shape)
+        self._kind = kind
+        self._config = kind.config(pool.content.shape)
         self._target, _, key = address.partition(" ")
         self._target_key = key or None
-        self._endpoint = open_endpoint(own_address, self._config, curve=curve)
+        self._endpoint = open_endpoint(own_address, self._config, curve=kind.curve)
         self._service = Service(self._endpoint, self._config)
         self._sender = StreamSender(self._service, self._config)
         self._service.start()
@@ -125,19 +142,42 @@ class Sender:
     def send(self, ticket: Ticket, first: int, count: int, *, is_open: bool = False) -> float:
         """Send one stream of whole blocks; seconds from its opening to the receiver's Close.
 
-        is_open: opened before the clock starts, as an encoder does before it computes.
+        is_open: opened before the clock starts, as an encoder does before it computes. In place, what it takes to fill
+        the slots does not count: that is the encoder's computation.
         """
         started = time.perf_counter()
         stream = self._sender.open(ticket, self._target, self._target_key, [PLANE])
         if is_open:
             self._await_answer(stream.connection)
+            if self._kind.in_place:
+                _await_slots(stream)
             started = time.perf_counter()
         block_rows = self._pool.content.shape.block_rows
         stream.announce(count * block_rows)
-        for i in range(0, count, ITEM_BLOCKS):
-            stream.write(i * block_rows, {PLANE.name: self._pool.rows(first + i, min(ITEM_BLOCKS, count - i))})
+        if self._kind.in_place:
+            started += self._fill_slots(stream, first, count)
+        else:
+            for i in range(0, count, ITEM_BLOCKS):
+                stream.write(i * block_rows, {PLANE.name: self._pool.rows(first + i, min(ITEM_BLOCKS, count - i))})
         stream.result(WAIT_S)
         return time.perf_counter() - started
+
+    def _fill_slots(self, stream: OutgoingStream, first: int, count: int) -> float:
+        """Put rows where the receiver wants them; the seconds of the copies, which stand for a computation."""
+        block_rows = self._pool.content.shape.block_rows
+        done, seconds = 0, 0.0
+        while done < count:
+            slots = stream.slot_rows(done * block_rows, (count - done) * block_rows)
+            if slots is None:
+                raise RuntimeError(f"the receiver granted no slot for block {done} of {count}")
+            started = time.perf_counter()
+            blocks = slots[PLANE.name].split(block_rows)
+            for i, block in enumerate(blocks, first + done):
+                block.copy_(self._pool.rows(i, 1))
+            seconds += time.perf_counter() - started
+            stream.write(done * block_rows, slots)
+            done += len(blocks)
+        return seconds
 
     def _await_answer(self, connection: Any) -> None:
         """A call's answer comes after the stream's first grant, on the same connection."""
@@ -148,3 +188,13 @@ class Sender:
 
     def close(self) -> None:
         self._service.close()
+
+
+def _await_slots(stream: OutgoingStream) -> None:
+    """The first stream of a pair of processes has its slots only when both have mapped the memory."""
+    deadline = time.monotonic() + WAIT_S
+    while stream.slot_rows(0, 1) is None:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the receiver granted no slots for {WAIT_S:g} s")
+        time.sleep(0.001)
+    stream.drop_slots()

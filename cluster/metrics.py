@@ -31,6 +31,9 @@ WORKER_HELP = {
     "transfer_blocks_in_use": "Receive blocks granted and not yet freed",
     "transfer_streams_open": "Block streams open",
     "transfer_tickets_open": "Tickets that can still be redeemed",
+    "transfer_streams_restarted_total": "Streams that started over with another sender's content",
+    "embed_takeovers_total": "Tickets issued for another sender of a request's media, after the one before was lost",
+    "computed_tokens_total": "Positions that the model computed, repeated ones included",
 }
 
 WorkerStats = Mapping[str, Mapping[str, Any] | None]

@@ -9,6 +9,8 @@ import logging
 import os
 import signal
 import socket
+import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +24,9 @@ from cluster.errors import ConfigError
 
 OBJECT_STORE_BYTES = 100 * 1024 * 1024  # nothing of ours goes through the object store
 PROBE_TIMEOUT_S = 10.0
+MAX_HELD_BYTES = 1024 * 1024
+
+logger = logging.getLogger(__name__)
 
 
 def connect(config: ClusterConfig, ray_address: str | None, on_status: Callable[[str], None]) -> None:
@@ -47,11 +52,51 @@ def connect(config: ClusterConfig, ray_address: str | None, on_status: Callable[
 
 
 def _init_ray(failed: str, **options: Any) -> None:
+    said = ""
     try:
-        with _own_signal_handlers():
-            ray.init(logging_level=logging.ERROR, **options)
+        with _own_signal_handlers(), _held_back_stderr() as held:
+            try:
+                ray.init(logging_level=logging.ERROR, **options)
+            except BaseException:
+                said = held()
+                logger.debug("Ray said:\n%s", said)
+                raise
     except (OSError, RuntimeError, ray.exceptions.RayError) as error:  # ConnectionError is an OSError
-        raise ConfigError(f"{failed}: {error}") from error
+        cause = " ".join(str(error).split())
+        if "InvalidAuthToken" in said:
+            cause += "; its token is another one than RAY_AUTH_TOKEN or ~/.ray/auth_token here"
+        raise ConfigError(f"{failed}: {cause}") from error
+
+
+@contextmanager
+def _held_back_stderr() -> Iterator[Callable[[], str]]:
+    """What anything in this process writes to stderr, Ray's C++ side included, comes out after the block, unless it was
+    taken by a call of what is yielded. Python's settings of logging do not reach that side.
+    """
+    try:
+        real = os.dup(2)
+    except OSError:  # closed: nothing comes out anyhow
+        yield lambda: ""
+        return
+    with tempfile.TemporaryFile() as held:
+        taken = 0
+
+        def take() -> str:
+            nonlocal taken
+            sys.stderr.flush()
+            text = os.pread(held.fileno(), MAX_HELD_BYTES, taken)
+            taken += len(text)
+            return text.decode(errors="replace")
+
+        sys.stderr.flush()
+        os.dup2(held.fileno(), 2)
+        try:
+            yield take
+        finally:
+            rest = take()
+            os.dup2(real, 2)
+            os.close(real)
+            sys.stderr.write(rest)
 
 
 @contextmanager

@@ -51,6 +51,7 @@ THIRD_PARTIES: dict[str, tuple[str, ...]] = {
         "transfer/buffers.py",
         "transfer/checkpoint.py",
         "transfer/checkpoint_rules.py",
+        "transfer/simulation/content.py",  # the rows that simulated producers write
         "cluster/llm.py",  # logits leave as a tensor
         "cluster/cli/doctor.py",  # looks for GPUs
         "cluster/ray_connection.py",  # looks for GPUs

@@ -1,4 +1,7 @@
-"""Liveness: which peers to ping and which to give up, from the times they were last heard. Pure; no clock inside."""
+"""Who is silent, from the times of what was sent and heard. Pure; no clock inside.
+
+`Liveness` says which peers to ping and which to give up, `Silence` which connections to make anew.
+"""
 
 from __future__ import annotations
 
@@ -33,3 +36,30 @@ class Liveness:
                 self._pinged[connection] = now
                 ping.append(connection)
         return ping, lost
+
+
+class Silence:
+    """Connections that were sent something `limit_s` ago or longer, and on which nothing came since."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._asked: dict[Connection, float] = {}  # the oldest sending that nothing was heard after, oldest first
+
+    def sent(self, connection: Connection, now: float) -> None:
+        """Something was sent."""
+        self._asked.setdefault(connection, now)
+
+    def heard(self, connection: Connection) -> None:
+        """Something came, or the connection is no longer of interest."""
+        self._asked.pop(connection, None)
+
+    def take_silent(self, now: float) -> list[Connection]:
+        """These connections, each once; their time starts anew with what is sent next."""
+        silent: list[Connection] = []
+        for connection, asked in self._asked.items():
+            if now - asked < self._limit_s:
+                break
+            silent.append(connection)
+        for connection in silent:
+            del self._asked[connection]
+        return silent

@@ -209,17 +209,21 @@ class ReceiverSession(ReceiverLife):
         self.num_repeated += len(ids) - len(wanted)
         if not wanted:
             return [Dropped("duplicate"), Send(self._ack())]
-        if any(window.held.get(index) != ids[index - first] for index in wanted):
-            return [Dropped("not_granted")]
-        for index, count in runs(wanted):
+        granted = [index for index in wanted if window.held.get(index) == ids[index - first]]
+        filled: list[int] = []
+        for index, count in runs(granted):
             num_rows = min(count * self.block_size, (facts.total_rows or 0) - index * self.block_size)
-            if not is_filled(message, index - first, count, num_rows):
-                return [Dropped("bad_seal")]
+            if is_filled(message, index - first, count, num_rows):
+                filled += range(index, index + count)
+        dropped = [Dropped("not_granted")] * (len(granted) < len(wanted))
+        dropped += [Dropped("bad_seal")] * (len(filled) < len(granted))
+        if not filled:
+            return [*dropped]
         self._apply(ReceiverEvent.BLOCK)
         self._heard = self._progressed = now
-        actions: list[ReceiverAction] = [Placed(len(wanted))]
-        for index in wanted:
+        for index in filled:
             window.store(index)
+        actions: list[ReceiverAction] = [Placed(len(filled)), *dropped]
         if window.next_index >= window.num_granted or 4 * (window.next_index - self._acked) >= self.credit:
             actions.append(Send(self._ack()))
         if self.state is ReceiverState.ADMITTED:

@@ -75,7 +75,8 @@ class Strays:
             parked.abort = message
         elif not isinstance(message, Open):
             self._dropped["unknown_stream"] += 1
-        elif parked is None or parked.open.epoch < message.epoch:
+        elif parked is None or parked.open.epoch < message.epoch:  # a later epoch's sender is the better guess
+            self._parked.pop(message.stream_id, None)
             if len(self._parked) >= MAX_PARKED_OPENS:
                 self._parked.popitem(last=False)
                 self._dropped["unknown_stream"] += 1

@@ -207,12 +207,12 @@ class StreamReceiver:
 
     def on_peer_lost(self, connection: Connection, error: PeerLost) -> None:
         """Streams of a lost peer fail, or wait for another sender; see service.StreamSide."""
-        self._areas.peer_lost(connection)
         for stream in tuple(self._streams.by_id.values()):
             if stream.connection == connection:
                 self._streams.run(
                     stream, stream.session.lost(error, self._service.now(), tell_peer=False), is_decided=True
                 )
+        self._areas.peer_lost(connection)
         self._areas.plan()
 
     def on_close(self) -> None:

@@ -27,6 +27,7 @@ from transfer.actions import (
 )
 from transfer.config import TransferConfig
 from transfer.connection import Connection, Frame
+from transfer.connection_use import ConnectionUse
 from transfer.errors import (
     EndpointClosed,
     LocalProtocolError,
@@ -93,8 +94,7 @@ class StreamSender:
         self._integrity = integrity_offered(service.endpoint, config)
         self._buffers: SealBuffers | None = None  # what is sealed lies here until it is sent
         self._streams: dict[str, OutgoingStream] = {}
-        self._num_using: Counter[Connection] = Counter()  # open streams by connection, and since when there are none
-        self._idle_since: dict[Connection, float] = {}
+        self._use = ConnectionUse()  # guarded by the lock
         self._lock = threading.Lock()
         self._dropped: Counter[str] = Counter()
         self._totals: Counter[str] = Counter()
@@ -141,8 +141,7 @@ class StreamSender:
             if earlier is not None:
                 self._forget(earlier)
             stream = self._streams[ticket.stream_id] = OutgoingStream(self, session, connection)
-            self._num_using[connection] += 1
-            self._idle_since.pop(connection, None)
+            self._use.use(connection)
 
         def start() -> None:
             if earlier is not None:
@@ -236,7 +235,7 @@ class StreamSender:
         for stream in lost:
             self._run(stream, stream.session.fail(error, tell_peer=False))
         with self._lock:
-            self._idle_since.pop(connection, None)
+            self._use.drop(connection)
         self._guest.forget(connection)
 
     def on_close(self) -> None:
@@ -292,8 +291,7 @@ class StreamSender:
         if accepted.data_address is not None:
             with self._lock:
                 path = stream.sealed_path = self._service.endpoint.connect(accepted.data_address)
-                self._num_using[path] += 1
-                self._idle_since.pop(path, None)
+                self._use.use(path)
         stream.accept(accepted)
 
     def _seal_buffers(self) -> SealBuffers:
@@ -328,10 +326,7 @@ class StreamSender:
     def _release_idle(self, now: float) -> None:
         """Give up connections that no stream used for a while; under the lock, so that none opens on them meanwhile."""
         with self._lock:
-            for connection, since in tuple(self._idle_since.items()):
-                if now - since < self._config.idle_timeout_s:
-                    continue
-                del self._idle_since[connection]
+            for connection in self._use.take_idle(now, self._config.idle_timeout_s):
                 if not self._service.carries_calls(connection):
                     self._guest.forget(connection)
                     self._service.endpoint.disconnect(connection)
@@ -347,8 +342,4 @@ class StreamSender:
     def _forget(self, stream: OutgoingStream) -> None:
         """Under the lock."""
         del self._streams[stream.stream_id]
-        for connection in filter(None, (stream.connection, stream.sealed_path)):
-            self._num_using[connection] -= 1
-            if not self._num_using[connection]:
-                del self._num_using[connection]
-                self._idle_since[connection] = self._service.now()
+        self._use.release((stream.connection, stream.sealed_path), self._service.now())

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from transfer.errors import (
     MalformedMessage,
     PeerLost,
 )
+from transfer.liveness import Silence
 from transfer.messages import Message
 from transfer.outbox import Outbox
 from transfer.peer_book import MAX_PEERS, PeerBook, check_peer
@@ -91,6 +93,8 @@ class ZmqEndpoint(EndpointBase):
         self._peers = PeerBook(self._address)
         self._outboxes: dict[Connection, Outbox] = {}
         self._dirty: set[Connection] = set()  # outboxes that may hold something
+        self._counts["connections_renewed"] = 0
+        self._silence = Silence(config.peer_timeout_s)
         self._awake = False
 
     def _bind(self, address: str) -> None:
@@ -222,6 +226,7 @@ class ZmqEndpoint(EndpointBase):
             self._run_posted()
             self._flush()
             self._maybe_tick()
+            self._renew_silent()
         self._flush()
         self._dispose()
 
@@ -239,6 +244,8 @@ class ZmqEndpoint(EndpointBase):
 
     def _read(self, sock: zmq.Socket[bytes], connection: Connection | None) -> None:
         is_router = sock is self._router
+        if connection is not None:
+            self._silence.heard(connection)
         for _ in range(BATCH):
             if sock.closed:
                 return
@@ -281,6 +288,8 @@ class ZmqEndpoint(EndpointBase):
     def _send_now(self, connection: Connection, parts: Sequence[Frame]) -> bool:
         """False when ZeroMQ takes nothing for this peer now. For an unreachable peer a message is dropped."""
         sock = self._dealer(connection) if connection.outgoing else self._router
+        if connection.outgoing and not connection.is_sealed_path:  # on that one nothing ever comes back
+            self._silence.sent(connection, time.monotonic())
         try:
             return send_message(sock, parts)
         except zmq.ZMQError as error:
@@ -301,7 +310,17 @@ class ZmqEndpoint(EndpointBase):
             self._poller.register(dealer, zmq.POLLIN)
         return dealer
 
+    def _renew_silent(self) -> None:
+        """Let go of sockets that no answer comes from: the link may be dead without our kernel knowing (half open,
+        or out of step for a damaged byte). What is sent next goes over a new one, to the same peer under the same name.
+        """
+        for connection in self._silence.take_silent(time.monotonic()):
+            self._counts["connections_renewed"] += 1
+            logger.info("%s is silent: connecting anew", connection.peer)
+            self._close_dealer(connection)
+
     def _close_dealer(self, connection: Connection) -> None:
+        self._silence.heard(connection)
         dealer = self._dealers.pop(connection, None)
         if dealer is not None:
             del self._connection_of[dealer]

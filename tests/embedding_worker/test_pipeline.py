@@ -34,6 +34,9 @@ class GatedRunner:
         self.poison: tuple[int, int, int] | None = None
         self.gate.set()
 
+    def warm_up(self) -> None:
+        pass
+
     def encode(self, images: Sequence[PreparedImage]) -> list[torch.Tensor]:
         grids = [image.grid for image in images]
         self.batches.append(grids)

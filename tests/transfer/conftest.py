@@ -10,6 +10,13 @@ from tests.transfer.virtual import Pair
 from transfer.segments import is_supported
 
 
+@pytest.fixture
+def wire_only(payload: str) -> None:
+    """For what is about frames on the wire."""
+    if payload != "wire":
+        pytest.skip("there are no such frames in shared memory")
+
+
 @pytest.fixture(scope="module", params=["wire", "shm"])
 def payload(request: pytest.FixtureRequest) -> Iterator[str]:
     """How the rows of every Pair of the module travel."""

@@ -13,7 +13,7 @@ import torch
 from tests.transfer.test_streams import configure
 from tests.transfer.virtual import PLANES, Consumer, Pair, assert_rows_equal, make_rows
 from transfer.errors import DoubleFree, ForeignOwner, IncompatibleBlocks, StreamAborted, StreamTimeout
-from transfer.messages import Announce, Block, Grant, Message, Open, Resume
+from transfer.messages import Announce, Block, Filled, Grant, Message, Open, Resume
 from transfer.stream_receiver import StreamReceiver
 from transfer.tensors import PlaneSpec
 from transfer.ticket import Ticket
@@ -49,7 +49,7 @@ def test_2_a_remainder_comes_in_as_many_rounds_as_it_takes() -> None:
 def test_3_a_transfer_that_stands_still_is_bounded_in_time() -> None:
     pair = Pair(configure(16, 32, 4))
     stream, consumer, _ = pair.transfer(1000)
-    pair.network.rewrite = lambda m, f: None if isinstance(m, (Block, Resume)) else (m, f)
+    pair.network.rewrite = lambda m, f: None if isinstance(m, (Block, Filled, Resume)) else (m, f)
     pair.network.advance(125, step=0.5)
     assert pair.network.fired["rewritten away"] > 0
     assert isinstance(consumer.ends[0], StreamTimeout)

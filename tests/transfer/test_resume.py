@@ -15,8 +15,6 @@ from transfer.errors import StreamAborted
 from transfer.messages import Accept, Ack, Announce, Block, Close, Grant, Message, Open, Probe, Resume
 from transfer.ticket import Ticket
 
-pytestmark = pytest.mark.usefixtures("payload")
-
 CREDIT = 4
 CONFIG = configure(16, 64, 6)
 

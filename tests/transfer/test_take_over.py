@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from tests.transfer.test_streams import configure
-from tests.transfer.virtual import Consumer, Faults, Pair, VirtualNetwork, assert_rows_equal, make_rows
+from tests.transfer.virtual import Consumer, Faults, Pair, VirtualNetwork, assert_rows_equal, make_rows, sent_indexes
 from transfer.actions import StreamStats
 from transfer.errors import PeerLost, ResumeRejected, StreamAborted, StreamTimeout, TicketRejected
-from transfer.messages import Abort, Accept, Block, Message
+from transfer.messages import Abort, Accept, Message
 from transfer.stream_sender import OutgoingStream
 from transfer.ticket import Ticket
 
@@ -63,13 +63,12 @@ def test_a_second_sender_goes_on_after_any_block(num_blocks: int, pool_blocks: i
     pair.network.settle()
     assert consumer.num_rows == num_blocks * 16
     kill_sender(pair)
-    sent = len([m for _, _, m, _ in pair.network.log if isinstance(m, Block)])
+    sent = len(sent_indexes(pair.network))
     second = take_over(pair, first.stream_id)
     assert second.first_row == second.wait_accepted(0) == num_blocks * 16
     complete(pair, second, data, first_row=num_blocks * 16)
     assert second.result(0).blocks == BLOCKS - num_blocks
-    blocks = [m for _, _, m, _ in pair.network.log if isinstance(m, Block)][sent:]
-    assert [m.index for m in blocks] == list(range(num_blocks, BLOCKS))
+    assert sent_indexes(pair.network)[sent:] == list(range(num_blocks, BLOCKS))
     assert_rows_equal(consumer, data)
     assert isinstance(consumer.ends[0], StreamStats) and consumer.restarts == 0
     assert pair.receiver.stats()["transfer_blocks_in_use"] == pair.receiver.stats()["transfer_tickets_open"] == 0

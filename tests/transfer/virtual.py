@@ -17,7 +17,7 @@ import torch
 from transfer.config import TransferConfig
 from transfer.connection import Connection, Frame, Handler, Tick
 from transfer.errors import TicketRejected
-from transfer.messages import Block, Message, Probe
+from transfer.messages import Block, Filled, Message, Probe
 from transfer.segment_guest import SegmentGuest
 from transfer.segment_host import RELEASE_S, SegmentHost
 from transfer.segment_passing import FetchedSegment
@@ -293,6 +293,17 @@ class VirtualPassing:
         lifeline = VirtualLifeline()
         self.lifelines.setdefault(generation, []).append(lifeline)
         return FetchedSegment(os.dup(offer.fd), offer.num_bytes, lifeline)  # type: ignore[arg-type]
+
+
+def sent_indexes(network: VirtualNetwork) -> list[int]:
+    """The indexes of all blocks that were sent, in order, whichever way their rows went."""
+    sent: list[int] = []
+    for _, _, message, _ in network.log:
+        if isinstance(message, Block):
+            sent.append(message.index)
+        elif isinstance(message, Filled):
+            sent += range(message.first_index, message.first_index + len(message.block_ids))
+    return sent
 
 
 class Pair:

@@ -5,28 +5,28 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from transfer.config import TransferConfig
 from transfer.service import Service
 from transfer.simulation.judge import Judge
 from transfer.simulation.memory import WatchedBuffers, WatchedPool
 from transfer.simulation.network import VirtualEndpoint, VirtualNetwork
+from transfer.simulation.scenario import Scenario
 from transfer.simulation.timeline import Process
 from transfer.stream_receiver import StreamReceiver
 from transfer.stream_sender import StreamSender
-from transfer.tensors import PlaneSpec
 from transfer.ticket import SECRET_BYTES, Ticket
 
 
 class Host:
     """One machine: its program may crash and be started again, be stopped and woken, and its clock may leap."""
 
-    def __init__(self, name: str, network: VirtualNetwork, judge: Judge, config: TransferConfig, seed: int) -> None:
+    def __init__(self, name: str, network: VirtualNetwork, judge: Judge, scenario: Scenario) -> None:
         self.name = name
-        self.dice = random.Random(f"{seed}/{name}")  # in the place of the operating system's random bytes
+        self.dice = random.Random(f"{scenario.seed}/{name}")  # in the place of the operating system's random bytes
         self.address = f"virtual://{name}"
         self.network = network
         self.judge = judge
-        self.config = config
+        self.scenario = scenario
+        self.config = scenario.config
         self.num_lives = 0
         self.num_stops = 0
         self.process: Process
@@ -42,7 +42,9 @@ class Host:
         """Start the program."""
         self.num_lives += 1
         self.process = Process(self.name, self.num_lives, self.network.timeline, self.judge)
-        endpoint = VirtualEndpoint(self.network, self.process, self.address, self.config)
+        endpoint = VirtualEndpoint(
+            self.network, self.process, self.address, self.config, is_encrypted=self.scenario.is_encrypted
+        )
         self.service = Service(endpoint, self.config, clock=self.process.now)
         self.attach()
         self.service.start()
@@ -102,25 +104,13 @@ class ReceiverHost(Host):
 
     receiver: StreamReceiver
 
-    def __init__(
-        self,
-        name: str,
-        network: VirtualNetwork,
-        judge: Judge,
-        config: TransferConfig,
-        planes: tuple[PlaneSpec, ...],
-        seed: int,
-    ) -> None:
-        self.planes = planes
-        super().__init__(name, network, judge, config, seed)
-
     def attach(self) -> None:
         """Put a StreamReceiver on the service, and watch its memory."""
-        self.receiver = StreamReceiver(self.service, self.config, self.planes, next_ticket=self._next_ticket)
+        self.receiver = StreamReceiver(self.service, self.config, self.scenario.planes, next_ticket=self._next_ticket)
         self.watch = self.judge.watch(self.process)
         self.watch.touch = self.process.touch
         num_blocks, size = self.config.num_pool_blocks, self.config.block_size
-        self.buffers = WatchedBuffers(num_blocks, size, self.planes, self.watch)
+        self.buffers = self.watch.buffers = WatchedBuffers(num_blocks, size, self.scenario.planes, self.watch)
         self.receiver._area._buffers = self.buffers
         self.receiver._area.pool = WatchedPool(num_blocks, size, self.watch, self.buffers.poison)
 

@@ -149,7 +149,7 @@ class Incidents:
 
     def _half_open(self, incident: Incident) -> int:
         """One connection's way back is dead until it is made anew, when what was under way is lost too."""
-        routes = [route for route in self._network.routes.values() if not route.is_half_open]
+        routes = [r for r in self._network.routes.values() if not r.is_half_open and not r.is_sealed_path]
         if not routes:
             return 0
         route = routes[incident.target % len(routes)]

@@ -59,6 +59,7 @@ class Judge:
 
     def stepped(self, process: Process) -> None:
         """See timeline.Watcher."""
+        self.settle()
         self.incoming = None
         if self.falsified:
             self._check_falsified()
@@ -146,8 +147,26 @@ class Judge:
             )
         if block.index in book.stored:
             self.complain("4: a duplicate is dropped", book.number, f"{block} was stored again")
+        self._store(book, block)
+
+    def settle(self) -> None:
+        """A sealed Block is opened into its place: it counts as stored once the right rows lie there."""
+        if self.incoming is None:
+            return
+        block, _ = self.incoming
+        book = self.streams.get(block.stream_id)
+        if block.tag or book is None or block.epoch != book.epoch or block.index in book.stored:
+            return
+        watch, sender = self.watches[book.process], book.senders.get(block.epoch)
+        if sender is None or watch.buffers is None or watch.owners.get(block.block_id) != book.stream_id:
+            return
+        expected = sender.content.frames(block.index * self._size, block.num_rows)
+        if watch.buffers.content(block.block_id, block.num_rows) == expected:
+            self._store(book, block)
+
+    def _store(self, book: StreamBook, block: Block) -> None:
         book.stored.add(block.index)
-        book.index_of[block_id] = block.index
+        book.index_of[block.block_id] = block.index
         while book.next_stored in book.stored:
             book.next_stored += 1
 
@@ -195,6 +214,7 @@ class Judge:
 
     def delivered(self, book: StreamBook, first_row: int, planes: Mapping[str, Tensor]) -> None:
         """A consumer gets rows."""
+        self.settle()
         num_rows = len(next(iter(planes.values())))
         if book.delivering is None or not book.is_admitted:
             return self.complain("2: rows come after admission", book.number, f"row {first_row} came before")

@@ -32,6 +32,7 @@ class BlockWatch:
         self._complain = complain
         self._on_placed = on_placed
         self._on_gave = on_gave
+        self.buffers: WatchedBuffers | None = None
         self.touch: Callable[[], None] = lambda: None  # called before every step that the account would show
 
     def num_held(self) -> Counter[str]:
@@ -56,8 +57,8 @@ class BlockWatch:
                 )
             self._on_gave(stream_id, block_id)
 
-    def placing(self, block_id: int) -> None:
-        """Somebody writes into a block."""
+    def placing(self, block_id: int, *, is_verified: bool) -> None:
+        """Somebody writes into a block, what was found right or what is only being looked at."""
         owner = self.owners.get(block_id)
         if owner is None:
             self._complain("4: a freed block is never written", None, f"block {block_id} was written while it was free")
@@ -65,7 +66,7 @@ class BlockWatch:
             self._complain(
                 "4: a block is its owner's alone", owner, f"its block {block_id} was written for {self.writing}"
             )
-        else:
+        elif is_verified:
             self._on_placed(owner, block_id)
 
 
@@ -116,8 +117,18 @@ class WatchedBuffers(PlaneBuffers):
 
     def place(self, block_id: int, frames: Sequence[memoryview]) -> None:
         self._watch.touch()
-        self._watch.placing(block_id)
+        self._watch.placing(block_id, is_verified=True)
         super().place(block_id, frames)
+
+    def frames(self, block_id: int, num_rows: int) -> list[memoryview]:
+        """As the parent's; whoever asks for writable views is going to write."""
+        self._watch.touch()
+        self._watch.placing(block_id, is_verified=False)
+        return super().frames(block_id, num_rows)
+
+    def content(self, block_id: int, num_rows: int) -> list[bytes]:
+        """What a block holds, for reading only."""
+        return [bytes(tensor_bytes(tensor)) for tensor in self.rows(block_id, num_rows).values()]
 
     def poison(self, block_id: int) -> None:
         """Fill a block with bytes that nobody sends."""

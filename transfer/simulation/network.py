@@ -15,10 +15,12 @@ from typing import Protocol
 from transfer.config import TransferConfig
 from transfer.connection import Connection, Frame, Handler, Tick
 from transfer.errors import EndpointClosed, MalformedMessage, Overloaded, PeerLost
-from transfer.messages import Message
+from transfer.messages import Block, Message, Probe
 from transfer.simulation.faults import Rates, corrupted, truncated
 from transfer.simulation.timeline import Process, Timeline
 from transfer.wire import decode_header, encode_header
+
+SEALED_MARK = "#sealed"
 
 
 class Observer(Protocol):
@@ -53,6 +55,7 @@ class _Route:
     address: str
     num_breaks: int = 0
     is_half_open: bool = False
+    is_sealed_path: bool = False
     last_arrival_s: tuple[float, float] = (0.0, 0.0)  # to the connector, to the address
 
 
@@ -155,8 +158,17 @@ class VirtualNetwork:
 class VirtualEndpoint:
     """Keeps the Endpoint contract on the timeline of a run."""
 
-    def __init__(self, network: VirtualNetwork, process: Process, address: str, config: TransferConfig) -> None:
+    def __init__(
+        self,
+        network: VirtualNetwork,
+        process: Process,
+        address: str,
+        config: TransferConfig,
+        *,
+        is_encrypted: bool = False,
+    ) -> None:
         self.network = network
+        self._is_encrypted = is_encrypted
         self.process = process
         self.config = config
         self.is_closed = False
@@ -177,8 +189,8 @@ class VirtualEndpoint:
 
     @property
     def public_key(self) -> str | None:
-        """Always None."""
-        return None
+        """Something, where connections are to count as encrypted."""
+        return "virtual key" if self._is_encrypted else None
 
     @property
     def num_waiting(self) -> int:
@@ -194,8 +206,8 @@ class VirtualEndpoint:
         self.process.after(self.config.tick_s, self._on_tick)
 
     def listen_sealed(self, max_frame_bytes: int) -> str | None:
-        """Always None."""
-        return None
+        """A path of its own, where connections are to count as encrypted."""
+        return f"{self._address}{SEALED_MARK}" if self._is_encrypted else None
 
     def connect(self, address: str, public_key: str | None = None) -> Connection:
         """The connection to `address`, one until it is disconnected."""
@@ -203,13 +215,19 @@ class VirtualEndpoint:
         if connection is None:
             self._num_connected += 1
             key = f"{self.process}>{address}>{self._num_connected}".encode()
-            connection = Connection(endpoint=self._address, peer=address, key=key, outgoing=True)
+            target = address.removesuffix(SEALED_MARK)
+            is_sealed = target != address
+            connection = Connection(
+                endpoint=self._address, peer=address, key=key, outgoing=True, is_sealed_path=is_sealed
+            )
             self._outgoing[address] = connection
-            self.network.routes[key] = _Route(self, address)
+            self.network.routes[key] = _Route(self, target, is_sealed_path=is_sealed)
         return connection
 
     def twin(self, connection: Connection) -> Connection:
         """How this end sees a connection of its peer's."""
+        if connection.is_sealed_path:  # that path does not tell whose it is
+            return Connection(endpoint=self._address, peer="sealed", key=b"", outgoing=False, is_sealed_path=True)
         peer = connection.endpoint if connection.outgoing else connection.peer.partition("<-")[0]
         if not connection.outgoing:
             return Connection(endpoint=self._address, peer=peer, key=connection.key, outgoing=True)
@@ -237,6 +255,8 @@ class VirtualEndpoint:
             return
         try:
             message = decode_header(wire[0], len(wire) - 1)
+            if connection.is_sealed_path and not isinstance(message, (Block, Probe)):
+                raise MalformedMessage("not for this path")
         except MalformedMessage:
             self._counts["dropped_malformed"] += 1
             return

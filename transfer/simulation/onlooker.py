@@ -154,6 +154,7 @@ class Onlooker:
     def _on_ack_sent(self, book: StreamBook, ack: Ack | Resume) -> None:
         if ack.epoch != book.epoch:
             return
+        self._judge.settle()
         if ack.next_index > book.next_stored:
             self._complain(
                 "3: acknowledged means stored",
@@ -198,8 +199,11 @@ class Onlooker:
             self._complain("2: only granted blocks are sent", book, f"{block}; granted for it is {granted}")
         if block.index >= sender.acked + self._credit:
             self._complain("6: the credit bounds what is under way", book, f"{block} with {sender.acked} acknowledged")
-        if list(frames) != sender.content.frames(block.first_row, block.num_rows):
+        rows = sender.content.frames(block.first_row, block.num_rows)
+        if block.tag and list(frames) != rows:
             self._complain("3: a block holds the producer's rows", book, f"{block} has other bytes")
+        if not block.tag and any(row in frame for row, frame in zip(rows, frames, strict=True) if len(row) > 4):
+            self._complain("8: what is sealed cannot be read", book, f"{block} has its rows in the open")
         if block.serial <= sender.last_serial:
             self._complain("4: a serial is used once", book, f"{block} after serial {sender.last_serial}")
         sender.last_serial = block.serial

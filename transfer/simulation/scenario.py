@@ -42,11 +42,12 @@ class RequestPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scenario:
-    """A whole run."""
+    """A whole run. is_encrypted: connections count as encrypted, so that payloads are sealed and travel apart."""
 
     seed: int
     planes: tuple[PlaneSpec, ...]
     config: TransferConfig
+    is_encrypted: bool
     num_senders: int
     num_receivers: int
     admission: str
@@ -72,6 +73,7 @@ def draw_scenario(seed: int) -> Scenario:
         seed=seed,
         planes=_planes(dice),
         config=config,
+        is_encrypted=dice.random() < 0.3,
         num_senders=num_senders,
         num_receivers=num_receivers,
         admission=dice.choice(ADMISSIONS),

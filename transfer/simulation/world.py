@@ -55,13 +55,15 @@ class World:
         )
         self.network.fired = self.fired
         config = scenario.config
+
+        def names(role: str, count: int) -> list[str]:
+            return [f"{role}-{number}" for number in range(1, count + 1)]
+
         self.receivers = [
-            ReceiverHost(f"receiver-{n}", self.network, self.judge, config, scenario.planes, scenario.seed)
-            for n in range(1, scenario.num_receivers + 1)
+            ReceiverHost(name, self.network, self.judge, scenario) for name in names("receiver", scenario.num_receivers)
         ]
         self.senders = [
-            SenderHost(f"sender-{n}", self.network, self.judge, config, scenario.seed)
-            for n in range(1, scenario.num_senders + 1)
+            SenderHost(name, self.network, self.judge, scenario) for name in names("sender", scenario.num_senders)
         ]
         timers = Timers.of(config)
         self.outages = Outages(timers.idle_timeout_s - 2 * timers.max_probe_s - 1)

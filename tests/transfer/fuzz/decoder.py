@@ -27,13 +27,13 @@ KEPT = 4096  # mutants that decoded and that later mutations start from
 
 def check_input(num_frames: int, header: bytes) -> str:
     """The type of the message, or "malformed". AssertionError or the decoder's own error for anything else."""
-    started_s = time.perf_counter()
+    started_s = time.thread_time()  # of this thread alone: a busy machine is not to blame on the decoder
     try:
         message = decode_header(header, num_frames)
     except MalformedMessage:
         return "malformed"
     finally:
-        assert time.perf_counter() - started_s < MAX_SECONDS_PER_INPUT, f"slow: {header[:200].hex()}"
+        assert time.thread_time() - started_s < MAX_SECONDS_PER_INPUT, f"slow: {header[:200].hex()}"
     try:
         again = decode_header(encode_header(message), num_frames)
     except LocalProtocolError:

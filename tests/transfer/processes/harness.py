@@ -25,7 +25,7 @@ CREDIT = 6
 CONFIG: dict[str, Any] = {
     "block_size": BLOCK_ROWS,
     "default_allocate_tokens": 4 * BLOCK_ROWS,
-    "pool_tokens": 64 * BLOCK_ROWS,
+    "pool_tokens": 2048 * BLOCK_ROWS,  # so that no stream has to give back what it was granted, and send it again
     "credit_window_blocks": CREDIT,
     "ping_interval_s": 0.2,
     "peer_timeout_s": 15.0,

@@ -1,4 +1,4 @@
-"""The simulator's parts: virtual time, processes that stop and die, a network that damages bytes, memory under watch."""
+"""The simulator's parts: virtual time, processes that stop and die, a network that damages, memory under watch."""
 
 from __future__ import annotations
 
@@ -220,9 +220,7 @@ def test_memory_under_watch_tells_of_every_wrong_step() -> None:
     complaints: list[str] = []
     placed: list[tuple[str, int]] = []
     watch = BlockWatch(
-        lambda promise, stream_id, text: complaints.append(promise),
-        lambda *what: placed.append(what),
-        lambda *what: None,
+        lambda promise, *_: complaints.append(promise), lambda *what: placed.append(what), lambda *_: None
     )
     planes = (PlaneSpec(name="x", dtype="int8", row_shape=(2,)),)
     buffers = WatchedBuffers(3, 4, planes, watch)

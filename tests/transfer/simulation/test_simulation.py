@@ -19,11 +19,18 @@ FIRST_SEED = 0
 
 @pytest.mark.timeout(3600)
 def test_every_promise_is_kept_under_every_fault() -> None:
-    report = run_seeds(range(FIRST_SEED, FIRST_SEED + NUM_SEEDS), num_jobs=2)
+    report = run_seeds(range(FIRST_SEED, FIRST_SEED + NUM_SEEDS), num_jobs=2 if IS_SOAK else 1)
     assert report.num_seeds == NUM_SEEDS
     assert not report.failures, "\n".join(f"seed {seed}: {text}" for seed, text in report.failures)
     assert not report.silent_kinds, f"faults that never happened: {report.silent_kinds}"
     assert report.counts["complete"] > report.counts["requests"] // 2, "most requests outlive what befalls them"
+
+
+def test_several_processes_come_to_the_same() -> None:
+    counted: list[int] = []
+    several, one = run_seeds(range(60), num_jobs=2, on_done=counted.append), run_seeds(range(60))
+    assert sum(counted) == 60
+    assert (several.num_seeds, several.failures, several.fired, several.counts) == (60, [], one.fired, one.counts)
 
 
 def test_a_fault_that_never_fires_fails_the_run() -> None:
@@ -48,7 +55,7 @@ def test_a_seed_is_a_run(seed: int) -> None:
 
 def test_the_order_of_sets_and_dicts_does_not_matter() -> None:
     code = (
-        "from transfer.simulation.runner import run_seed; print(*run_seed(13, is_told=True).story.lines(), sep='\\n')"
+        "from transfer.simulation.runner import run_seed\nprint(*run_seed(13, is_told=True).story.lines(), sep='\\n')"
     )
     stories = {
         subprocess.run(
@@ -59,7 +66,7 @@ def test_the_order_of_sets_and_dicts_does_not_matter() -> None:
             check=True,
             timeout=120,
         ).stdout
-        for hash_seed in ("0", "1", "4711")
+        for hash_seed in ("0", "4711")
     }
     assert len(stories) == 1 and len(stories.pop()) > 10_000
 
