@@ -21,8 +21,8 @@ MAX_KEY_CHARS = 128
 class EmbedRequest:
     """A request to embed `num_items` media (the call's frames, in prompt order) and stream the rows to `receiver`.
 
-    deadline_ms: time left to be done, in milliseconds. media_key: a digest of all the media; "" where there is none, and
-    then no other worker can go on with the stream where this one stops.
+    deadline_ms: time left to be done, in milliseconds. media_key: a digest of all the media; "" where there is none,
+    and then no other worker can go on with the stream where this one stops.
     """
 
     ticket: Ticket

@@ -3,7 +3,8 @@
 An `embed` call opens its stream at once, so that the receiver's grant travels while headers are read; totals are
 announced before anything is decoded; rows follow in prompt order; the call ends when the receiver has acknowledged
 all of them. A call with a ticket of a later epoch takes over another worker's stream: it begins when the receiver has
-said what it has already, and leaves that out. Owns the life cycle; answers "embed" and "stats". Knows nothing of Ray, HTTP and who its peers are.
+said what it has already, and leaves that out. Owns the life cycle; answers "embed" and "stats". Knows nothing of Ray,
+HTTP and who its peers are.
 """
 
 from __future__ import annotations

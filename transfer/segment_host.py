@@ -41,6 +41,7 @@ class Server(Protocol):
     def withdraw(self, stream_id: str) -> None: ...
     def hang_up(self, generation: int) -> None: ...
     def close(self) -> None: ...
+    def stats(self) -> dict[str, int]: ...
 
 
 class SegmentHost:
@@ -165,13 +166,14 @@ class SegmentHost:
 
     def stats(self) -> dict[str, int]:
         """Segments that streams use or hold slots of, those kept for the next stream, and totals."""
-        areas = tuple(self.areas())
+        areas, server = tuple(self.areas()), self._server
         num_open = sum(area.num_streams > 0 or area.book.num_fenced > 0 for area in areas)
         return {
             "transfer_segments_open": num_open,
             "transfer_segments_cached": len(areas) - num_open,
             "transfer_slots_fenced": sum(area.book.num_fenced for area in areas),
             "transfer_segments_abandoned_total": self._num_abandoned,
+            "transfer_segment_requests_refused_total": 0 if server is None else server.stats()["segments_refused"],
         }
 
     # -- helpers --------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ def test_every_path_is_measured_and_reported(tmp_path: Path, capsys: pytest.Capt
     assert main(["--rounds", "1", "--items", "2", "--block-rows", "4", "--requests", "1", "--json", str(out)]) == 0
     report = json.loads(out.read_text(encoding="utf-8"))
     assert set(report["paths"]) == {"memcpy", *PATHS}
+    assert report["paths"].pop("streams-in-place")["handover_ms"] > 0
     for name, figures in report["paths"].items():
         assert figures["gb_per_s"] > 0 and figures["x_tcp"] > 0, name
         assert name == "memcpy" or figures["latency_ms"] > 0, name

@@ -19,10 +19,12 @@ from tests.e2e.front import Front
 from tests.e2e.worker_process import WorkerProcess
 from tests.transfer.hostile import (
     Attacker,
+    ask_for_segments,
     assert_bombs_are_live,
     forged_messages,
     listening_addresses,
     malformed_messages,
+    segment_sockets,
 )
 from transfer.config import TransferConfig
 from transfer.wire import MAX_HEADER_BYTES
@@ -78,6 +80,7 @@ def test_strangers_at_the_ports_of_workers(transport: str, tmp_path: Path, proce
             sink.finish()
             assert "".join(chunk.text for chunk in sink.chunks) == questions()[1].answer
         assert running.finish().num_generated_tokens == 400
+        assert len(segment_sockets(processes["language"].process.pid)) == 1, "no port for segments was there to attack"
     assert_bombs_are_live(tmp_path)
 
 
@@ -99,6 +102,10 @@ def attack(process: WorkerProcess, address: str, folder: Path, *, is_guarded: bo
                 assert dropped(process) - before >= len(malformed) + len(forged)
                 attacker.oversized(5 * MAX_HEADER_BYTES)
             attacker.raw_bytes(folder)
+    for path in segment_sockets(process.process.pid):
+        refused = process.ask("stats")["transfer_segment_requests_refused_total"]
+        num_asked = ask_for_segments(path, folder)
+        assert process.ask("stats")["transfer_segment_requests_refused_total"] == refused + num_asked
     assert process.ask("stats")["handler_errors"] == 0
 
 

@@ -20,10 +20,12 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from transfer.messages import Abort, Call, Close, End, Message
+from transfer.segment_passing import ANSWER, CHALLENGE, MAGIC, NONCE_BYTES, REQUEST
+from transfer.segment_server import SOCKET_PREFIX
 from transfer.wire import MAX_HEADER_BYTES, WIRE_VERSION, decode_header, encode_header, frame_header
 
 WAIT_MS = 20_000
-LISTENING_TCP, LISTENING_UNIX = "0A", "00010000"
+LISTENING_TCP, LISTENING_UNIX, STREAM, PACKETS = "0A", "00010000", "0001", "0005"
 Frames = Sequence[bytes]
 
 
@@ -38,26 +40,33 @@ class Bomb:
 
 
 def listening_addresses(pid: int) -> list[str]:
-    """Every address that a process listens on, from what the kernel knows of its sockets."""
-    inodes = set()
-    for name in os.listdir(f"/proc/{pid}/fd"):
-        try:
-            target = os.readlink(f"/proc/{pid}/fd/{name}")
-        except OSError:
-            continue
-        if target.startswith("socket:["):
-            inodes.add(target[8:-1])
-    found = []
+    """Every address that a process listens on for ZeroMQ's streams of bytes, from what the kernel knows."""
+    inodes, found = _inodes(pid), []
     for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]:
         fields = line.split()
         if fields[3] == LISTENING_TCP and fields[9] in inodes:
             host, port = fields[1].split(":")
             found.append(f"tcp://{socket.inet_ntoa(struct.pack('<I', int(host, 16)))}:{int(port, 16)}")
-    for line in Path(f"/proc/{pid}/net/unix").read_text().splitlines()[1:]:
-        fields = line.split()
-        if fields[3] == LISTENING_UNIX and fields[6] in inodes and len(fields) > 7 and not fields[7].startswith("@"):
-            found.append(f"ipc://{fields[7]}")
-    return found
+    return found + [f"ipc://{path}" for path in _unix_paths(pid, STREAM)]
+
+
+def segment_sockets(pid: int) -> list[str]:
+    """Every socket file at which a process hands out segments. The kernel knows them by the names they had first."""
+    return [path.replace("/.new-", f"/{SOCKET_PREFIX}") for path in _unix_paths(pid, PACKETS)]
+
+
+def _unix_paths(pid: int, kind: str) -> list[str]:
+    inodes, rows = _inodes(pid), Path(f"/proc/{pid}/net/unix").read_text().splitlines()[1:]
+    listening = [f for f in map(str.split, rows) if f[3] == LISTENING_UNIX and f[4] == kind and f[6] in inodes]
+    return [fields[7] for fields in listening if len(fields) > 7 and not fields[7].startswith("@")]
+
+
+def _inodes(pid: int) -> set[str]:
+    targets = set()
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):  # closed meanwhile
+            targets.add(os.readlink(f"/proc/{pid}/fd/{name}"))
+    return {target[8:-1] for target in targets if target.startswith("socket:[")}
 
 
 def malformed_messages(folder: Path) -> list[Frames]:
@@ -85,6 +94,22 @@ def forged_messages(stream_ids: Iterable[str], recorded: Iterable[Frames]) -> li
             values = {"stream_id": stream_id, "epoch": epoch}
             messages += [Close(**values, total_rows=0), Abort(**values, code="Cancelled", message="forged")]  # type: ignore[arg-type]
     return [*([encode_header(message)] for message in messages), *recorded]
+
+
+def ask_for_segments(path: str, folder: Path) -> int:
+    """Everything but a good request, to what hands out segments; how many of them must have been counted as refused."""
+    forged = REQUEST.pack(MAGIC, os.urandom(16), 1, 1, os.urandom(NONCE_BYTES), os.urandom(32))
+    pickles = [pickle.dumps(Bomb(str(folder / f"segment-{protocol}")), protocol) for protocol in range(6)]
+    packets = [forged, forged[:-1], forged + b"x", b"XXXX" + forged[4:], os.urandom(60_000), *pickles]
+    for packet in packets:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.settimeout(WAIT_MS / 1000)
+            sock.connect(path)
+            assert len(sock.recv(1000)) == CHALLENGE.size
+            sock.send(packet)
+            answer, fds, _, _ = socket.recv_fds(sock, 1000, 4)
+            assert answer == ANSWER.pack(MAGIC, False, 0, bytes(32)) and not fds and not sock.recv(1000)
+    return len(packets)
 
 
 class Attacker:

@@ -20,7 +20,13 @@ from tests.transfer.virtual import Pair, VirtualEndpoint, assert_rows_equal, mak
 from transfer.messages import Block
 from transfer.ticket import Ticket
 
-pytestmark: list[pytest.MarkDecorator] = []  # over the wire only: what is shared within one host is not sealed
+pytestmark: list[pytest.MarkDecorator] = []
+
+
+@pytest.fixture(scope="module")
+def payload() -> str:
+    """Over the wire only: what is shared within one host is not sealed."""
+    return "wire"
 
 
 @pytest.fixture(autouse=True, scope="module")

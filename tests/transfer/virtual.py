@@ -282,6 +282,9 @@ class VirtualPassing:
         for lifeline in self.lifelines.pop(generation, []):
             lifeline.close()
 
+    def stats(self) -> dict[str, int]:
+        return {"segments_refused": 0}
+
     def close(self) -> None:
         for generation in tuple(self.lifelines):
             self.hang_up(generation)
