@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from benchmarks import transfer_streams
 from benchmarks.transfer_memory import Content, Pool
 from benchmarks.transfer_raw import BareZmqReceiver, BareZmqSender, TcpReceiver, TcpSender, check_slots
-from transfer.ticket import Ticket
+from transfer.protocol.ticket import Ticket
 
 Body = dict[str, Any]
 TCP = "tcp://127.0.0.1:0"

@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks import network_namespace
 from benchmarks.transfer_memory import SOURCE_SEED, TARGET_SEED, Content, Pool, Shape, memcpy_seconds
 from benchmarks.transfer_paths import PATHS, ReceiverPath, SenderPath
-from transfer.allocator import tune_allocator
+from transfer.endpoints.allocator import tune_allocator
 
 Body = dict[str, Any]
 

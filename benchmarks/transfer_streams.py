@@ -16,13 +16,13 @@ import torch
 
 from benchmarks.transfer_memory import ITEM_BLOCKS, ROW_WIDTH, Content, Pool, Shape
 from transfer.config import TransferConfig
-from transfer.endpoint import open_endpoint
+from transfer.endpoints.endpoint import open_endpoint
 from transfer.errors import TransferError
-from transfer.service import Service
-from transfer.stream_receiver import StreamReceiver
-from transfer.stream_sender import OutgoingStream, StreamSender
+from transfer.protocol.ticket import Ticket
+from transfer.streams.service import Service
+from transfer.streams.stream_receiver import StreamReceiver
+from transfer.streams.stream_sender import OutgoingStream, StreamSender
 from transfer.tensors import PlaneSpec
-from transfer.ticket import Ticket
 
 PLANE = PlaneSpec(name="embeddings", dtype="bfloat16", row_shape=(ROW_WIDTH,))
 WAIT_S = 60.0

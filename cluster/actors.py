@@ -27,12 +27,12 @@ from embedding_worker.worker import EmbeddingWorker
 from language_worker.config import EngineConfig
 from language_worker.errors import EngineError
 from language_worker.worker import LanguageWorker
-from transfer.allocator import tune_allocator
 from transfer.config import TransferConfig
-from transfer.connection import Endpoint
-from transfer.endpoint import open_endpoint
+from transfer.endpoints.allocator import tune_allocator
+from transfer.endpoints.connection import Endpoint
+from transfer.endpoints.endpoint import open_endpoint
 from transfer.errors import TransferError
-from transfer.service import Service
+from transfer.streams.service import Service
 
 logger = logging.getLogger(__name__)
 

@@ -19,10 +19,10 @@ from cluster.directory import WorkerAddress, WorkerDirectory
 from cluster.errors import NoWorker
 from cluster.served import RequestStats, ServedRequest
 from language_worker.api import TokenChunk
-from transfer.calls import OutgoingCall
 from transfer.errors import RemoteFailure, TransferError, error_code
-from transfer.service import Service
-from transfer.ticket import Ticket
+from transfer.protocol.ticket import Ticket
+from transfer.streams.calls import OutgoingCall
+from transfer.streams.service import Service
 
 logger = logging.getLogger(__name__)
 

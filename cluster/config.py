@@ -23,8 +23,8 @@ from embedding_worker.config import EmbedConfig
 from embedding_worker.errors import EmbedError
 from language_worker.config import DTypeName, EngineConfig
 from language_worker.errors import EngineError
-from transfer.addresses import is_loopback
 from transfer.config import TransferConfig
+from transfer.endpoints.addresses import is_loopback
 from transfer.errors import TransferError
 
 MIB = 1024 * 1024

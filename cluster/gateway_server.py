@@ -26,9 +26,9 @@ from cluster.handoff import Handoff
 from cluster.metrics import gather_stats
 from cluster.model_info import ModelInfo
 from cluster.monitor import WorkerMonitor
-from transfer.addresses import is_loopback
+from transfer.endpoints.addresses import is_loopback
 from transfer.errors import RemoteFailure
-from transfer.service import Service
+from transfer.streams.service import Service
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from embedding_worker.errors import InvalidEmbedRequest
 from transfer.errors import TicketRejected
-from transfer.ticket import Ticket
+from transfer.protocol.ticket import Ticket
 
 PLANE = "embeddings"
 MAX_KEY_CHARS = 128

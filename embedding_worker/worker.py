@@ -23,13 +23,13 @@ from embedding_worker.config import EmbedConfig
 from embedding_worker.errors import EmbedError, InvalidEmbedRequest, TooManyImages
 from embedding_worker.pipeline import EmbedPipeline
 from embedding_worker.runner import VisionRunner
-from transfer.actions import StreamStats
-from transfer.calls import IncomingCall
 from transfer.config import TransferConfig
-from transfer.connection import Endpoint
+from transfer.endpoints.connection import Endpoint
 from transfer.errors import TransferError, error_code
-from transfer.service import Service
-from transfer.stream_sender import OutgoingStream, StreamSender
+from transfer.protocol.actions import StreamStats
+from transfer.streams.calls import IncomingCall
+from transfer.streams.service import Service
+from transfer.streams.stream_sender import OutgoingStream, StreamSender
 from transfer.tensors import PlaneSpec
 
 logger = logging.getLogger(__name__)

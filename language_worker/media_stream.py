@@ -19,10 +19,10 @@ from language_worker.errors import EngineError, MediaFailed
 from transfer.buffers import dtype_name
 from transfer.config import TransferConfig
 from transfer.errors import EndpointClosed, TransferError, error_code
-from transfer.service import Service
-from transfer.stream_receiver import StreamReceiver
+from transfer.protocol.ticket import Ticket
+from transfer.streams.service import Service
+from transfer.streams.stream_receiver import StreamReceiver
 from transfer.tensors import PlaneSpec
-from transfer.ticket import Ticket
 
 logger = logging.getLogger(__name__)
 

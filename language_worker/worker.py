@@ -19,12 +19,12 @@ from language_worker.delivery import Delivery
 from language_worker.engine_builder import build_engine
 from language_worker.errors import EngineError, EngineStopped, InvalidRequest
 from language_worker.media_stream import MediaStreams
-from transfer.calls import IncomingCall
 from transfer.config import TransferConfig
-from transfer.connection import Endpoint
+from transfer.endpoints.connection import Endpoint
 from transfer.errors import TransferError, error_code
-from transfer.service import Service
-from transfer.ticket import Ticket
+from transfer.protocol.ticket import Ticket
+from transfer.streams.calls import IncomingCall
+from transfer.streams.service import Service
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from cluster.cli.signals import StopSignal
 from cluster.errors import ConfigError
-from transfer.chaos import ChaosProxy
-from transfer.chaos_plan import DIRECTIONS, Faults
+from transfer.chaos.plan import DIRECTIONS, Faults
+from transfer.chaos.proxy import ChaosProxy
 
 UNITS = {"K": 1024, "M": 1024**2, "G": 1024**3}
 EXAMPLES = """\

@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 from cluster.directory import WorkerAddress
 from cluster.router import WorkerKind
 from language_worker.api import TokenChunk
-from transfer.calls import IncomingCall
 from transfer.config import TransferConfig
-from transfer.endpoint import open_endpoint
-from transfer.service import Service
+from transfer.endpoints.endpoint import open_endpoint
+from transfer.streams.calls import IncomingCall
+from transfer.streams.service import Service
 
 WAIT_S = 20.0
 

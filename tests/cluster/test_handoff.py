@@ -19,13 +19,13 @@ from cluster.handoff import MAX_ATTEMPTS, Handoff
 from cluster.served import RequestStats, RunningRequest, ServedRequest
 from language_worker.api import SamplingParams, TokenChunk
 from tests.cluster.fake_workers import FakeWorker, Names, end_generate, send_tokens
-from transfer.calls import IncomingCall
 from transfer.config import TransferConfig
-from transfer.connection import Connection
-from transfer.endpoint import open_endpoint
+from transfer.endpoints.connection import Connection
+from transfer.endpoints.endpoint import open_endpoint
 from transfer.errors import ConfigError, EndpointClosed, RemoteFailure
-from transfer.service import Service
-from transfer.ticket import Ticket
+from transfer.protocol.ticket import Ticket
+from transfer.streams.calls import IncomingCall
+from transfer.streams.service import Service
 
 WAIT_S = 20.0
 IMAGES = (b"first image", b"second image")

@@ -14,8 +14,8 @@ from cluster.attempt import MAX_EMBED_TRIES
 from cluster.errors import WorkerLost
 from tests.cluster.fake_workers import FakeWorker, send_tokens
 from tests.cluster.test_handoff import EMBEDDED, IMAGES, WAIT_S, MakeRig, Outcome, Rig, _serve, make_rig
-from transfer.calls import IncomingCall
-from transfer.ticket import Ticket
+from transfer.protocol.ticket import Ticket
+from transfer.streams.calls import IncomingCall
 
 __all__ = ["make_rig"]  # the fixture
 

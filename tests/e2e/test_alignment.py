@@ -27,14 +27,14 @@ from language_worker.worker import LanguageWorker
 from tests.e2e.front import Front
 from tests.e2e.serving import LEDGER, NO_SPECIAL_TOKENS, eventually
 from transfer.config import TransferConfig
-from transfer.connection import Connection
-from transfer.endpoint import open_endpoint
+from transfer.endpoints.connection import Connection
+from transfer.endpoints.endpoint import open_endpoint
 from transfer.errors import AlignmentError, IncompatibleBlocks, RemoteFailure, TransferError, error_from_code
-from transfer.integrity import block_tag, tag_seed
-from transfer.messages import Abort, Accept, Announce, Block, Close, Grant, Message
-from transfer.negotiate import Offer
+from transfer.protocol.integrity import block_tag, tag_seed
+from transfer.protocol.messages import Abort, Accept, Announce, Block, Close, Grant, Message
+from transfer.protocol.negotiate import Offer
+from transfer.protocol.ticket import Ticket, proven_open
 from transfer.tensors import PlaneSpec
-from transfer.ticket import Ticket, proven_open
 
 TRANSFER = TransferConfig(block_size=128, default_allocate_tokens=8000, pool_tokens=16 * 8064)
 PLANES = (PlaneSpec(name="embeddings", dtype="float32", row_shape=(192,)),)

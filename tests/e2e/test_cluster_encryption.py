@@ -13,8 +13,8 @@ from tests.e2e.conftest import cluster_tree
 from tests.e2e.serving import Serving, ask_demo_question, eventually
 from tests.transfer.test_endpoints import WAIT_S, Answers
 from transfer.config import TransferConfig
-from transfer.endpoint import open_endpoint
-from transfer.service import Service
+from transfer.endpoints.endpoint import open_endpoint
+from transfer.streams.service import Service
 
 pytestmark = pytest.mark.ray
 CONFIG = TransferConfig(ping_interval_s=0.2, peer_timeout_s=1.0, tick_s=0.01)

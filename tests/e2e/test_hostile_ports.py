@@ -27,7 +27,7 @@ from tests.transfer.hostile import (
     segment_sockets,
 )
 from transfer.config import TransferConfig
-from transfer.wire import MAX_HEADER_BYTES
+from transfer.protocol.wire import MAX_HEADER_BYTES
 
 KINDS = ("embedding", "language")
 CONFIGS = {

@@ -22,13 +22,13 @@ from embedding_worker.worker import EmbeddingWorker
 from tests.embedding_worker.images import BAD, png
 from tests.tiny_models import make_qwen2_5_vl
 from transfer.config import TransferConfig
-from transfer.endpoint import open_endpoint
+from transfer.endpoints.endpoint import open_endpoint
 from transfer.errors import RemoteFailure, TransferError
-from transfer.service import Service
-from transfer.stream_receiver import StreamReceiver
-from transfer.stream_sender import StreamSender
+from transfer.protocol.ticket import Ticket
+from transfer.streams.service import Service
+from transfer.streams.stream_receiver import StreamReceiver
+from transfer.streams.stream_sender import StreamSender
 from transfer.tensors import PlaneSpec
-from transfer.ticket import Ticket
 
 WAIT_S = 60.0
 HIDDEN = 64

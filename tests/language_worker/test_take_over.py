@@ -16,9 +16,9 @@ from tests.language_worker.helpers import GREEDY, Media, drive, make_engine, req
 from tests.language_worker.test_worker import ENGINE, NAMES, PAD, WAIT_S, Answer, Client
 from transfer.buffers import plane_of
 from transfer.config import TransferConfig
-from transfer.endpoint import open_endpoint
+from transfer.endpoints.endpoint import open_endpoint
 from transfer.errors import TransferError
-from transfer.ticket import Ticket
+from transfer.protocol.ticket import Ticket
 
 ROWS, BLOCK = 100, 16
 IDS = (1, 2, PAD, 3)

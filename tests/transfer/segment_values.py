@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from transfer.segments import Filling, Segment, SegmentLayout
+from transfer.protocol.ticket import Ticket
+from transfer.shared_memory.segments import Filling, Segment, SegmentLayout
 from transfer.tensors import PlaneSpec
-from transfer.ticket import Ticket
 
 LAYOUT = SegmentLayout(
     num_slots=5, block_size=4, planes=(PlaneSpec(name="embeddings", dtype="float32", row_shape=(64,)),)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zmq.utils import z85
 
-from transfer.addresses import (
+from transfer.endpoints.addresses import (
     SEALED_DOMAIN,
     ZAP_DOMAIN,
     AllowList,

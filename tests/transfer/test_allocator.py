@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from transfer import allocator
+from transfer.endpoints import allocator
 
 FAULTS = """
 import resource, sys, threading
-from transfer.allocator import tune_allocator
+from transfer.endpoints.allocator import tune_allocator
 
 def use():
     for i in range(21):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.transfer.test_endpoints import wait_for
-from transfer.chaos import ChaosProxy, Direction, Faults
+from transfer.chaos.proxy import ChaosProxy, Direction, Faults
 from transfer.errors import ConfigError, LocalProtocolError
 
 WAIT_S = 20.0

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transfer.chaos_plan import Cut, Direction, FaultPlan, Faults, LinkPlan, Pace, Pass, Swallow
+from transfer.chaos.plan import Cut, Direction, FaultPlan, Faults, LinkPlan, Pace, Pass, Swallow
 from transfer.errors import ConfigError
 
 UP, DOWN = Direction.UP, Direction.DOWN

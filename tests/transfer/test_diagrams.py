@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from transfer import diagrams
-from transfer.state import RECEIVER_TABLE, SENDER_TABLE
+from transfer.protocol import diagrams
+from transfer.protocol.state import RECEIVER_TABLE, SENDER_TABLE
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "protocol.md"
 
 
 def test_the_page_is_what_the_tables_say() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    assert diagrams.page(text) == text, "run: python -m transfer.diagrams --write docs/protocol.md"
+    assert diagrams.page(text) == text, "run: python -m transfer.protocol.diagrams --write docs/protocol.md"
 
 
 @pytest.mark.parametrize(("name", "moves"), [("sender", SENDER_TABLE), ("receiver", RECEIVER_TABLE)])

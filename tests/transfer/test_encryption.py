@@ -10,14 +10,14 @@ import zmq
 
 from tests.transfer.test_endpoints import CONFIG, WAIT_S, Answers, CuttingProxy, wait_for
 from tests.transfer.virtual import PLANES, Consumer, assert_rows_equal, make_rows
-from transfer.addresses import is_loopback, tcp_host
-from transfer.calls import IncomingCall
-from transfer.endpoint import open_endpoint
+from transfer.endpoints.addresses import is_loopback, tcp_host
+from transfer.endpoints.endpoint import open_endpoint
 from transfer.errors import ConfigError, TransferError
-from transfer.service import Service
-from transfer.stream_receiver import StreamReceiver
-from transfer.stream_sender import StreamSender
-from transfer.ticket import Ticket
+from transfer.protocol.ticket import Ticket
+from transfer.streams.calls import IncomingCall
+from transfer.streams.service import Service
+from transfer.streams.stream_receiver import StreamReceiver
+from transfer.streams.stream_sender import StreamSender
 
 MARKER = b"this text must not be readable on the wire" * 20
 

@@ -19,17 +19,17 @@ import torch
 import zmq
 
 from tests.transfer.virtual import PLANES, Consumer, assert_rows_equal, make_rows
-from transfer.calls import IncomingCall
 from transfer.config import TransferConfig
-from transfer.connection import Connection, Endpoint
-from transfer.endpoint import open_endpoint
+from transfer.endpoints.connection import Connection, Endpoint
+from transfer.endpoints.endpoint import open_endpoint
+from transfer.endpoints.zmq_endpoint import ZmqEndpoint
 from transfer.errors import ConfigError, EndpointClosed, LocalProtocolError, MessageTooLarge, RemoteFailure
-from transfer.messages import Call
-from transfer.service import Service
-from transfer.stream_receiver import StreamReceiver
-from transfer.stream_sender import OutgoingStream, StreamSender
-from transfer.ticket import Ticket
-from transfer.zmq_endpoint import ZmqEndpoint
+from transfer.protocol.messages import Call
+from transfer.protocol.ticket import Ticket
+from transfer.streams.calls import IncomingCall
+from transfer.streams.service import Service
+from transfer.streams.stream_receiver import StreamReceiver
+from transfer.streams.stream_sender import OutgoingStream, StreamSender
 
 TRANSPORTS = ["inproc", "tcp", "ipc", "curve", "tcp+shm", "ipc+shm", "curve+shm"]
 NAMES = itertools.count()
@@ -778,8 +778,9 @@ def test_inproc_needs_neither_zmq_nor_msgpack() -> None:
 
     code = (
         "import sys; sys.modules['zmq'] = sys.modules['msgpack'] = sys.modules['pydantic'] = sys.modules['ray'] = None;"
-        "from transfer.endpoint import open_endpoint; from transfer.service import Service;"
-        "from transfer.stream_receiver import StreamReceiver; from transfer.stream_sender import StreamSender;"
+        "from transfer.endpoints.endpoint import open_endpoint; from transfer.streams.service import Service;"
+        "from transfer.streams.stream_receiver import StreamReceiver;"
+        "from transfer.streams.stream_sender import StreamSender;"
         "open_endpoint('inproc://x').close()"
     )
     root = Path(__file__).parents[2]

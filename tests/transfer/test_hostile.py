@@ -10,10 +10,10 @@ from tests.transfer.test_streams import configure
 from tests.transfer.virtual import PLANES, Pair, VirtualEndpoint, VirtualNetwork, assert_rows_equal, make_rows
 from transfer.config import TransferConfig
 from transfer.errors import AlignmentError, IncompatibleBlocks, RemoteProtocolError, TicketRejected, TransferError
-from transfer.messages import Abort, Ack, Announce, Block, Close, Grant, Message, Open
-from transfer.negotiate import Offer
+from transfer.protocol.messages import Abort, Ack, Announce, Block, Close, Grant, Message, Open
+from transfer.protocol.negotiate import Offer
+from transfer.protocol.ticket import Ticket, proven_open
 from transfer.tensors import PlaneSpec
-from transfer.ticket import Ticket, proven_open
 
 OFFER = Offer(block_size=16, planes=PLANES, max_frame_bytes=1 << 20, credit=4)
 

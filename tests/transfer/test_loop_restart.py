@@ -11,11 +11,11 @@ import torch
 
 from tests.transfer.test_streams import configure
 from tests.transfer.virtual import PLANES, Consumer, make_rows
-from transfer.endpoint import open_endpoint
-from transfer.service import Service
-from transfer.stream_receiver import StreamReceiver
-from transfer.stream_sender import StreamSender
-from transfer.ticket import Ticket
+from transfer.endpoints.endpoint import open_endpoint
+from transfer.protocol.ticket import Ticket
+from transfer.streams.service import Service
+from transfer.streams.stream_receiver import StreamReceiver
+from transfer.streams.stream_sender import StreamSender
 
 
 @pytest.mark.parametrize("address", ["inproc://loop-restart", "tcp://127.0.0.1:0"])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.transfer.virtual import PLANES
 from transfer.errors import Incompatible, IncompatibleBlocks
-from transfer.negotiate import INTEGRITY, PAYLOAD, Offer, Terms, agree
+from transfer.protocol.negotiate import INTEGRITY, PAYLOAD, Offer, Terms, agree
 
 OFFER = Offer(block_size=128, planes=PLANES, max_frame_bytes=1 << 20, credit=16)
 versions = st.tuples(st.integers(1, 4), st.integers(1, 4)).map(sorted).map(tuple)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import zmq
 
+from transfer.endpoints.peer_book import MAX_PEERS, PeerBook, check_peer
 from transfer.errors import ConfigError, Overloaded
-from transfer.peer_book import MAX_PEERS, PeerBook, check_peer
 
 KEY, OTHER = (zmq.curve_keypair()[0].decode() for _ in range(2))
 TOKEN = "0123456789abcdef" * 2

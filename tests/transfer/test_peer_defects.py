@@ -13,10 +13,10 @@ import torch
 from tests.transfer.test_streams import configure
 from tests.transfer.virtual import PLANES, Consumer, Pair, assert_rows_equal, make_rows
 from transfer.errors import DoubleFree, ForeignOwner, IncompatibleBlocks, StreamAborted, StreamTimeout
-from transfer.messages import Announce, Block, Filled, Grant, Message, Open, Resume
-from transfer.stream_receiver import StreamReceiver
+from transfer.protocol.messages import Announce, Block, Filled, Grant, Message, Open, Resume
+from transfer.protocol.ticket import Ticket
+from transfer.streams.stream_receiver import StreamReceiver
 from transfer.tensors import PlaneSpec
-from transfer.ticket import Ticket
 
 pytestmark = pytest.mark.usefixtures("payload")
 

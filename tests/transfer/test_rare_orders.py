@@ -10,11 +10,11 @@ import pytest
 from tests.transfer.test_sessions import TICKET
 from tests.transfer.test_streams import configure
 from tests.transfer.virtual import PLANES, Pair, VirtualEndpoint, assert_rows_equal, make_rows
-from transfer.connection import Connection
-from transfer.messages import Announce, Message, Open, Revoke
-from transfer.negotiate import Offer
-from transfer.strays import Strays
-from transfer.ticket import Ticket, proven_open
+from transfer.endpoints.connection import Connection
+from transfer.protocol.messages import Announce, Message, Open, Revoke
+from transfer.protocol.negotiate import Offer
+from transfer.protocol.strays import Strays
+from transfer.protocol.ticket import Ticket, proven_open
 
 Queued = tuple[VirtualEndpoint, Connection, Message, list[bytes]]
 

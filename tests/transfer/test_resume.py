@@ -9,11 +9,11 @@ import pytest
 
 from tests.transfer.test_streams import configure
 from tests.transfer.virtual import Consumer, Pair, assert_rows_equal, make_rows
-from transfer import incoming_streams
 from transfer.config import TransferConfig
 from transfer.errors import StreamAborted
-from transfer.messages import Accept, Ack, Announce, Block, Close, Grant, Message, Open, Probe, Resume
-from transfer.ticket import Ticket
+from transfer.protocol.messages import Accept, Ack, Announce, Block, Close, Grant, Message, Open, Probe, Resume
+from transfer.protocol.ticket import Ticket
+from transfer.streams import incoming_streams
 
 CREDIT = 4
 CONFIG = configure(16, 64, 6)

@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from tests.transfer.test_sessions import OFFER, TICKET
 from tests.transfer.test_streams import configure
 from tests.transfer.virtual import Consumer, Faults, Pair, VirtualNetwork, assert_rows_equal, make_rows
-from transfer.actions import Dropped, FreeBlocks, Send, Timers
 from transfer.errors import StreamTimeout
-from transfer.grant_planner import Demand, GrantPlanner
-from transfer.messages import Accept, Ack, Grant, Message, Resume, Revoke, Revoked
-from transfer.negotiate import Offer
-from transfer.receiver_session import ReceiverSession
-from transfer.sender_session import SenderSession
-from transfer.state import ReceiverState, SenderState
-from transfer.ticket import Ticket
+from transfer.protocol.actions import Dropped, FreeBlocks, Send, Timers
+from transfer.protocol.grant_planner import Demand, GrantPlanner
+from transfer.protocol.messages import Accept, Ack, Grant, Message, Resume, Revoke, Revoked
+from transfer.protocol.negotiate import Offer
+from transfer.protocol.receiver_session import ReceiverSession
+from transfer.protocol.sender_session import SenderSession
+from transfer.protocol.state import ReceiverState, SenderState
+from transfer.protocol.ticket import Ticket
 
 pytestmark = pytest.mark.usefixtures("payload")
 

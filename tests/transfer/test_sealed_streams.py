@@ -17,8 +17,8 @@ from tests.transfer.test_streams import *  # noqa: F403
 from tests.transfer.test_streams import configure
 from tests.transfer.test_take_over import *  # noqa: F403
 from tests.transfer.virtual import Pair, VirtualEndpoint, assert_rows_equal, make_rows
-from transfer.messages import Block
-from transfer.ticket import Ticket
+from transfer.protocol.messages import Block
+from transfer.protocol.ticket import Ticket
 
 pytestmark: list[pytest.MarkDecorator] = []
 

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transfer.errors import LocalProtocolError
-from transfer.sealing import (
+from transfer.protocol.sealing import (
     MAX_SERIAL,
     SALT_BYTES,
     TAG_BYTES,
@@ -27,7 +27,7 @@ from transfer.sealing import (
     SealBuffers,
     derive_key,
 )
-from transfer.ticket import Ticket
+from transfer.protocol.ticket import Ticket
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,10 +312,11 @@ def test_the_pool_of_buffers_is_bounded() -> None:
 def test_sealing_is_loaded_only_when_it_is_used() -> None:
     code = (
         "import sys; sys.modules['cryptography'] = None;"
-        "from transfer.endpoint import open_endpoint; from transfer.service import Service;"
-        "from transfer.stream_receiver import StreamReceiver; from transfer.stream_sender import StreamSender;"
+        "from transfer.endpoints.endpoint import open_endpoint; from transfer.streams.service import Service;"
+        "from transfer.streams.stream_receiver import StreamReceiver;"
+        "from transfer.streams.stream_sender import StreamSender;"
         "open_endpoint('inproc://x').close(); open_endpoint('tcp://127.0.0.1:0').close();"
-        "assert 'transfer.sealing' not in sys.modules"
+        "assert 'transfer.protocol.sealing' not in sys.modules"
     )
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)})

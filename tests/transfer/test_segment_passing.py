@@ -19,13 +19,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.transfer.segment_values import LAYOUT, TICKET_ID, fill, filling_of, first_bytes
-from transfer import segment_passing, segment_server
 from transfer.errors import ConfigError, PeerLost, RemoteProtocolError, TicketRejected, TransferError
-from transfer.segment_passing import ANSWER, CHALLENGE, MAGIC, REQUEST, answer_proof, fetch, is_lifeline_over
-from transfer.segment_passing import request_proof as prove_request
-from transfer.segment_server import SegmentOffer, SegmentServer
-from transfer.segments import OwnedSegment, attach, is_supported
-from transfer.ticket import Ticket
+from transfer.protocol.ticket import Ticket
+from transfer.shared_memory import segment_passing, segment_server
+from transfer.shared_memory.segment_passing import (
+    ANSWER,
+    CHALLENGE,
+    MAGIC,
+    REQUEST,
+    answer_proof,
+    fetch,
+    is_lifeline_over,
+)
+from transfer.shared_memory.segment_passing import request_proof as prove_request
+from transfer.shared_memory.segment_server import SegmentOffer, SegmentServer
+from transfer.shared_memory.segments import OwnedSegment, attach, is_supported
 
 pytestmark = pytest.mark.skipif(not is_supported(), reason="this system has no sealed memory files")
 

@@ -23,8 +23,17 @@ from transfer.errors import (
     PoolExhausted,
     RemoteProtocolError,
 )
-from transfer.segment_book import SegmentBook
-from transfer.segments import PAGE_BYTES, SEAL_BYTES, Filling, OwnedSegment, SegmentLayout, attach, is_supported, runs
+from transfer.shared_memory.segment_book import SegmentBook
+from transfer.shared_memory.segments import (
+    PAGE_BYTES,
+    SEAL_BYTES,
+    Filling,
+    OwnedSegment,
+    SegmentLayout,
+    attach,
+    is_supported,
+    runs,
+)
 from transfer.tensors import PlaneSpec
 
 pytestmark = pytest.mark.skipif(not is_supported(), reason="this system has no sealed memory files")

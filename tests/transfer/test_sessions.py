@@ -9,17 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.transfer.virtual import PLANES
-from transfer.actions import Accepted, Dropped, Failed, Send, Timers
-from transfer.connection import Connection
+from transfer.endpoints.connection import Connection
 from transfer.errors import AlignmentError, LocalProtocolError
-from transfer.grant_planner import Demand, GrantPlanner
-from transfer.liveness import Liveness
-from transfer.messages import Abort, Accept, Grant, Open
-from transfer.negotiate import Offer
-from transfer.receiver_session import ReceiverSession
-from transfer.sender_session import SenderSession
-from transfer.state import ReceiverState, SenderState
-from transfer.ticket import Ticket
+from transfer.protocol.actions import Accepted, Dropped, Failed, Send, Timers
+from transfer.protocol.grant_planner import Demand, GrantPlanner
+from transfer.protocol.liveness import Liveness
+from transfer.protocol.messages import Abort, Accept, Grant, Open
+from transfer.protocol.negotiate import Offer
+from transfer.protocol.receiver_session import ReceiverSession
+from transfer.protocol.sender_session import SenderSession
+from transfer.protocol.state import ReceiverState, SenderState
+from transfer.protocol.ticket import Ticket
 
 TICKET = Ticket.issue("test")
 OFFER = Offer(block_size=16, planes=PLANES, max_frame_bytes=1 << 20, credit=4)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from transfer.connection import Connection
-from transfer.liveness import Silence
+from transfer.endpoints.connection import Connection
+from transfer.protocol.liveness import Silence
 
 
 def connection(name: str) -> Connection:

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from transfer.errors import LocalProtocolError, RemoteProtocolError
-from transfer.state import (
+from transfer.protocol.state import (
     RECEIVER_TABLE,
     REMOTE_EVENTS,
     SENDER_TABLE,

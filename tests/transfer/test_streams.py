@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.transfer.virtual import Faults, Pair, VirtualNetwork, assert_rows_equal, make_rows
-from transfer.actions import StreamStats
 from transfer.config import TransferConfig
 from transfer.errors import (
     ConfigError,
@@ -22,9 +21,10 @@ from transfer.errors import (
     StreamAborted,
     StreamTimeout,
 )
-from transfer.messages import Block, Filled, Grant
+from transfer.protocol.actions import StreamStats
+from transfer.protocol.messages import Block, Filled, Grant
+from transfer.protocol.ticket import Ticket
 from transfer.tensors import SEAL_BYTES
-from transfer.ticket import Ticket
 
 pytestmark = pytest.mark.usefixtures("payload")
 

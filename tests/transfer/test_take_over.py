@@ -8,11 +8,11 @@ import pytest
 
 from tests.transfer.test_streams import configure
 from tests.transfer.virtual import Consumer, Faults, Pair, VirtualNetwork, assert_rows_equal, make_rows, sent_indexes
-from transfer.actions import StreamStats
 from transfer.errors import PeerLost, ResumeRejected, StreamAborted, StreamTimeout, TicketRejected
-from transfer.messages import Abort, Accept, Message
-from transfer.stream_sender import OutgoingStream
-from transfer.ticket import Ticket
+from transfer.protocol.actions import StreamStats
+from transfer.protocol.messages import Abort, Accept, Message
+from transfer.protocol.ticket import Ticket
+from transfer.streams.stream_sender import OutgoingStream
 
 pytestmark = pytest.mark.usefixtures("payload")
 

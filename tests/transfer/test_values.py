@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from tests.transfer.virtual import PLANES, make_rows
 from transfer import errors
-from transfer.addresses import ZAP_DOMAIN, AllowList, check_bind_host, is_loopback, prepare_ipc
 from transfer.buffers import PlaneBuffers, RowQueue, tensor_bytes
 from transfer.config import TransferConfig
+from transfer.endpoints.addresses import ZAP_DOMAIN, AllowList, check_bind_host, is_loopback, prepare_ipc
+from transfer.endpoints.outbox import Outbox
 from transfer.errors import (
     ConfigError,
     MessageTooLarge,
@@ -26,12 +27,11 @@ from transfer.errors import (
     TicketRejected,
     TransferError,
 )
-from transfer.integrity import block_tag, tag_seed
-from transfer.messages import Accept
-from transfer.negotiate import Offer
-from transfer.outbox import Outbox
+from transfer.protocol.integrity import block_tag, tag_seed
+from transfer.protocol.messages import Accept
+from transfer.protocol.negotiate import Offer
+from transfer.protocol.ticket import Ticket, accept_is_proven, open_is_proven, proven_accept, proven_open
 from transfer.tensors import DTYPE_BYTES, PlaneSpec
-from transfer.ticket import Ticket, accept_is_proven, open_is_proven, proven_accept, proven_open
 
 
 def tree(kind: type[TransferError]) -> list[type[TransferError]]:

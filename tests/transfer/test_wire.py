@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transfer.errors import LocalProtocolError, MalformedMessage, MessageTooLarge
-from transfer.messages import (
+from transfer.protocol.messages import (
     Abort,
     Accept,
     Ack,
@@ -33,9 +33,16 @@ from transfer.messages import (
     Revoke,
     Revoked,
 )
-from transfer.negotiate import Offer
+from transfer.protocol.negotiate import Offer
+from transfer.protocol.wire import (
+    MAX_HEADER_BYTES,
+    PREFIX_BYTES,
+    WIRE_VERSION,
+    decode_header,
+    encode_header,
+    frame_header,
+)
 from transfer.tensors import DTYPE_BYTES, PlaneSpec
-from transfer.wire import MAX_HEADER_BYTES, PREFIX_BYTES, WIRE_VERSION, decode_header, encode_header, frame_header
 
 hex_ids = st.text("0123456789abcdef", min_size=32, max_size=32)
 u32 = st.integers(0, 2**32 - 1)

@@ -15,18 +15,18 @@ from pathlib import Path
 import torch
 
 from transfer.config import TransferConfig
-from transfer.connection import Connection, Frame, Handler, Tick
+from transfer.endpoints.connection import Connection, Frame, Handler, Tick
 from transfer.errors import TicketRejected
-from transfer.messages import Block, Filled, Message, Probe
-from transfer.segment_guest import SegmentGuest
-from transfer.segment_host import RELEASE_S, SegmentHost
-from transfer.segment_passing import FetchedSegment
-from transfer.segment_server import SegmentOffer
-from transfer.service import Service
-from transfer.stream_receiver import StreamReceiver
-from transfer.stream_sender import OutgoingStream, StreamSender
+from transfer.protocol.messages import Block, Filled, Message, Probe
+from transfer.protocol.ticket import Ticket
+from transfer.shared_memory.segment_guest import SegmentGuest
+from transfer.shared_memory.segment_host import RELEASE_S, SegmentHost
+from transfer.shared_memory.segment_passing import FetchedSegment
+from transfer.shared_memory.segment_server import SegmentOffer
+from transfer.streams.service import Service
+from transfer.streams.stream_receiver import StreamReceiver
+from transfer.streams.stream_sender import OutgoingStream, StreamSender
 from transfer.tensors import PlaneSpec
-from transfer.ticket import Ticket
 
 PLANES = (
     PlaneSpec(name="embeddings", dtype="bfloat16", row_shape=(3,)),

@@ -5,17 +5,17 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 
-from transfer.actions import StreamStats
 from transfer.buffers import Tensor
 from transfer.errors import TransferError
-from transfer.messages import Body
+from transfer.protocol.actions import StreamStats
+from transfer.protocol.messages import Body
 from transfer.simulation.books import StreamBook
 from transfer.simulation.content import Content
 from transfer.simulation.hosts import ReceiverHost
 from transfer.simulation.judge import Judge
 from transfer.simulation.scenario import RequestPlan
 from transfer.simulation.timeline import Process
-from transfer.stream_sender import OutgoingStream
+from transfer.streams.stream_sender import OutgoingStream
 
 
 class Producer:

@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from transfer.errors import StreamTimeout, TransferError
+from transfer.protocol.ticket import Ticket
 from transfer.simulation.apps import Consumer
 from transfer.simulation.books import SenderBook, StreamBook
 from transfer.simulation.hosts import ReceiverHost, SenderHost
 from transfer.simulation.outages import Outages
 from transfer.simulation.scenario import RequestPlan
-from transfer.stream_sender import OutgoingStream
-from transfer.ticket import Ticket
+from transfer.streams.stream_sender import OutgoingStream
 
 SLACK_S = 1.0
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from transfer.actions import StreamStats
 from transfer.errors import TransferError
-from transfer.messages import Grant
+from transfer.protocol.actions import StreamStats
+from transfer.protocol.messages import Grant
 from transfer.simulation.content import Content
 from transfer.simulation.timeline import Process
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import random
 from collections import Counter
 
-from transfer.actions import StreamStats
 from transfer.errors import TransferError
+from transfer.protocol.actions import StreamStats
+from transfer.protocol.ticket import SECRET_BYTES, STREAM_ID_CHARS, Ticket
 from transfer.simulation.apps import Admission, Consumer, Producer
 from transfer.simulation.attempts import Attempt, Request, Sending, explains_receiver, explains_sender
 from transfer.simulation.books import SenderBook, StreamBook
@@ -20,9 +21,8 @@ from transfer.simulation.judge import Judge
 from transfer.simulation.outages import Outages
 from transfer.simulation.scenario import Scenario
 from transfer.simulation.timeline import Timeline
-from transfer.stream_sender import OutgoingStream
+from transfer.streams.stream_sender import OutgoingStream
 from transfer.tensors import PlaneSpec
-from transfer.ticket import SECRET_BYTES, STREAM_ID_CHARS, Ticket
 
 MAX_ATTEMPTS = 60
 

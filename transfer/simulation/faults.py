@@ -9,7 +9,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transfer.state import RECEIVER_TABLE, SENDER_TABLE, ReceiverEvent, SenderEvent
+from transfer.protocol.state import RECEIVER_TABLE, SENDER_TABLE, ReceiverEvent, SenderEvent
 
 MESSAGE_KINDS = ("drop", "duplicate", "reorder", "truncate", "corrupt", "delay")
 LINK_KINDS = ("partition", "partition_to_receiver", "partition_to_sender", "half_open")

@@ -5,15 +5,15 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from transfer.service import Service
+from transfer.protocol.ticket import SECRET_BYTES, Ticket
 from transfer.simulation.judge import Judge
 from transfer.simulation.memory import WatchedBuffers, WatchedPool
 from transfer.simulation.network import VirtualEndpoint, VirtualNetwork
 from transfer.simulation.scenario import Scenario
 from transfer.simulation.timeline import Process
-from transfer.stream_receiver import StreamReceiver
-from transfer.stream_sender import StreamSender
-from transfer.ticket import SECRET_BYTES, Ticket
+from transfer.streams.service import Service
+from transfer.streams.stream_receiver import StreamReceiver
+from transfer.streams.stream_sender import StreamSender
 
 
 class Host:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
-from transfer.messages import Grant, Message
+from transfer.protocol.messages import Grant, Message
 from transfer.simulation.controller import Controller
 from transfer.simulation.faults import Incident
 from transfer.simulation.hosts import Host, ReceiverHost, SenderHost

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from transfer.actions import StreamStats
 from transfer.buffers import Tensor
 from transfer.config import TransferConfig
 from transfer.errors import AlignmentError, TransferError
-from transfer.messages import Block, Body, Grant
+from transfer.protocol.actions import StreamStats
+from transfer.protocol.messages import Block, Body, Grant
 from transfer.simulation.books import Breach, SenderBook, StreamBook
 from transfer.simulation.content import Content
 from transfer.simulation.memory import BlockWatch

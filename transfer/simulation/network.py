@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from transfer.config import TransferConfig
-from transfer.connection import Connection, Frame, Handler, Tick
+from transfer.endpoints.connection import Connection, Frame, Handler, Tick
 from transfer.errors import EndpointClosed, MalformedMessage, Overloaded, PeerLost
-from transfer.messages import Block, Message, Probe
+from transfer.protocol.messages import Block, Message, Probe
+from transfer.protocol.wire import decode_header, encode_header
 from transfer.simulation.faults import Rates, corrupted, truncated
 from transfer.simulation.timeline import Process, Timeline
-from transfer.wire import decode_header, encode_header
 
 SEALED_MARK = "#sealed"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from transfer.config import TransferConfig
-from transfer.messages import (
+from transfer.protocol.messages import (
     Abort,
     Accept,
     Ack,

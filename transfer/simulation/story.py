@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from transfer.messages import Message
+from transfer.protocol.messages import Message
 from transfer.simulation.books import StreamBook
 from transfer.simulation.timeline import Process
 

@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 
-from transfer.actions import Timers
+from transfer.protocol.actions import Timers
 from transfer.simulation.books import Breach
 from transfer.simulation.controller import Controller
 from transfer.simulation.hosts import Host, ReceiverHost, SenderHost

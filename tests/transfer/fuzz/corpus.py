@@ -14,7 +14,7 @@ from pathlib import Path
 import msgpack
 
 from tests.transfer.fuzz.samples import sample_messages
-from transfer.wire import WIRE_VERSION, encode_header, frame_header
+from transfer.protocol.wire import WIRE_VERSION, encode_header, frame_header
 
 FOLDER = Path(__file__).parent / "corpus"
 

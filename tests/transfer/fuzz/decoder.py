@@ -18,7 +18,7 @@ from tests.transfer.fuzz import corpus
 from tests.transfer.fuzz.memory import Memory
 from tests.transfer.fuzz.mutate import mutate_bytes, mutate_header, repaired
 from transfer.errors import LocalProtocolError, MalformedMessage
-from transfer.wire import decode_header, encode_header
+from transfer.protocol.wire import decode_header, encode_header
 
 MAX_SECONDS_PER_INPUT = 1.0
 MAX_GROWTH_KIB = 64 * 1024

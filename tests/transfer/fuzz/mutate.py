@@ -12,7 +12,7 @@ from typing import Any
 
 import msgpack
 
-from transfer.wire import PREFIX_BYTES, frame_header
+from transfer.protocol.wire import PREFIX_BYTES, frame_header
 
 EDGE_INTS = (
     0, 1, 2, 15, 16, 17, 127, 128, 255, 256, 65535, 65536, 2**24, 2**24 + 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32,

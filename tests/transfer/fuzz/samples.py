@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tests.transfer.virtual import PLANES
-from transfer.messages import (
+from transfer.protocol.messages import (
     Abort,
     Accept,
     Ack,
@@ -29,7 +29,7 @@ from transfer.messages import (
     Revoke,
     Revoked,
 )
-from transfer.negotiate import Offer
+from transfer.protocol.negotiate import Offer
 
 STREAM = {"stream_id": "0123456789abcdef" * 2, "epoch": 1}
 OFFER = Offer(block_size=16, planes=PLANES, max_frame_bytes=1 << 20, credit=8)

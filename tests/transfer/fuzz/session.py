@@ -26,10 +26,10 @@ from tests.transfer.fuzz.samples import sample_messages
 from tests.transfer.virtual import Pair, VirtualEndpoint, VirtualNetwork, make_rows
 from transfer.config import TransferConfig
 from transfer.errors import LocalProtocolError, MalformedMessage, TransferError, error_code
-from transfer.messages import Message
-from transfer.stream_sender import OutgoingStream
-from transfer.ticket import Ticket
-from transfer.wire import decode_header, encode_header
+from transfer.protocol.messages import Message
+from transfer.protocol.ticket import Ticket
+from transfer.protocol.wire import decode_header, encode_header
+from transfer.streams.stream_sender import OutgoingStream
 
 CONFIG = TransferConfig(
     block_size=16, default_allocate_tokens=48, pool_tokens=16 * 8, credit_window_blocks=3, ping_interval_s=0.2,

@@ -7,8 +7,8 @@ import pytest
 from tests.profiles import IS_SOAK
 from tests.transfer.fuzz import corpus, decoder, session
 from tests.transfer.fuzz.samples import sample_messages
-from transfer.messages import Message
-from transfer.wire import SCHEMAS, WIRE_VERSION
+from transfer.protocol.messages import Message
+from transfer.protocol.wire import SCHEMAS, WIRE_VERSION
 
 DECODER_INPUTS = 5_000_000 if IS_SOAK else 100_000
 SESSION_INPUTS = 100_000 if IS_SOAK else 4_000

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.transfer.processes.content import expected_digest
-from transfer.ticket import Ticket
+from transfer.protocol.ticket import Ticket
 
 ROOT = Path(__file__).parents[3]
 WAIT_S = 30.0

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 
 from tests.transfer.processes.content import PLANES, Digest, make_rows
-from transfer.actions import StreamStats
-from transfer.chaos import ChaosProxy, Faults
+from transfer.chaos.proxy import ChaosProxy, Faults
 from transfer.config import TransferConfig
-from transfer.endpoint import open_endpoint
+from transfer.endpoints.endpoint import open_endpoint
 from transfer.errors import TransferError, error_code
-from transfer.service import Service
-from transfer.stream_receiver import StreamReceiver
-from transfer.stream_sender import OutgoingStream, StreamSender
-from transfer.ticket import Ticket
+from transfer.protocol.actions import StreamStats
+from transfer.protocol.ticket import Ticket
+from transfer.streams.service import Service
+from transfer.streams.stream_receiver import StreamReceiver
+from transfer.streams.stream_sender import OutgoingStream, StreamSender
 
 WRITE_ROWS = 100  # the producer's batch
 WAIT_S = 20.0

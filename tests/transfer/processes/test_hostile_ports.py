@@ -16,10 +16,10 @@ from tests.transfer.hostile import (
 )
 from tests.transfer.processes.harness import BLOCK_ROWS, Nursery, Peer, assert_arrived, held, until
 from tests.transfer.processes.zmtp import ZmtpReader
-from transfer.chaos import ChaosProxy, Direction
-from transfer.messages import Abort
-from transfer.ticket import Ticket
-from transfer.wire import MAX_HEADER_BYTES
+from transfer.chaos.proxy import ChaosProxy, Direction
+from transfer.protocol.messages import Abort
+from transfer.protocol.ticket import Ticket
+from transfer.protocol.wire import MAX_HEADER_BYTES
 
 TOTAL_ROWS = 1000
 WRITTEN = 500

@@ -25,9 +25,9 @@ from tests.transfer.processes.harness import (
     until,
 )
 from tests.transfer.processes.zmtp import BlockTap
-from transfer.chaos import ChaosProxy, Faults
-from transfer.messages import Block
-from transfer.ticket import Ticket
+from transfer.chaos.proxy import ChaosProxy, Faults
+from transfer.protocol.messages import Block
+from transfer.protocol.ticket import Ticket
 
 NUM_BLOCKS = 40
 TOTAL_ROWS = NUM_BLOCKS * BLOCK_ROWS - 5  # the last block is not full

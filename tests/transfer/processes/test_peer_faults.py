@@ -17,7 +17,7 @@ from tests.transfer.processes.harness import (
     ticket_of,
     until,
 )
-from transfer.ticket import Ticket
+from transfer.protocol.ticket import Ticket
 
 TOTAL_ROWS = 1000
 SEED, OTHER_SEED = 5, 6

@@ -20,8 +20,8 @@ from tests.transfer.processes.harness import (
     json_of,
     until,
 )
-from transfer.chaos import ChaosProxy
-from transfer.ticket import Ticket
+from transfer.chaos.proxy import ChaosProxy
+from transfer.protocol.ticket import Ticket
 
 NUM_STREAMS = {mode: 10_000 if IS_SOAK else 300 if mode == "shared memory" else 100 for mode in MODES}
 BATCH = 50

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from transfer.chaos import Direction
+from transfer.chaos.proxy import Direction
 from transfer.errors import MalformedMessage
-from transfer.messages import Block, Message, Probe
-from transfer.wire import decode_header
+from transfer.protocol.messages import Block, Message, Probe
+from transfer.protocol.wire import decode_header
 
 GREETING_BYTES = 64
 MORE, LONG, COMMAND = 1, 2, 4

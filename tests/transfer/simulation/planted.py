@@ -11,19 +11,20 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
-from transfer import receive_area, take_over
-from transfer.actions import FreeBlocks, ReceiverAction, ReleaseRows, Restarted, SendBlock, SenderAction
-from transfer.grant_planner import Demand
-from transfer.messages import Ack, Announce, Block, Resume
-from transfer.probes import Probes
-from transfer.receiver_life import ReceiverLife
-from transfer.receiver_session import ReceiverSession
-from transfer.receiver_window import ReceiverWindow, WindowRecord
-from transfer.sender_grants import SenderGrants
-from transfer.sender_session import SenderSession
-from transfer.state import ReceiverState, SenderState
-from transfer.strays import Strays
-from transfer.stream_receiver import StreamReceiver
+from transfer.protocol import take_over
+from transfer.protocol.actions import FreeBlocks, ReceiverAction, ReleaseRows, Restarted, SendBlock, SenderAction
+from transfer.protocol.grant_planner import Demand
+from transfer.protocol.messages import Ack, Announce, Block, Resume
+from transfer.protocol.probes import Probes
+from transfer.protocol.receiver_life import ReceiverLife
+from transfer.protocol.receiver_session import ReceiverSession
+from transfer.protocol.receiver_window import ReceiverWindow, WindowRecord
+from transfer.protocol.sender_grants import SenderGrants
+from transfer.protocol.sender_session import SenderSession
+from transfer.protocol.state import ReceiverState, SenderState
+from transfer.protocol.strays import Strays
+from transfer.streams import receive_area
+from transfer.streams.stream_receiver import StreamReceiver
 
 Planted = Callable[[], AbstractContextManager[Any]]
 
@@ -113,7 +114,7 @@ def go_on_one_block_too_far() -> AbstractContextManager[Any]:
     def wrong(facts: Any, offer: Any, first_index: int, *more: Any) -> Any:
         return right(facts, offer, first_index + bool(first_index), *more)
 
-    return patch("transfer.receiver_session.accept_of", wrong)
+    return patch("transfer.protocol.receiver_session.accept_of", wrong)
 
 
 def grant_the_rest_to_everybody() -> AbstractContextManager[Any]:
@@ -210,7 +211,7 @@ def take_any_content() -> AbstractContextManager[Any]:
     def wrong(facts: Any, window: Any, offer: Any, message: Any, now: float) -> Any:
         return right(replace(facts, content_key=message.content_key), window, offer, message, now)
 
-    return patch("transfer.receiver_session.opened_by", wrong)
+    return patch("transfer.protocol.receiver_session.opened_by", wrong)
 
 
 def hide_the_restart() -> AbstractContextManager[Any]:
@@ -221,7 +222,7 @@ def hide_the_restart() -> AbstractContextManager[Any]:
         event, facts, actions = right(*arguments)
         return event, facts, [action for action in actions if not isinstance(action, Restarted)]
 
-    return patch("transfer.receiver_session.opened_by", wrong)
+    return patch("transfer.protocol.receiver_session.opened_by", wrong)
 
 
 def ignore_the_deadline() -> AbstractContextManager[Any]:
@@ -237,7 +238,7 @@ def ignore_the_deadline() -> AbstractContextManager[Any]:
 
 def never_ask_back() -> AbstractContextManager[Any]:
     """Streams that are not admitted keep everything they were granted."""
-    return patch("transfer.grant_planner.GrantPlanner._withdraw", lambda self: {})
+    return patch("transfer.protocol.grant_planner.GrantPlanner._withdraw", lambda self: {})
 
 
 def ignore_resumes() -> AbstractContextManager[Any]:

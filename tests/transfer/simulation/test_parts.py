@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import pytest
 
 from transfer.config import TransferConfig
-from transfer.connection import Connection
+from transfer.endpoints.connection import Connection
 from transfer.errors import DoubleFree, EndpointClosed, Overloaded, PeerLost
-from transfer.messages import Ack, Message
+from transfer.protocol.messages import Ack, Message
 from transfer.simulation.faults import MESSAGE_KINDS, Rates, corrupted, truncated
 from transfer.simulation.memory import BlockWatch, WatchedBuffers, WatchedPool
 from transfer.simulation.network import VirtualEndpoint, VirtualNetwork
