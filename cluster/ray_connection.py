@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -73,13 +73,8 @@ def _held_back_stderr() -> Iterator[Callable[[], str]]:
     """What anything in this process writes to stderr, Ray's C++ side included, comes out after the block, unless it was
     taken by a call of what is yielded. Python's settings of logging do not reach that side.
     """
-    try:
-        real = os.dup(2)
-    except OSError:  # closed: nothing comes out anyhow
-        yield lambda: ""
-        return
     with tempfile.TemporaryFile() as held:
-        taken = 0
+        taken, real = 0, -1
 
         def take() -> str:
             nonlocal taken
@@ -88,15 +83,37 @@ def _held_back_stderr() -> Iterator[Callable[[], str]]:
             taken += len(text)
             return text.decode(errors="replace")
 
-        sys.stderr.flush()
-        os.dup2(held.fileno(), 2)
+        def put_back() -> None:
+            nonlocal real
+            with _signals_wait():
+                if real >= 0:
+                    rest = take()
+                    os.dup2(real, 2)
+                    os.close(real)
+                    real = -1
+                    sys.stderr.write(rest)
+
         try:
-            yield take
-        finally:
-            rest = take()
-            os.dup2(real, 2)
-            os.close(real)
-            sys.stderr.write(rest)
+            try:
+                with _signals_wait(), suppress(OSError):  # closed: nothing comes out anyhow
+                    sys.stderr.flush()
+                    real = os.dup(2)
+                    os.dup2(held.fileno(), 2)
+                yield take
+            finally:
+                put_back()
+        finally:  # where the one signal that raises came between that line and its first step
+            put_back()
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Signals to this thread come after the block: a handler that raises could otherwise end it halfway."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

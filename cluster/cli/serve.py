@@ -29,10 +29,12 @@ def run(options: argparse.Namespace) -> int:
     stop = StopSignal()
     try:
         _serve(options, stop)
+        return 0
     except KeyboardInterrupt:
-        _say("stopped before it was ready")
-        return 0 if stop.number == signal.SIGTERM else stop.exit_code
-    return 0
+        pass
+    # Only here, without the frames that were interrupted, is all that they held sure to be put back: stderr too.
+    _say("stopped before it was ready")
+    return 0 if stop.number == signal.SIGTERM else stop.exit_code
 
 
 def _serve(options: argparse.Namespace, stop: StopSignal) -> None:
