@@ -25,6 +25,7 @@ from cluster.errors import ConfigError
 OBJECT_STORE_BYTES = 100 * 1024 * 1024  # nothing of ours goes through the object store
 PROBE_TIMEOUT_S = 10.0
 MAX_HELD_BYTES = 1024 * 1024
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 logger = logging.getLogger(__name__)
 
@@ -108,12 +109,21 @@ def _held_back_stderr() -> Iterator[Callable[[], str]]:
 
 @contextmanager
 def _signals_wait() -> Iterator[None]:
-    """Signals to this thread come after the block: a handler that raises could otherwise end it halfway."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    """Signals are handled after the block: a handler that raises could otherwise end it halfway."""
+    if threading.current_thread() is not threading.main_thread():  # no handler runs here
+        yield
+        return
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda number, frame: came.append(number))
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for late in came:
+            signal.raise_signal(late)
 
 
 @contextmanager
@@ -124,7 +134,7 @@ def _own_signal_handlers() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # no handler can be set there, by Ray neither
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def restore() -> None:
         for number, handler in before.items():
