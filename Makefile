@@ -30,6 +30,7 @@ lint: $(VENV)/.development ## format and repair what can be repaired
 	$(BIN)/mypy
 
 bench: $(VENV)/.development ## the CPU benchmarks; JSON goes to benchmarks/results/
+	$(BIN)/python -m benchmarks.bench_transfer --json benchmarks/results/transfer.json
 	$(BIN)/python -m benchmarks.bench_serving --json benchmarks/results/serving.json
 
 clean: ## remove the virtual environment and caches

@@ -49,7 +49,7 @@ def load_model(name: str, cache: Path, num_requests: int) -> BenchModel:
         return BenchModel(name=name, folder=DEMO / "model", new_tokens=32, requests=_demo_requests(num_requests))
     if name == "100m":
         return BenchModel(
-            name=name, folder=_random_100m(cache / "100m"), new_tokens=64, requests=_random_requests(num_requests)
+            name=name, folder=_random_100m(cache / "100m-v2"), new_tokens=64, requests=_random_requests(num_requests)
         )
     raise ValueError(f"there is no model {name!r}; choose from demo, 100m")
 

@@ -6,6 +6,7 @@ a restarted actor loads its model anew and binds a new endpoint, which it report
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from collections.abc import Sequence
@@ -15,44 +16,59 @@ import ray
 
 from cluster.config import GatewayConfig
 from cluster.directory import WorkerAddress
+from cluster.errors import ClusterError
 from cluster.gateway_server import GatewayServer
 from cluster.logs import configure_logging
 from cluster.model_info import ModelInfo
 from cluster.router import WorkerKind
 from embedding_worker.config import EmbedConfig
+from embedding_worker.errors import EmbedError
 from embedding_worker.worker import EmbeddingWorker
 from language_worker.config import EngineConfig
+from language_worker.errors import EngineError
 from language_worker.worker import LanguageWorker
 from transfer.config import TransferConfig
-from transfer.connection import Endpoint
-from transfer.endpoint import open_endpoint
-from transfer.service import Service
+from transfer.endpoints.allocator import tune_allocator
+from transfer.endpoints.connection import Endpoint
+from transfer.endpoints.endpoint import open_endpoint
+from transfer.errors import TransferError
+from transfer.streams.service import Service
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerHealth:
-    """What a worker says of itself. pid and node_id tell which process this is."""
+    """What a worker says of itself. pid and node_id tell which process this is. failure: why it could not start, and ""
+    when it did.
+    """
 
     address: WorkerAddress
     is_healthy: bool
     max_model_len: int
     pid: int
     node_id: str
+    failure: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GatewayHealth:
-    """port: where it serves, None before it does. is_healthy: false when it has served and does no more."""
+    """port: where it serves, None before it does. is_healthy: false when it has served and does no more, or never will
+    (failure says why).
+    """
 
     port: int | None
     is_healthy: bool
     public_key: str | None
     pid: int
     node_id: str
+    failure: str = ""
 
 
 class WorkerActor:
-    """One embedding or language worker."""
+    """One embedding or language worker. One that cannot start says so through `health`: an exception in a constructor
+    would reach the operator as Ray's traceback, and end the actor for good.
+    """
 
     def __init__(
         self,
@@ -64,15 +80,29 @@ class WorkerActor:
         log_level: str,
     ) -> None:
         configure_logging(log_level)
-        endpoint = _open(name, transfer, socket_dir)
+        tune_allocator()
         self._name = name
         self._kind: WorkerKind = "embedding" if isinstance(config, EmbedConfig) else "language"
-        self._endpoint = endpoint
-        self._worker = _build(model_path, config, transfer, endpoint)
-        self._worker.start()
+        self._failure = ""
+        try:
+            self._endpoint = _open(name, transfer, socket_dir)
+            self._worker = _build(model_path, config, transfer, self._endpoint)
+            self._worker.start()
+        except Exception as error:
+            self._failure = _told(error)
 
     def health(self) -> WorkerHealth:
         """Answered by the actor's own thread: shows that the process runs and where it listens."""
+        if self._failure:
+            nowhere = WorkerAddress(name=self._name, kind=self._kind, address="")
+            return WorkerHealth(
+                address=nowhere,
+                is_healthy=False,
+                max_model_len=0,
+                pid=os.getpid(),
+                node_id=_node_id(),
+                failure=self._failure,
+            )
         endpoint = self._endpoint
         return WorkerHealth(
             address=WorkerAddress(
@@ -86,10 +116,12 @@ class WorkerActor:
 
     def allow(self, public_keys: Sequence[str]) -> None:
         """Let these peers connect (where CURVE is on)."""
-        self._endpoint.allow(public_keys)
+        if not self._failure:
+            self._endpoint.allow(public_keys)
 
     def close(self) -> None:
-        self._worker.close()
+        if not self._failure:
+            self._worker.close()
 
 
 class GatewayActor:
@@ -100,10 +132,14 @@ class GatewayActor:
     ) -> None:
         configure_logging(log_level)
         self._model_name = model_name
-        self._info = ModelInfo.load(model_path)
         self._transfer = transfer
-        self._endpoint = _open("gateway", transfer, socket_dir)
         self._server: GatewayServer | None = None
+        self._failure = ""
+        try:
+            self._info = ModelInfo.load(model_path)
+            self._endpoint = _open("gateway", transfer, socket_dir)
+        except Exception as error:
+            self._failure = _told(error)
 
     def serve(self, config: GatewayConfig, workers: Sequence[WorkerAddress], max_model_len: int) -> int:
         """Start serving; returns the port. `config` holds the port of an earlier incarnation, if there was one."""
@@ -122,16 +158,24 @@ class GatewayActor:
         server = self._server
         return GatewayHealth(
             port=None if server is None else server.port,
-            is_healthy=server is None or server.is_serving,
-            public_key=self._endpoint.public_key,
+            is_healthy=not self._failure and (server is None or server.is_serving),
+            public_key=None if self._failure else self._endpoint.public_key,
             pid=os.getpid(),
             node_id=_node_id(),
+            failure=self._failure,
         )
 
     def close(self) -> None:
         """Drain and stop."""
         if self._server is not None:
             self._server.close()
+
+
+def _told(error: Exception) -> str:
+    """What kept an actor from starting, for its health; with the traceback in the log where details are asked for."""
+    logger.debug("could not start", exc_info=error)
+    known = isinstance(error, (ClusterError, EmbedError, EngineError, TransferError))
+    return str(error) if known else f"{type(error).__name__}: {error}"
 
 
 def _build(

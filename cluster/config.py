@@ -24,9 +24,11 @@ from embedding_worker.errors import EmbedError
 from language_worker.config import DTypeName, EngineConfig
 from language_worker.errors import EngineError
 from transfer.config import TransferConfig
+from transfer.endpoints.addresses import is_loopback
 from transfer.errors import TransferError
 
 MIB = 1024 * 1024
+MIN_KEY_CHARS = 16  # of an API key, where the gateway listens for more than this machine
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,8 +74,21 @@ class GatewayConfig:
             raise ConfigError(
                 "gateway.request_timeout_s and gateway.max_concurrent_requests must be positive, and finite"
             )
+        if not self.host:
+            raise ConfigError("gateway.host is empty, which would mean every interface; name an address")
+        self._check_keys()
+
+    def _check_keys(self) -> None:
         if any(not key for key in self.api_keys):
             raise ConfigError("gateway.api_keys holds an empty key, which would let everyone in; remove it")
+        if any(not key.isprintable() or " " in key for key in self.api_keys):
+            raise ConfigError("gateway.api_keys holds a key with a space or a control character; no client can send it")
+        shortest = min(map(len, self.api_keys), default=MIN_KEY_CHARS)
+        if shortest < MIN_KEY_CHARS and not is_loopback(self.host):
+            raise ConfigError(
+                f"gateway.api_keys holds a key of {shortest} characters, which can be guessed; use {MIN_KEY_CHARS} or "
+                f"more where others can connect (gateway.host is {self.host})"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

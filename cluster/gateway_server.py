@@ -26,8 +26,9 @@ from cluster.handoff import Handoff
 from cluster.metrics import gather_stats
 from cluster.model_info import ModelInfo
 from cluster.monitor import WorkerMonitor
+from transfer.endpoints.addresses import is_loopback
 from transfer.errors import RemoteFailure
-from transfer.service import Service
+from transfer.streams.service import Service
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ class GatewayServer:
         self._directory = WorkerDirectory(service)
         self._monitor = WorkerMonitor(service, self._directory)
         self._socket = _bind(config.host, config.port)
+        if not config.api_keys and not is_loopback(config.host):
+            logger.warning("%s:%d answers everyone who can reach it: set an API key", config.host, self.port)
         context = GatewayContext(
             config=config,
             model_name=model_name,

@@ -1,5 +1,8 @@
 """Handoff: one request's path through the workers, embed -> prefill -> decode, with another try when a worker dies.
 
+A lost embedding worker is replaced within the attempt, and the language worker keeps what it has; a lost language
+worker costs the attempt, and the request begins anew.
+
 The ticket is issued here and given to both ends at the same moment; embeddings then flow from worker to worker and
 never pass through this process. Tokens reach the client exactly once: a request is tried again only while none has been
 delivered. Every callback comes from the service's I/O thread. Knows nothing of HTTP, Ray and models.
@@ -21,7 +24,7 @@ from cluster.router import choose_embedding, choose_language
 from cluster.served import RequestStats, RunningRequest, ServedRequest, Sink
 from language_worker.api import TokenChunk
 from transfer.errors import RemoteFailure, TransferError
-from transfer.service import Service
+from transfer.streams.service import Service
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +55,7 @@ class _Run:
         self._directory = directory
         self._request = request
         self._sink = sink
+        self._media_key = _digest(request.media) if request.media else ""
         self._deadline = time.monotonic() + request.timeout_s
         self._lock = threading.Lock()
         self._attempt: Attempt | None = None
@@ -64,15 +68,15 @@ class _Run:
         """Choose workers and begin an attempt. Raises NoWorker, RequestTimeout or TransferError."""
         views = self._directory.views()
         language = choose_language(views, self._excluded)
-        embedding = (
-            choose_embedding(views, _affinity(self._request.media), self._excluded) if self._request.media else None
-        )
+        embedding = choose_embedding(views, self._media_key, self._excluded) if self._request.media else None
         left_s = self._deadline - time.monotonic()
         if left_s <= 0:
             raise RequestTimeout("the request's deadline passed before a worker could take it")
         request, number = self._request, self._num_attempts + 1
         name = request.request_id if number == 1 else f"{request.request_id}.{number}"
-        attempt = Attempt(self._service, self._directory, request, name, language, embedding, left_s, self)
+        attempt = Attempt(
+            self._service, self._directory, request, name, language, embedding, self._media_key, left_s, self
+        )
         with self._lock:
             self._num_attempts = number
             self._attempt = attempt
@@ -96,6 +100,13 @@ class _Run:
 
     def on_end(self, stats: RequestStats) -> None:
         self._sink.on_end(stats)
+
+    def next_embedding(self, lost: str) -> str | None:
+        self._excluded.add(lost)
+        try:
+            return choose_embedding(self._directory.views(), self._media_key, self._excluded)
+        except NoWorker:
+            return None
 
     def on_failure(self, worker: str, failure: RemoteFailure) -> None:
         """The attempt is over; another worker may take the request while no token has left."""
@@ -123,8 +134,10 @@ def _lost(worker: str, failure: RemoteFailure, was_answering: bool) -> WorkerLos
     return WorkerLost(f"worker {worker} was lost {when} ({failure.code})")
 
 
-def _affinity(media: Sequence[bytes]) -> str:
-    digest = xxhash.xxh3_64()
+def _digest(media: Sequence[bytes]) -> str:
+    """Of all media of a request: equal ones go to the same cache, and one worker may go on where another stopped."""
+    digest = xxhash.xxh3_128()
     for item in media:
+        digest.update(len(item).to_bytes(8, "little"))
         digest.update(item)
     return digest.hexdigest()

@@ -9,11 +9,8 @@ from __future__ import annotations
 import dataclasses
 import errno
 import logging
-import os
 import re
-import shutil
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -21,13 +18,14 @@ from contextlib import suppress
 from typing import Any
 
 import ray
-import torch
 
 from cluster.actors import GatewayActor, GatewayHealth, WorkerActor, WorkerHealth
 from cluster.config import ClusterConfig
 from cluster.directory import WorkerAddress
 from cluster.errors import ConfigError, NotReady
 from cluster.model_info import ModelInfo
+from cluster.ray_connection import connect, wants_gpu
+from cluster.runtime_folder import RuntimeFolder, is_running
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +33,6 @@ WATCH_INTERVAL_S = 1.0
 CALL_TIMEOUT_S = 10.0
 CLOSE_S = 45.0
 JOIN_S = 30.0
-OBJECT_STORE_BYTES = 100 * 1024 * 1024  # nothing of ours goes through the object store
 GATEWAY = "gateway"
 Status = Callable[[str], None]
 
@@ -66,10 +63,10 @@ class RayCluster:
         self._told: list[WorkerAddress] | None = None  # what the gateway serves with; None: it has to start serving
         self._stopping = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="cluster-watch", daemon=True)
-        self._socket_dir = tempfile.mkdtemp(prefix="tandem-")
+        self._folder = RuntimeFolder()
         try:
             _require_free_port(config.gateway.host, config.gateway.port)
-            _connect(config, ray_address, on_status)
+            connect(config, ray_address, on_status)
             self.config = _with_transport(config)
             self._start(on_status)
         except BaseException:
@@ -103,13 +100,14 @@ class RayCluster:
             actor = self._actors.pop(name, None)
             if actor is None:
                 continue
-            with suppress(ray.exceptions.RayError):  # a dead actor needs no farewell
-                ray.get(actor.close.remote(), timeout=CLOSE_S if name == GATEWAY else 10.0)
+            if name in self._pids:  # an actor that still starts, or is dead, needs no farewell
+                with suppress(ray.exceptions.RayError):
+                    ray.get(actor.close.remote(), timeout=CLOSE_S if name == GATEWAY else 10.0)
             with suppress(ray.exceptions.RayError):
                 ray.kill(actor)
-        if self._owns_ray and ray.is_initialized():
-            ray.shutdown()
-        shutil.rmtree(self._socket_dir, ignore_errors=True)
+        if self._owns_ray:
+            ray.shutdown()  # also after a start that was cut short
+        self._folder.close()
 
     # -- starting ---------------------------------------------------------------------------------------------------
 
@@ -124,7 +122,7 @@ class RayCluster:
             ray.remote(GatewayActor)
             .options(num_cpus=0, max_restarts=-1, max_task_retries=0)
             .remote(
-                config.model.served_model_name, config.model.path, config.transfer, self._socket_dir, self._log_level
+                config.model.served_model_name, config.model.path, config.transfer, self._folder.path, self._log_level
             )
         )
         on_status(f"loading {config.model.served_model_name} into {len(self._actors) - 1} workers")
@@ -143,11 +141,11 @@ class RayCluster:
 
     def _spawn_worker(self, name: str, part: Any) -> Any:
         workers = self.config.workers
-        num_gpus = workers.num_gpus if workers.num_gpus >= 0 else float(_wants_gpu(part.device))
+        num_gpus = workers.num_gpus if workers.num_gpus >= 0 else float(wants_gpu(part.device))
         return (
             ray.remote(WorkerActor)
             .options(num_cpus=workers.num_cpus, num_gpus=num_gpus, max_restarts=-1, max_task_retries=0)
-            .remote(name, self.config.model.path, part, self.config.transfer, self._socket_dir, self._log_level)
+            .remote(name, self.config.model.path, part, self.config.transfer, self._folder.path, self._log_level)
         )
 
     def _await_workers(self) -> None:
@@ -158,8 +156,10 @@ class RayCluster:
             name = pending[ref]
             try:
                 health = ray.get(ref)
-            except ray.exceptions.RayActorError as error:
+            except ray.exceptions.RayActorError as error:  # its process died
                 raise ConfigError(f"{name} could not start: {_cause(error)}") from error
+            if health.failure:
+                raise ConfigError(f"{name} could not start: {health.failure}")
             self._pids[name], self._nodes[name] = health.pid, health.node_id
             if isinstance(health, WorkerHealth):
                 self._known[name] = health
@@ -211,7 +211,7 @@ class RayCluster:
     def _patience_s(self, name: str) -> float:
         """How long an answer may take. Ray holds a call until a restarted actor has loaded its model."""
         pid = self._pids.get(name)
-        if name not in self._restarting and pid is not None and self._is_here(name) and not _is_running(pid):
+        if name not in self._restarting and pid is not None and self._is_here(name) and not is_running(pid):
             self._restarting.add(name)
         workers = self.config.workers
         return workers.start_timeout_s if name in self._restarting else workers.health_timeout_s
@@ -220,7 +220,7 @@ class RayCluster:
         self._restarting.discard(name)
         self._pids[name], self._nodes[name] = health.pid, health.node_id
         if not health.is_healthy:
-            logger.error("%s reports that it failed; restarting it", name)
+            logger.error("%s reports that it failed; restarting it (%s)", name, health.failure or "while it ran")
             self._end_process(name)
         elif isinstance(health, WorkerHealth):
             if health.address != self._known[name].address:
@@ -257,51 +257,6 @@ class RayCluster:
         return bool(self._nodes.get(name) == ray.get_runtime_context().get_node_id())
 
 
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _connect(config: ClusterConfig, ray_address: str | None, on_status: Status) -> None:
-    if ray.is_initialized():
-        return
-    workers = config.workers
-    if ray_address:
-        on_status(f"connecting to Ray at {ray_address}")
-        try:
-            ray.init(address=ray_address, logging_level=logging.ERROR)
-        except ConnectionError as error:
-            raise ConfigError(f"cannot reach Ray at {ray_address}: {error}") from error
-        return
-    _require_gpus(config)
-    on_status("starting Ray on this machine")
-    needed = (workers.embedding + workers.language) * workers.num_cpus
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        num_cpus=max(os.cpu_count() or 1, int(needed + 0.999)),
-        object_store_memory=OBJECT_STORE_BYTES,
-        logging_level=logging.ERROR,
-    )
-
-
-def _require_gpus(config: ClusterConfig) -> None:
-    """Raises ConfigError when this machine, which is to be the whole cluster, has too few."""
-    workers = config.workers
-    per_worker = workers.num_gpus if workers.num_gpus >= 0 else float(config.model.device.startswith("cuda"))
-    num_needed = per_worker * (workers.embedding + workers.language)
-    if torch.cuda.device_count() < num_needed:
-        raise ConfigError(
-            f"the workers need {num_needed:g} GPUs and this machine has {torch.cuda.device_count()}; set "
-            "workers.num_gpus to a share (0.5, say), use --device cpu, or join a Ray cluster with --ray-address"
-        )
-
-
 def _with_transport(config: ClusterConfig) -> ClusterConfig:
     """ "auto" becomes ipc where the whole cluster is this one host, else tcp."""
     if config.transfer.transport not in ("auto", "ipc", "tcp"):
@@ -311,12 +266,6 @@ def _with_transport(config: ClusterConfig) -> ClusterConfig:
     num_nodes = sum(node["Alive"] for node in ray.nodes())
     transport = "ipc" if num_nodes == 1 else "tcp"
     return dataclasses.replace(config, transfer=dataclasses.replace(config.transfer, transport=transport))
-
-
-def _wants_gpu(device: str) -> bool:
-    if device == "auto":
-        return torch.cuda.is_available() or ray.cluster_resources().get("GPU", 0) > 0
-    return device.startswith("cuda")
 
 
 def _cause(error: BaseException) -> str:

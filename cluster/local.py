@@ -14,8 +14,8 @@ from cluster.handoff import Handoff
 from cluster.model_info import ModelInfo
 from embedding_worker.worker import EmbeddingWorker
 from language_worker.worker import LanguageWorker
-from transfer.endpoint import Endpoint, open_endpoint
-from transfer.service import Service
+from transfer.endpoints.endpoint import Endpoint, open_endpoint
+from transfer.streams.service import Service
 
 
 class LocalWorkers:

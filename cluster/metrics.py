@@ -35,6 +35,9 @@ WORKER_HELP = {
     "transfer_blocks_in_use": "Receive blocks granted and not yet freed",
     "transfer_streams_open": "Block streams open",
     "transfer_tickets_open": "Tickets that can still be redeemed",
+    "transfer_streams_restarted_total": "Streams that started over with another sender's content",
+    "embed_takeovers_total": "Tickets issued for another sender of a request's media, after the one before was lost",
+    "computed_tokens_total": "Positions that the model computed, repeated ones included",
 }
 
 WorkerStats = Mapping[str, Mapping[str, Any] | None]
@@ -104,7 +107,7 @@ class GatewayMetrics:
         """The page in Prometheus' text format; workers have `timeout_s` to answer."""
         stats: WorkerStats = {}
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(2 * timeout_s):  # one late worker takes all of its time, and is alone down then
                 stats = await worker_stats()
         except Exception:  # as in gather_stats: the page must come, and shows the workers as down
             stats = dict.fromkeys(self._known_workers)

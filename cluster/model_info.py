@@ -33,9 +33,9 @@ class ModelInfo:
         folder = Path(path)
         tokenizer = Tokenizer(folder)
         config = _read_config(folder)
-        has_vision = "vision_config" in config
+        is_multimodal = _names_vision(config)
         image_token_id = config.get("image_token_id", tokenizer.special_tokens.get("<|image_pad|>"))
-        if has_vision and not isinstance(image_token_id, int):
+        if is_multimodal and not isinstance(image_token_id, int):
             raise ConfigError(f"{folder}/config.json has a vision_config but names no image_token_id")
         try:
             chat_template = load_chat_template(folder)
@@ -44,8 +44,17 @@ class ModelInfo:
         return cls(
             tokenizer=tokenizer,
             chat_template=chat_template,
-            image_token_id=image_token_id if has_vision else None,
+            image_token_id=image_token_id if is_multimodal else None,
         )
+
+
+def has_vision(path: str | Path) -> bool:
+    """Whether a checkpoint folder's config.json describes a vision half. Raises ConfigError."""
+    return _names_vision(_read_config(Path(path)))
+
+
+def _names_vision(config: dict[str, Any]) -> bool:
+    return "vision_config" in config
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.directory import WorkerAddress, WorkerDirectory
 from transfer.errors import EndpointClosed, RemoteFailure
-from transfer.service import Service
+from transfer.streams.service import Service
 
 logger = logging.getLogger(__name__)
 

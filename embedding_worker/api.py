@@ -11,16 +11,18 @@ from typing import Any
 
 from embedding_worker.errors import InvalidEmbedRequest
 from transfer.errors import TicketRejected
-from transfer.ticket import Ticket
+from transfer.protocol.ticket import Ticket
 
 PLANE = "embeddings"
+MAX_KEY_CHARS = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EmbedRequest:
     """A request to embed `num_items` media (the call's frames, in prompt order) and stream the rows to `receiver`.
 
-    deadline_ms: time left to be done, in milliseconds.
+    deadline_ms: time left to be done, in milliseconds. media_key: a digest of all the media; "" where there is none,
+    and then no other worker can go on with the stream where this one stops.
     """
 
     ticket: Ticket
@@ -28,12 +30,14 @@ class EmbedRequest:
     receiver_public_key: str | None
     num_items: int
     deadline_ms: int
+    media_key: str = ""
 
     @classmethod
     def from_body(cls, body: Mapping[str, Any]) -> EmbedRequest:
         """Strict inverse of `to_body`. Raises InvalidEmbedRequest."""
-        if set(body) != {"ticket", "receiver", "num_items", "deadline_ms"}:
-            raise InvalidEmbedRequest(f"needs ticket, receiver, num_items and deadline_ms, got {sorted(body)}")
+        names = ("ticket", "receiver", "num_items", "deadline_ms", "media_key")
+        if set(body) != set(names):
+            raise InvalidEmbedRequest(f"needs {', '.join(names)}, got {sorted(body)}")
         receiver = body["receiver"]
         if not isinstance(receiver, Mapping) or set(receiver) != {"address", "public_key"}:
             raise InvalidEmbedRequest("receiver is a map of address and public_key")
@@ -43,6 +47,9 @@ class EmbedRequest:
         for name in ("num_items", "deadline_ms"):
             if type(body[name]) is not int or body[name] < 1:
                 raise InvalidEmbedRequest(f"{name} must be a positive integer, got {body[name]!r}")
+        media_key = body["media_key"]
+        if not isinstance(media_key, str) or len(media_key) > MAX_KEY_CHARS:
+            raise InvalidEmbedRequest(f"media_key must be a string of at most {MAX_KEY_CHARS} characters")
         try:
             ticket = Ticket.from_body(body["ticket"])
         except TicketRejected as error:
@@ -53,6 +60,7 @@ class EmbedRequest:
             receiver_public_key=public_key,
             num_items=body["num_items"],
             deadline_ms=body["deadline_ms"],
+            media_key=media_key,
         )
 
     def to_body(self) -> dict[str, Any]:
@@ -62,6 +70,7 @@ class EmbedRequest:
             "receiver": {"address": self.receiver_address, "public_key": self.receiver_public_key},
             "num_items": self.num_items,
             "deadline_ms": self.deadline_ms,
+            "media_key": self.media_key,
         }
 
 

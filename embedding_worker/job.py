@@ -35,6 +35,11 @@ class EmbedJob(Protocol):
         """`time.monotonic` by which it must be done."""
         ...
 
+    @property
+    def first_row(self) -> int:
+        """Rows below are not wanted: their receiver has them. Known when the job is submitted."""
+        ...
+
     def is_alive(self) -> bool:
         """False once nobody wants the rows any more."""
         ...
@@ -44,7 +49,10 @@ class EmbedJob(Protocol):
         ...
 
     def on_rows(self, first_row: int, rows: torch.Tensor) -> None:
-        """The next rows [n, embedding_dim] in prompt order; they are shared with others, so read only."""
+        """The next rows [n, embedding_dim] in prompt order; they are shared with others, so read only.
+
+        Media that lie below `first_row` as a whole are left out.
+        """
         ...
 
     def on_encoded(self, summary: EncodeSummary) -> None:
@@ -64,7 +72,7 @@ class Run:
         self.num_bytes = sum(len(media) for media in job.media)
         self._on_done = on_done
         self._lock = threading.Lock()
-        self._ready: dict[int, torch.Tensor] = {}
+        self._ready: dict[int, torch.Tensor | int] = {}  # or the number of rows that are left out
         self._num_delivered = self._num_rows = self._num_hits = 0
         self._preprocess_s = self._encode_s = 0.0
         self.is_over = self.is_failed = False
@@ -86,13 +94,33 @@ class Run:
             self._encode_s += encode_s
             self._num_hits += is_hit
             self._ready[index] = rows
-            while (rows_now := self._ready.pop(self._num_delivered, None)) is not None:
-                self.job.on_rows(self._num_rows, rows_now)
-                self._num_delivered += 1
-                self._num_rows += rows_now.shape[0]
-            if self._num_delivered < len(self.job.media):
+            self.is_over = self._hand_over()
+            if not self.is_over:
                 return
-            self.is_over = True
+        self._finish()
+
+    def leave_out(self, index: int, num_rows: int) -> None:
+        """The rows of item `index` are not wanted."""
+        with self._lock:
+            if self.is_over:
+                return
+            self._ready[index] = num_rows
+            self.is_over = self._hand_over()
+            if not self.is_over:
+                return
+        self._finish()
+
+    def _hand_over(self) -> bool:
+        """All that is next in order; whether that was the last."""
+        while (rows := self._ready.pop(self._num_delivered, None)) is not None:
+            num_rows = rows if isinstance(rows, int) else rows.shape[0]
+            if not isinstance(rows, int):
+                self.job.on_rows(self._num_rows, rows)
+            self._num_delivered += 1
+            self._num_rows += num_rows
+        return self._num_delivered == len(self.job.media)
+
+    def _finish(self) -> None:
         self._on_done(self)
         self.job.on_encoded(
             EncodeSummary(

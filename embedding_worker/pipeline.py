@@ -150,8 +150,13 @@ class EmbedPipeline:
             items.append(EmbedItem(grid=grid, num_rows=self._runner.num_rows(grid), content_key=key))
             known.append(cached)
         run.job.on_items(tuple(items))
+        end_row = 0
         for index, (item, cached) in enumerate(zip(items, known, strict=True)):
-            self._request(run, index, item, cached)
+            end_row += item.num_rows
+            if end_row <= run.job.first_row:
+                run.leave_out(index, item.num_rows)
+            else:
+                self._request(run, index, item, cached)
 
     def _request(self, run: Run, index: int, item: EmbedItem, cached: CachedMedium | None) -> None:
         """Deliver a cached medium, join work under way, or begin it."""
@@ -209,6 +214,7 @@ class EmbedPipeline:
     def _encode_loop(self) -> None:
         if self._config.num_threads:
             torch.set_num_threads(self._config.num_threads)
+        self._runner.warm_up()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._is_closing or len(self._batcher))

@@ -163,7 +163,7 @@ def prepare_image(media: bytes | memoryview, index: int, settings: ImageSettings
         size = (grid[2] * settings.patch_size, grid[1] * settings.patch_size)
         pixels = np.asarray(colour.resize(size, resample=Image.Resampling(settings.resample)))
     except Exception as error:  # decoders raise anything at all on hostile bytes
-        raise BadImage(index, f"the image data are truncated or corrupt ({_reason(error)})") from error
+        raise BadImage(index, "the image data are truncated or corrupt") from error
     return PreparedImage(patches=_cut(pixels, settings), grid=grid)
 
 
@@ -183,10 +183,9 @@ def _open_checked(media: bytes | memoryview, index: int, limits: ImageLimits) ->
     try:
         image = Image.open(io.BytesIO(media), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageTooLarge(index, f"at most {limits.max_pixels} pixels are allowed ({_reason(error)})") from error
+        raise ImageTooLarge(index, f"far too many pixels, at most {limits.max_pixels} pixels are allowed") from error
     except Exception as error:  # decoders raise anything at all on hostile bytes
-        formats = ", ".join(FORMATS)
-        raise BadImage(index, f"not an image this server can read ({formats}): {_reason(error)}") from error
+        raise BadImage(index, f"not an image this server can read; it reads {', '.join(FORMATS)}") from error
     if image.width * image.height > limits.max_pixels:
         size = f"{image.width}x{image.height} pixels"
         raise ImageTooLarge(index, f"{size}, at most {limits.max_pixels} pixels are allowed")
@@ -260,8 +259,3 @@ def _cut(pixels: np.ndarray[Any, np.dtype[np.uint8]], settings: ImageSettings) -
 
 def _first(candidates: list[int | None], default: int) -> int:
     return next((value for value in candidates if value is not None), default)
-
-
-def _reason(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

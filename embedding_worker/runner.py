@@ -41,28 +41,30 @@ class VisionRunner:
         Raises UnsupportedModel on an architecture or configuration that cannot be run, CheckpointError on its tensors.
         """
         checkpoint = Checkpoint.open(model_path)
-        model_config = checkpoint.config()
-        architectures = model_config.get("architectures") or ["none"]
-        if architectures[0] not in VISION_MODELS:
-            known = ", ".join(VISION_MODELS)
-            raise UnsupportedModel(str(model_path), f"no vision half for {architectures[0]}; there is one for {known}")
         device = _device(config.device)
         dtype = resolve_dtype(config.dtype, checkpoint)
+        kind = _model_class(checkpoint)
         try:
-            settings = ImageSettings.from_config(
-                checkpoint.read_json("preprocessor_config.json"),
-                min_pixels=config.min_pixels,
-                max_pixels=config.max_pixels,
-            )
-            model = resolve_vision_model(architectures[0]).load(checkpoint, dtype, device)
+            settings = _settings(checkpoint, config)
+            model = kind.load(checkpoint, dtype, device)
         except ValueError as error:
             raise UnsupportedModel(str(model_path), str(error)) from error
-        patch_dim = 3 * settings.temporal_patch_size * settings.patch_size**2
-        if patch_dim != model.patch_dim:
-            reason = f"preprocessor_config.json makes patches of {patch_dim} numbers, the model takes {model.patch_dim}"
-            raise UnsupportedModel(str(model_path), reason)
-        logger.info("vision half of %s loaded: %s on %s", architectures[0], dtype, device)
+        _require_patch_dim(checkpoint, settings, model.patch_dim)
+        logger.info("%s loaded: %s on %s", kind.__name__, dtype, device)
         return cls(model, settings, dtype, device)
+
+    @staticmethod
+    def check(model_path: str | Path, config: EmbedConfig) -> int:
+        """What `load` would say of the folder, from the headers alone; returns the number of tensors it would read."""
+        checkpoint = Checkpoint.open(model_path)
+        resolve_dtype(config.dtype, checkpoint)
+        try:
+            settings = _settings(checkpoint, config)
+            num_tensors, patch_dim = _model_class(checkpoint).check(checkpoint)
+        except ValueError as error:
+            raise UnsupportedModel(str(model_path), str(error)) from error
+        _require_patch_dim(checkpoint, settings, patch_dim)
+        return num_tensors
 
     @property
     def embedding_dim(self) -> int:
@@ -82,6 +84,15 @@ class VisionRunner:
         """Name of the embedding of these bytes under this model, dtype and device class."""
         return content_key(media, self.settings, self._model.fingerprint, f"{self.dtype_name}@{self.device.type}")
 
+    def stream_key(self, media_key: str) -> str:
+        """Name of all rows of a request whose media have this digest; "" for none. Equal names mean equal rows."""
+        return self.content_key(media_key.encode()) if media_key else ""
+
+    def warm_up(self) -> None:
+        """Encode the smallest image there is: the first pass of a thread or a device sets much up."""
+        side = self.settings.merge_size
+        self.encode([PreparedImage(patches=torch.zeros(side * side, self._model.patch_dim), grid=(1, side, side))])
+
     def encode(self, images: Sequence[PreparedImage]) -> list[torch.Tensor]:
         """Encode images in one pass. Returns per image [num_rows, embedding_dim], on the CPU, contiguous.
 
@@ -92,6 +103,27 @@ class VisionRunner:
         with cpu_turn(self.device):
             rows = self._model.encode(patches, grids).cpu()
         return [part.clone() for part in torch.split(rows, [self.num_rows(grid) for grid in grids])]
+
+
+def _model_class(checkpoint: Checkpoint) -> type[VisionModel]:
+    architecture = (checkpoint.config().get("architectures") or ["none"])[0]
+    if architecture not in VISION_MODELS:
+        known = ", ".join(VISION_MODELS)
+        raise UnsupportedModel(str(checkpoint.folder), f"no vision half for {architecture}; there is one for {known}")
+    return resolve_vision_model(architecture)
+
+
+def _settings(checkpoint: Checkpoint, config: EmbedConfig) -> ImageSettings:
+    """Of the checkpoint's preprocessor, with the worker's own bounds. Raises ValueError."""
+    published = checkpoint.read_json("preprocessor_config.json")
+    return ImageSettings.from_config(published, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
+
+
+def _require_patch_dim(checkpoint: Checkpoint, settings: ImageSettings, model_dim: int) -> None:
+    patch_dim = 3 * settings.temporal_patch_size * settings.patch_size**2
+    if patch_dim != model_dim:
+        reason = f"preprocessor_config.json makes patches of {patch_dim} numbers, the model takes {model_dim}"
+        raise UnsupportedModel(str(checkpoint.folder), reason)
 
 
 def _device(name: str) -> torch.device:

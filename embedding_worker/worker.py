@@ -2,7 +2,9 @@
 
 An `embed` call opens its stream at once, so that the receiver's grant travels while headers are read; totals are
 announced before anything is decoded; rows follow in prompt order; the call ends when the receiver has acknowledged
-all of them. Owns the life cycle; answers "embed" and "stats". Knows nothing of Ray, HTTP and who its peers are.
+all of them. A call with a ticket of a later epoch takes over another worker's stream: it begins when the receiver has
+said what it has already, and leaves that out. Owns the life cycle; answers "embed" and "stats". Knows nothing of Ray,
+HTTP and who its peers are.
 """
 
 from __future__ import annotations
@@ -21,16 +23,18 @@ from embedding_worker.config import EmbedConfig
 from embedding_worker.errors import EmbedError, InvalidEmbedRequest, TooManyImages
 from embedding_worker.pipeline import EmbedPipeline
 from embedding_worker.runner import VisionRunner
-from transfer.actions import StreamStats
-from transfer.calls import IncomingCall
 from transfer.config import TransferConfig
-from transfer.connection import Endpoint
+from transfer.endpoints.connection import Endpoint
 from transfer.errors import TransferError, error_code
-from transfer.service import Service
-from transfer.stream_sender import OutgoingStream, StreamSender
+from transfer.protocol.actions import StreamStats
+from transfer.streams.calls import IncomingCall
+from transfer.streams.service import Service
+from transfer.streams.stream_sender import OutgoingStream, StreamSender
 from transfer.tensors import PlaneSpec
 
 logger = logging.getLogger(__name__)
+
+STREAM_DEADLINE_SLACK_S = 5.0  # the request's own deadline comes first, and has the better error
 
 
 class EmbeddingWorker:
@@ -83,12 +87,23 @@ class EmbeddingWorker:
         try:
             request = self._checked(call)
             stream = self._sender.open(
-                request.ticket, request.receiver_address, request.receiver_public_key, self._planes
+                request.ticket,
+                request.receiver_address,
+                request.receiver_public_key,
+                self._planes,
+                self._runner.stream_key(request.media_key),
+                deadline_s=request.deadline_ms / 1e3 + STREAM_DEADLINE_SLACK_S,
             )
         except (EmbedError, TransferError) as error:
             call.fail(error_code(error), str(error))
             return
         job = _EmbedCall(call, stream, time.monotonic() + request.deadline_ms / 1e3)
+        if request.ticket.epoch == 1:
+            self._submit(job)
+        else:
+            stream.on_accepted(lambda _: self._submit(job))
+
+    def _submit(self, job: _EmbedCall) -> None:
         try:
             self._pipeline.submit(job)
         except EmbedError as error:
@@ -117,6 +132,10 @@ class _EmbedCall:
         self._over = threading.Event()
         call.on_cancel(self._on_cancel)
         stream.on_done(self._on_stream_done)
+
+    @property
+    def first_row(self) -> int:
+        return self._stream.first_row or 0
 
     def is_alive(self) -> bool:
         return not self._over.is_set()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from kernels.dispatch import twin
+
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """`silu(gate) * up` of a fused projection.
@@ -14,15 +16,20 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """
     if gate_up.shape[-1] % 2:
         raise ValueError(f"swiglu: the last dimension holds gate and up and must be even, got {tuple(gate_up.shape)}")
+    triton = twin("activation", gate_up)
+    if triton is not None:
+        return triton.swiglu(gate_up)  # type: ignore[no-any-return]
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:
     """Exact (erf) GELU. x: any shape; returns a new tensor like `x`."""
-    return F.gelu(x)
+    triton = twin("activation", x)
+    return F.gelu(x) if triton is None else triton.gelu(x)
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     """GELU in its tanh approximation. x: any shape; returns a new tensor like `x`."""
-    return F.gelu(x, approximate="tanh")
+    triton = twin("activation", x)
+    return F.gelu(x, approximate="tanh") if triton is None else triton.gelu_tanh(x)

@@ -9,12 +9,17 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from kernels.dispatch import twin
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
 
     x: [..., D], weight: [D], same floating dtype. Returns a new tensor like `x`.
     """
+    triton = twin("norm", x)
+    if triton is not None:
+        return triton.rms_norm(x, weight, eps)  # type: ignore[no-any-return]
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
@@ -25,6 +30,9 @@ def add_rms_norm(
 
     x, residual: [..., D] of equal dtype. The sum is written into `residual`, which is also what comes back second.
     """
+    triton = twin("norm", x)
+    if triton is not None:
+        return triton.add_rms_norm(x, residual, weight, eps)  # type: ignore[no-any-return]
     residual.add_(x)
     return F.rms_norm(residual, weight.shape, weight, eps), residual
 
@@ -34,4 +42,7 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
 
     x: [..., D], weight and bias: [D]. Returns a new tensor like `x`.
     """
+    triton = twin("norm", x)
+    if triton is not None:
+        return triton.layer_norm(x, weight, bias, eps)  # type: ignore[no-any-return]
     return F.layer_norm(x, weight.shape, weight, bias, eps)

@@ -1,6 +1,7 @@
-"""Causal attention of query windows over a paged cache.
+"""Attention of query windows over a paged cache.
 
-Each sequence of a step asks with its last `query_len` positions, and sees all its `kv_len` positions up to its own.
+Each sequence of a step asks with its last `query_len` positions, and sees those of its `kv_len` positions that the mask
+allows: all up to its own unless told otherwise.
 Short windows (decode, small drafts) of equal length are answered together over gathered slots; a long window (prefill)
 alone. What is the same for all layers of a step (gather indices, masks) is computed once and kept in the batch.
 Slots that no sequence owns are never read, whatever they hold.
@@ -11,10 +12,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from kernels.attention_mask import CAUSAL, AttentionMask
+from kernels.dispatch import attention_twin
 from kernels.pages import kv_slots
 
 SHORT_WINDOW = 16  # longest window that is answered in a padded group
@@ -35,6 +40,7 @@ class AttentionBatch:
     kv_lens: Sequence[int]
     query_start: Sequence[int]
     _plan: tuple[_Group, ...] | None = None
+    _tiles: Any = None  # what the Triton path prepared
 
     def prepare(
         self, *, page_size: int, heads_per_key: int, dtype: torch.dtype, device: torch.device
@@ -44,14 +50,26 @@ class AttentionBatch:
         Raises ValueError when the lengths contradict each other or the page table.
         """
         if self._plan is None:
-            self._check(page_size)
+            self.check(page_size)
             groups = _group(self.query_lens, self.kv_lens)
             self._plan = tuple(
                 _Group.build(self, members, page_size, heads_per_key, dtype, device) for members in groups
             )
         return self._plan
 
-    def _check(self, page_size: int) -> None:
+    def tiles(self, triton: ModuleType, q: torch.Tensor, page_size: int, heads_per_key: int) -> tuple[Any, Any]:
+        """(tiles, shape) of the Triton path for all layers. Raises ValueError as `prepare` does."""
+        if self._tiles is None:
+            self.check(page_size)
+            shape = triton.shape_for(heads_per_key, q.shape[-1], max(self.query_lens, default=1), q.element_size())
+            tiles = triton.plan(
+                self.page_table, self.query_lens, self.kv_lens, self.query_start, shape, heads_per_key, q.device
+            )
+            self._tiles = tiles, shape
+        return self._tiles  # type: ignore[no-any-return]
+
+    def check(self, page_size: int) -> None:
+        """Raise ValueError when the lengths contradict each other or the page table."""
         room = self.page_table.shape[1] * page_size
         if not len(self.query_lens) == len(self.kv_lens) == len(self.query_start) == self.page_table.shape[0]:
             raise ValueError("attention batch: page_table, query_lens, kv_lens and query_start differ in length")
@@ -107,25 +125,77 @@ class _Group:
 
 
 def paged_attention(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: AttentionBatch, scale: float | None = None
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: AttentionBatch,
+    scale: float | None = None,
+    *,
+    mask: AttentionMask = CAUSAL,
+    softcap: float | None = None,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention of every window over its sequence's pages.
+    """Attention of every window over its sequence's pages.
 
     q: [T, H, D]; k_cache, v_cache: [num_pages, page_size, Hk, D] contiguous, H a multiple of Hk; this step's keys and
-    values are already written. scale: default `1 / sqrt(D)`. Returns [T, H, D] like `q`.
+    values are already written. scale: default `1 / sqrt(D)`. softcap: scores become `softcap * tanh(score / softcap)`.
+    lse: [T, H] float32, filled with each query's log-sum-exp of scores (-inf where it sees nothing).
+    Returns [T, H, D] like `q`; a query that sees nothing gives zeros.
     Raises ValueError when the batch is inconsistent (first layer only).
     """
     num_pages, page_size, num_kv_heads, head_dim = k_cache.shape
-    groups = batch.prepare(
-        page_size=page_size, heads_per_key=q.shape[1] // num_kv_heads, dtype=q.dtype, device=q.device
-    )
+    heads_per_key = q.shape[1] // num_kv_heads
+    triton = attention_twin("paged_attention", q)
+    if triton is not None:
+        tiles, shape = batch.tiles(triton, q, page_size, heads_per_key)
+        out: torch.Tensor = triton.paged_attention(
+            q, k_cache, v_cache, tiles, shape, scale, mask=mask, softcap=softcap, lse=lse
+        )
+        return out
     k_flat = k_cache.view(num_pages * page_size, num_kv_heads, head_dim)
     v_flat = v_cache.view(num_pages * page_size, num_kv_heads, head_dim)
+    if mask != CAUSAL or softcap is not None or lse is not None:
+        batch.check(page_size)
+        return _by_definition(q, k_flat, v_flat, batch, page_size, scale, mask, softcap, lse)
+    groups = batch.prepare(page_size=page_size, heads_per_key=heads_per_key, dtype=q.dtype, device=q.device)
     if len(groups) == 1 and isinstance(groups[0].rows, slice):
         return _answer(q, k_flat, v_flat, groups[0], scale)
     out = torch.empty_like(q)
     for group in groups:
         out[group.rows] = _answer(q[group.rows], k_flat, v_flat, group, scale)
+    return out
+
+
+def _by_definition(
+    q: torch.Tensor,
+    k_flat: torch.Tensor,
+    v_flat: torch.Tensor,
+    batch: AttentionBatch,
+    page_size: int,
+    scale: float | None,
+    mask: AttentionMask,
+    softcap: float | None,
+    lse: torch.Tensor | None,
+) -> torch.Tensor:
+    """Every mask and option, sequence by sequence, in float32: what the fused paths have no room for."""
+    out = torch.empty_like(q)
+    num_kv_heads, head_dim = k_flat.shape[1:]
+    for i, (start, length, kv_len) in enumerate(zip(batch.query_start, batch.query_lens, batch.kv_lens, strict=True)):
+        slots = kv_slots(batch.page_table[i], kv_len, page_size).to(q.device)
+        k, v = k_flat.index_select(0, slots).float(), v_flat.index_select(0, slots).float()
+        rows = q[start : start + length].float().view(length, num_kv_heads, -1, head_dim)
+        scores = torch.einsum("qhgd,khd->hgqk", rows, k) * (1 / math.sqrt(head_dim) if scale is None else scale)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        keys = torch.arange(kv_len, device=q.device)
+        scores.masked_fill_(~mask.visible(keys[kv_len - length :], keys), -math.inf)
+        total = scores.logsumexp(-1, keepdim=True)
+        weights = torch.exp(scores - total).nan_to_num_(0.0)  # a query that sees nothing
+        out[start : start + length] = (
+            torch.einsum("hgqk,khd->qhgd", weights, v).reshape(length, -1, head_dim).to(q.dtype)
+        )
+        if lse is not None:
+            lse[start : start + length] = total[..., 0].permute(2, 0, 1).reshape(length, -1)
     return out
 
 

@@ -6,9 +6,9 @@ row lists the pages of one sequence in order. Which page belongs to whom is the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
+
+from kernels.dispatch import twin
 
 
 def write_pages(
@@ -18,6 +18,10 @@ def write_pages(
 
     Caches must be contiguous; slots must be distinct and on the cache's device.
     """
+    triton = twin("pages", k)
+    if triton is not None:
+        triton.write_pages(k_cache, v_cache, k, v, slots)
+        return
     num_slots = k_cache.shape[0] * k_cache.shape[1]
     k_cache.view(num_slots, -1).index_copy_(0, slots, k.reshape(k.shape[0], -1))
     v_cache.view(num_slots, -1).index_copy_(0, slots, v.reshape(v.shape[0], -1))
@@ -30,23 +34,6 @@ def copy_pages(k_cache: torch.Tensor, v_cache: torch.Tensor, sources: torch.Tens
     """
     for cache in (k_cache, v_cache):
         cache.index_copy_(0, targets, cache.index_select(0, sources))
-
-
-def query_slots(
-    page_table: torch.Tensor, query_lens: Sequence[int], kv_lens: Sequence[int], page_size: int
-) -> torch.Tensor:
-    """Slots of every query token of a step, sequences one after the other: [sum(query_lens)] int64, like page_table.
-
-    page_table: [S, P] integer. A sequence's queries are the last `query_lens[i]` of its `kv_lens[i]` positions.
-    """
-    counts = torch.tensor(query_lens, dtype=torch.int64)
-    starts = torch.tensor(kv_lens, dtype=torch.int64) - counts
-    rows = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    within = torch.arange(rows.shape[0]) - (counts.cumsum(0) - counts)[rows]
-    positions = starts[rows] + within
-    rows, positions = rows.to(page_table.device), positions.to(page_table.device)
-    pages = page_table[rows, positions // page_size].to(torch.int64)
-    return pages * page_size + positions % page_size
 
 
 def kv_slots(page_table_row: torch.Tensor, kv_len: int, page_size: int) -> torch.Tensor:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
+from kernels.dispatch import twin
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RotaryTable:
@@ -78,17 +80,9 @@ def rotate(x: torch.Tensor, table: RotaryTable) -> torch.Tensor:
 
     Query and key heads that sit side by side in one tensor are rotated in one call.
     """
+    triton = twin("rotary", x)
+    if triton is not None:
+        return triton.rotate(x, table.cos, table.signed_sin)  # type: ignore[no-any-return]
     wide = x.to(torch.float32)
     turned = torch.addcmul(wide * table.cos, wide.roll(x.shape[-1] // 2, -1), table.signed_sin)
     return turned.to(x.dtype)
-
-
-def apply_rotary(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate queries [T, H, D] and keys [T, Hk, D] by cos, sin [T, D/2]. Returns new tensors like `q` and `k`.
-
-    A model calls `rotary_table` once per step and `rotate` per layer instead; this is the one-off form.
-    """
-    table = rotary_table(cos, sin)
-    return rotate(q, table), rotate(k, table)

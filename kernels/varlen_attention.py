@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from kernels.dispatch import attention_twin
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Segments:
@@ -57,6 +59,9 @@ def varlen_attention(
     segments = cu_seqlens if isinstance(cu_seqlens, Segments) else Segments.from_cu_seqlens(cu_seqlens)
     if segments.num_tokens != q.shape[0]:
         raise ValueError(f"segments cover {segments.num_tokens} tokens, the queries are {q.shape[0]}")
+    triton = attention_twin("varlen_attention", q)
+    if triton is not None:
+        return triton.varlen_attention(q, k, v, segments.runs, scale)  # type: ignore[no-any-return]
     parts = [_run_attention(q, k, v, run, scale) for run in segments.runs]
     if not parts:
         return torch.empty_like(q)

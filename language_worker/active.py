@@ -79,6 +79,9 @@ class ActiveRequest:
     ranking: Ranking | None = None
     first_token_at: float | None = None
     num_generated: int = 0
+    num_restarts: int = 0  # of its media
+    awaits_announcement: bool = False  # of media that come anew while the answer goes on
+    is_counted: bool = False  # its prompt, in the totals
 
     @property
     def wants_prompt_logits(self) -> bool:
@@ -92,6 +95,21 @@ class ActiveRequest:
         """Whose next token the next logits of sample `index` choose: all samples' at the end of the prompt."""
         state = self.samples[index].state
         return [state] if state.num_generated else [sample.state for sample in self.samples]
+
+    def refill_media(self) -> None:
+        """Its rows come anew; the answer has begun (a cache had the prompt) and goes on."""
+        if self.media is not None:
+            self.media.clear()
+        self.awaits_announcement = True
+        self.num_restarts += 1
+
+    def forget_media(self) -> None:
+        """Back to before the announcement; its sequences must have left the scheduler."""
+        self.items = self.media = self.collector = self.ranking = None
+        self.prompt = self.starts = self.media_positions = ()
+        self.media_spans = ()
+        self.samples = []
+        self.num_restarts += 1
 
     def take_prompt_logprobs(self, index: int) -> tuple[TokenLogprob | None, ...] | None:
         """The prompt's log-probabilities, once, for the first chunk of sample 0."""

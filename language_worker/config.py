@@ -26,6 +26,7 @@ class EngineConfig:
     prefix_cache: keep the KV of ended sequences while pages are free, and let requests that begin alike start from it.
     max_model_len: prompt + generated tokens of one sequence; 0 takes the checkpoint's limit capped by the cache.
     max_step_tokens: query tokens in one step; max_prefill_chunk: of one sequence in one step (0: max_step_tokens).
+    min_partial_chunk: tokens that a prefill whose media rows have not all arrived computes at least.
     decode_strategy: "auto" takes the model's own; "speculative" drafts up to num_draft_tokens a step from what followed
     the same words before: equal output, fewer steps where text repeats itself.
     max_waiting: requests that may wait before QueueFull. max_logits_bytes: cap on one request's returned logits.
@@ -43,6 +44,7 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_step_tokens: int = 2048
     max_prefill_chunk: int = 0
+    min_partial_chunk: int = 64
     decode_strategy: StrategyName = "auto"
     num_draft_tokens: int = 8
     max_waiting: int = 1024
@@ -57,7 +59,14 @@ class EngineConfig:
             raise InvalidRequest(f"decode_strategy is {self.decode_strategy!r}; use one of {known}")
         for name in ("num_threads", "kv_cache_tokens", "kv_cache_bytes", "max_model_len", "max_prefill_chunk"):
             self._require_int(name, 0)
-        for name in ("page_size", "max_num_seqs", "max_step_tokens", "max_waiting", "max_logits_bytes"):
+        for name in (
+            "page_size",
+            "max_num_seqs",
+            "max_step_tokens",
+            "min_partial_chunk",
+            "max_waiting",
+            "max_logits_bytes",
+        ):
             self._require_int(name, 1)
         self._require_int("num_draft_tokens", 1)
         if self.num_draft_tokens > MAX_DRAFT_TOKENS:

@@ -15,8 +15,8 @@ from language_worker.api import RequestDone, RequestFailed, TokenChunk
 from language_worker.media_stream import MediaStreams
 from language_worker.outputs import MediaAdmitted, Output, PromptLogits
 from transfer.buffers import tensor_bytes
-from transfer.calls import IncomingCall
-from transfer.service import Service
+from transfer.streams.calls import IncomingCall
+from transfer.streams.service import Service
 
 PROMPT_LOGPROBS_PER_PART = 2048  # a prompt's may be longer than a message: with 20 alternatives each, 600 KiB
 
@@ -49,7 +49,7 @@ class Delivery:
             elif isinstance(output, PromptLogits):
                 self._send_logits(output)
             elif isinstance(output, MediaAdmitted):
-                self._streams.admit(output.request_id)
+                self._streams.admit(output.request_id, output.num_restarts)
         if parts:
             self._service.reply_many(parts)
         for output in outputs:

@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 
 STATS_COUNTERS = (
     "prompt_tokens_total", "generation_tokens_total", "request_success_total", "request_failure_total",
-    "num_preemptions_total", "spec_decode_num_draft_tokens_total", "spec_decode_num_accepted_tokens_total",
+    "num_preemptions_total", "computed_tokens_total",
+    "spec_decode_num_draft_tokens_total", "spec_decode_num_accepted_tokens_total",
 )  # fmt: skip
 
 
@@ -83,6 +84,10 @@ class Engine:
     def announce(self, request_id: str, total_rows: int, items: Sequence[Any]) -> None:
         """The request's media are known: plain maps {"grid": [t, h, w], "rows": n} in prompt order."""
         self._post(lambda: self._roster.on_announce(request_id, total_rows, items))
+
+    def forget_media(self, request_id: str) -> None:
+        """The request's media come anew, from the announcement on: what was computed from the old ones is void."""
+        self._post(lambda: self._roster.on_media_restart(request_id))
 
     def cancel(self, request_id: str) -> None:
         """End a request; it comes out as RequestFailed(Cancelled) unless it is over already."""
@@ -164,7 +169,7 @@ class Engine:
         with torch.inference_mode():
             step = self.runner.run(plan)
             served = [self._roster.active_of(w.seq.key).states_served_by(w.seq.key[1]) for w in step.sampling]
-            return step, choose(step, served) if served else []
+            return step, choose(step, served, num_token_ids=self.tokenizer.vocab_size) if served else []
 
     def _fail_window(self, plan: StepPlan, error: Exception) -> None:
         active = self._roster.active_of(plan.windows[0].seq.key)
@@ -177,6 +182,7 @@ class Engine:
             self._collect(part.window.seq.key, part.window.start, step.logits[part.first_row :][: part.length])
         chosen = {id(window): served for window, served in zip(step.sampling, choices, strict=True)}
         now = self._clock()
+        self._roster.counters["computed_tokens_total"] += sum(window.length for window in plan.windows)
         for window in plan.windows:
             served = chosen.get(id(window))
             self.scheduler.commit(window, () if served is None else [choice.token_id for choice in served[0]])

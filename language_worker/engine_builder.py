@@ -74,6 +74,7 @@ def build_engine(
         max_step_tokens=config.max_step_tokens,
         max_prefill_chunk=config.max_prefill_chunk,
         prefix_cache=PrefixCache(pool, config.page_size, root) if config.prefix_cache else None,
+        min_partial_chunk=config.min_partial_chunk,
     )
     return Engine(
         runner=ModelRunner(model, cache, device, config.num_threads),
@@ -88,6 +89,13 @@ def build_engine(
         dtype=dtype,
         clock=clock,
     )
+
+
+def check_model(model_path: str | Path, config: EngineConfig) -> int:
+    """What `build_engine` would say of the tensors, from their headers alone; returns how many it would read."""
+    checkpoint = Checkpoint.open(model_path)
+    resolve_dtype(config.dtype, checkpoint)
+    return resolve_model(checkpoint.config()).check(checkpoint)
 
 
 def resolve_device(name: str) -> torch.device:

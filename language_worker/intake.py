@@ -11,8 +11,18 @@ from language_worker.media import MediaItem, count_placeholders
 from language_worker.models.base import LanguageModel, ModelSpec
 
 
-def check_request(request: GenerateRequest, spec: ModelSpec, max_model_len: int, eos_ids: Sequence[int] = ()) -> None:
-    """Token ids within the vocabulary, one of them choosable, placeholders equal to media, a prompt that could fit."""
+def check_request(
+    request: GenerateRequest,
+    spec: ModelSpec,
+    max_model_len: int,
+    *,
+    eos_ids: Sequence[int] = (),
+    num_token_ids: int | None = None,
+) -> None:
+    """Token ids within the vocabulary, one of them choosable, placeholders equal to media, a prompt that could fit.
+
+    num_token_ids: ids from there on only pad the vocabulary and cannot be chosen; None: all can.
+    """
     vocab = spec.vocab_size
     for name, ids in (
         ("prompt_token_ids", request.prompt_token_ids),
@@ -23,18 +33,18 @@ def check_request(request: GenerateRequest, spec: ModelSpec, max_model_len: int,
     ):
         if ids and max(ids) >= vocab:
             raise InvalidRequest(f"{name} holds token id {max(ids)}; the model's ids are 0..{vocab - 1}")
-    check_choosable(request.sampling, eos_ids, vocab)
+    check_choosable(request.sampling, eos_ids, vocab if num_token_ids is None else min(vocab, num_token_ids))
     count_placeholders(request.prompt_token_ids, spec.media_token_id, request.num_media)
     check_prompt_length(len(request.prompt_token_ids), max_model_len)
 
 
-def check_choosable(params: SamplingParams, eos_ids: Sequence[int], vocab_size: int) -> None:
-    """InvalidRequest when the token lists and min_tokens leave nothing to choose."""
+def check_choosable(params: SamplingParams, eos_ids: Sequence[int], num_token_ids: int) -> None:
+    """InvalidRequest when the token lists and min_tokens leave none of the first `num_token_ids` ids to choose."""
     excluded = set(params.banned_token_ids)
     if params.min_tokens:
         excluded.update(params.stop_token_ids, () if params.ignore_eos else eos_ids)
-    allowed = params.allowed_token_ids
-    if len(excluded) >= vocab_size or (allowed is not None and not set(allowed) - excluded):
+    allowed = range(num_token_ids) if params.allowed_token_ids is None else set(params.allowed_token_ids)
+    if all(token_id in excluded or token_id >= num_token_ids for token_id in allowed):
         raise InvalidRequest(
             "allowed_token_ids, banned_token_ids and what min_tokens holds back (EOS and stop_token_ids) leave no "
             "token to choose; allow more"

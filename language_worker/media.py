@@ -70,6 +70,10 @@ class MediaRows:
         self.rows[first_row:end].copy_(rows)
         self.num_filled = end
 
+    def clear(self) -> None:
+        """The rows come anew, from the first; nobody may be writing."""
+        self.num_filled = 0
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpandedPrompt:

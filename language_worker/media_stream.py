@@ -1,13 +1,14 @@
 """MediaStreams: the embedding streams of a worker's requests, between the receiver's I/O thread and the engine.
 
 Announcements and failures become engine commands; rows are copied straight into the request's input buffer. Owns which
-stream belongs to which request. Knows nothing of calls and sampling.
+stream belongs to which request. A stream whose sender is lost waits for another sender for a while (`reissue`), which
+goes on where the rows end, or starts over. Knows nothing of calls and sampling.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -18,10 +19,10 @@ from language_worker.errors import EngineError, MediaFailed
 from transfer.buffers import dtype_name
 from transfer.config import TransferConfig
 from transfer.errors import EndpointClosed, TransferError, error_code
-from transfer.service import Service
-from transfer.stream_receiver import StreamReceiver
+from transfer.protocol.ticket import Ticket
+from transfer.streams.service import Service
+from transfer.streams.stream_receiver import StreamReceiver
 from transfer.tensors import PlaneSpec
-from transfer.ticket import Ticket
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,9 @@ class MediaStreams:
         self._engine = engine
         plane = PlaneSpec(name=PLANE, dtype=dtype_name(engine.dtype), row_shape=(engine.spec.hidden_size,))
         self._receiver = StreamReceiver(service, config, (plane,), device=str(engine.runner.device))
+        # As long as whoever has to find another sender may take to see that one is needed, and some more to find it.
+        self._take_over_s = 2 * config.peer_timeout_s + config.idle_timeout_s
+        self._num_takeovers = 0
         self._streams: dict[str, str] = {}  # request id -> stream id, while the stream may still be open
         self.grant_rounds: dict[str, int] = {}
 
@@ -42,17 +46,33 @@ class MediaStreams:
         """Expect the request's stream; raises TransferError when the receiver cannot take it."""
         self._streams[request_id] = ticket.stream_id
         try:
-            self._receiver.open(ticket, _Listener(self, self._engine, request_id))
+            listener = _Listener(self, self._engine, request_id)
+            self._receiver.open(ticket, listener, take_over_s=self._take_over_s)
         except BaseException:
             del self._streams[request_id]
             raise
 
-    def admit(self, request_id: str) -> None:
-        """The request's input buffer is reserved: let its rows come."""
+    def admit(self, request_id: str, num_restarts: int) -> None:
+        """The request's input buffer is reserved: let its rows come, unless the stream has started over since."""
         stream_id = self._streams.get(request_id)
         if stream_id is not None:
             with suppress(EndpointClosed):  # every stream fails then, and says so
-                self._receiver.admit(stream_id)
+                self._receiver.admit(stream_id, num_restarts=num_restarts)
+
+    def reissue(self, request_id: str, on_ticket: Callable[[Ticket | None], None]) -> None:
+        """End the sender's right to the request's stream; `on_ticket(ticket)` is for another one, None when the stream
+        is over or has all its rows. Raises EndpointClosed.
+        """
+
+        def count(ticket: Ticket | None) -> None:
+            self._num_takeovers += ticket is not None
+            on_ticket(ticket)
+
+        stream_id = self._streams.get(request_id)
+        if stream_id is None:
+            on_ticket(None)
+        else:
+            self._receiver.reissue(stream_id, count)
 
     def end(self, request_id: str, error: EngineError | None = None) -> int:
         """The request is over: end its stream if it is open. Returns the stream's grant rounds (0: none known)."""
@@ -75,8 +95,8 @@ class MediaStreams:
         self._streams.pop(request_id, None)
 
     def stats(self) -> dict[str, float]:
-        """The receiver's ledger and counters."""
-        return dict(self._receiver.stats())
+        """The receiver's ledger and counters, and how many tickets were issued for other senders."""
+        return {**self._receiver.stats(), "embed_takeovers_total": self._num_takeovers}
 
 
 class _Listener:
@@ -101,6 +121,9 @@ class _Listener:
         except MediaFailed as error:
             self._engine.fail(self._request_id, error)
         self._engine.wake()
+
+    def on_restart(self) -> None:
+        self._engine.forget_media(self._request_id)
 
     def on_complete(self, stats: Any) -> None:
         self._owner.completed(self._request_id, int(getattr(stats, "grant_rounds", 0)))

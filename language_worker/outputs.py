@@ -1,7 +1,7 @@
 """What a step hands out, and the collector behind whole-prompt logits and prompt log-probabilities.
 
 Outputs of one request come in this order: MediaAdmitted, PromptLogits, TokenChunk ..., then exactly one of RequestDone
-and RequestFailed.
+and RequestFailed. MediaAdmitted comes once more, wherever it falls, each time that the media were sent anew.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from language_worker.sampler import token_logprob
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MediaAdmitted:
-    """The input buffer of the request's media is reserved: its rows may come."""
+    """The input buffer of the request's media is reserved: its rows may come. num_restarts: how often the media were
+    forgotten before.
+    """
 
     request_id: str
     num_rows: int
+    num_restarts: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

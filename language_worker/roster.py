@@ -22,6 +22,7 @@ from language_worker.errors import (
     EngineError,
     EngineStopped,
     InvalidRequest,
+    MediaMismatch,
     QueueFull,
     StepFailed,
 )
@@ -126,8 +127,13 @@ class Roster:
                 raise InvalidRequest(f"request_id {request.request_id!r} is already running")
             if self.num_waiting >= self._limits.max_waiting:
                 raise QueueFull(f"{self.num_waiting} requests wait already (max_waiting); try again later")
-            eos_ids = self._tokenizer.eos_token_ids
-            intake.check_request(request, self._spec, self._limits.max_model_len, eos_ids)
+            intake.check_request(
+                request,
+                self._spec,
+                self._limits.max_model_len,
+                eos_ids=self._tokenizer.eos_token_ids,
+                num_token_ids=self._tokenizer.vocab_size,
+            )
             seed = request.sampling.seed
             active = ActiveRequest(
                 request=request,
@@ -151,18 +157,45 @@ class Roster:
         self.counters["request_failure_total"] += 1
 
     def on_announce(self, request_id: str, total_rows: int, items: Sequence[Any]) -> None:
-        """The sizes of a request's media are known; later announcements change nothing."""
+        """The sizes of a request's media are known; later announcements change nothing but after a restart."""
         active = self._requests.get(request_id)
-        if active is not None and active.items is None:
+        if active is not None and (active.items is None or active.awaits_announcement):
             self._guarded(active, lambda: self._expand(active, total_rows, items))
 
     def _expand(self, active: ActiveRequest, total_rows: int, bodies: Sequence[Any]) -> None:
         request = active.request
         items = tuple(MediaItem.from_body(body, i) for i, body in enumerate(bodies))
         intake.check_items(items, request.num_media, total_rows, self._model)
+        if active.items is not None:
+            self._readmit(active, items)
+            return
         intake.check_prompt_length(len(request.prompt_token_ids) + total_rows - len(items), self._limits.max_model_len)
         self._budget.request(active.order, total_rows)
         active.items = items
+
+    def on_media_restart(self, request_id: str) -> None:
+        """Its media come anew: the request is as it was before they were announced, and keeps its age. What it has
+        said already, because a cache had its prompt, it does not say again: then the rows are only for recomputing."""
+        active = self._requests.get(request_id)
+        if active is None:
+            return
+        if active.num_generated:
+            active.refill_media()
+            return
+        for item in active.samples:
+            self._scheduler.end(item.seq)
+        self._budget.release(active.order)
+        active.forget_media()
+
+    def _readmit(self, active: ActiveRequest, items: tuple[MediaItem, ...]) -> None:
+        """Media that came anew after the answer had begun go where the old ones were."""
+        if [item.grid for item in items] != [item.grid for item in active.items or ()]:
+            raise MediaMismatch(
+                f"the media of request {active.request.request_id} were sent anew in other sizes after its answer had "
+                "begun; send the request again"
+            )
+        active.awaits_announcement = False
+        self._report_admitted(active)
 
     def grant_media(self) -> None:
         """Reserve input buffers, oldest first, and queue the requests that got theirs."""
@@ -174,8 +207,13 @@ class Roster:
         """The request's rows are reserved: allocate them (which may fail for want of memory) and queue the request."""
         rows = sum(item.rows for item in active.items or ())
         active.media = MediaRows(rows, self._spec.hidden_size, dtype=self._dtype, device=self._device)
-        self.outputs.append(MediaAdmitted(request_id=active.request.request_id, num_rows=rows))
+        self._report_admitted(active)
         self._schedule(active)
+
+    def _report_admitted(self, active: ActiveRequest) -> None:
+        rows = sum(item.rows for item in active.items or ())
+        request_id, num_restarts = active.request.request_id, active.num_restarts
+        self.outputs.append(MediaAdmitted(request_id=request_id, num_rows=rows, num_restarts=num_restarts))
 
     def _schedule(self, active: ActiveRequest) -> None:
         """The prompt is known and its rows are reserved: build the samples and queue them."""
@@ -195,7 +233,9 @@ class Roster:
             self._tokenizer, positions, max_model_len=self._limits.max_model_len, vocab_size=self._spec.vocab_size
         )
         self._scheduler.add(first)
-        self.counters["prompt_tokens_total"] += len(active.prompt)
+        if not active.is_counted:
+            self.counters["prompt_tokens_total"] += len(active.prompt)
+            active.is_counted = True
 
     def emit(self, active: ActiveRequest, chunk: TokenChunk) -> None:
         """Hand out a chunk; of a request that keeps only its best samples, once all have ended."""

@@ -79,6 +79,16 @@ class ModelRunner:
         logits = self._forward(inputs)
         return StepLogits(logits=logits, sampling=sampling, sample_rows=sample_rows, prompt_slices=slices)
 
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Run one token into slot 0, which nobody may hold yet: the first step of a thread or a device sets much up."""
+        one = torch.zeros(1, dtype=torch.int64)
+        attention = AttentionBatch(page_table=one[:, None], query_lens=[1], kv_lens=[1], query_start=[0])
+        token = one.to(self.device)
+        self._forward(
+            StepInputs(token_ids=token, positions=token, slots=token, attention=attention, media=(), logit_rows=None)
+        )
+
     def _forward(self, inputs: StepInputs) -> torch.Tensor:
         """The model's step, on one thread where a second would cost more than it brings; see SERIAL_WORK."""
         if self.device.type != "cpu":

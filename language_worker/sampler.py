@@ -1,8 +1,9 @@
 """Sampler: a batch of logits rows in, one token per row out.
 
 Each row follows its own SamplingState, and nothing in a row's result depends on the other rows. Order of operations:
-the rules of `logit_rules.py` (penalties, bias, what may not be chosen), temperature, top-k, top-p, min-p, draw.
-Temperature 0 is the argmax; every tie goes to the lowest id. Input logits are never modified.
+the rules of `logit_rules.py` (penalties, bias, what may not be chosen), rows that only pad the vocabulary (-inf),
+temperature, top-k, top-p, min-p, draw. Temperature 0 is the argmax; every tie goes to the lowest id. Input logits are
+never modified.
 """
 
 from collections.abc import Sequence
@@ -22,28 +23,34 @@ class Choice:
     logprob: TokenLogprob | None = None
 
 
-def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> list[Choice]:
-    """Choose one token per row. logits [R, V] of any float dtype; `states[r]` rules row r."""
+def sample(logits: torch.Tensor, states: Sequence[SamplingState], *, num_token_ids: int | None = None) -> list[Choice]:
+    """Choose one token per row. logits [R, V] of any float dtype; `states[r]` rules row r.
+
+    num_token_ids: ids from there on stand for no token (a checkpoint may pad its vocabulary) and are never chosen;
+    None: every id stands for one. Log-probabilities are of all V logits as they came.
+    """
     if all(state.is_plain_greedy for state in states):
-        return [Choice(token_id=token_id) for token_id in argmax_rows(logits)]
+        return [Choice(token_id=token_id) for token_id in argmax_rows(logits[:, :num_token_ids])]
     raw = logits.float()
-    ruled = [r for r, state in enumerate(states) if state.rules is not None]
-    work = raw.clone() if ruled else raw
-    for r in ruled:
-        rules = states[r].rules
-        assert rules is not None
+    is_padded = num_token_ids is not None and num_token_ids < raw.shape[-1]
+    ruled = [(r, state.rules) for r, state in enumerate(states) if state.rules is not None]
+    work = raw.clone() if is_padded or ruled else raw
+    for r, rules in ruled:
         rules.apply(work[r], states[r].counts, states[r].num_generated)
+    if is_padded:
+        work[:, num_token_ids:] = -torch.inf
     tokens = argmax_rows(work)
     drawn = [r for r, state in enumerate(states) if not state.params.is_greedy]
     if drawn:
         ids = draw_tokens(work[drawn], [states[r] for r in drawn])
         for r, token in zip(drawn, ids.tolist(), strict=True):
             tokens[r] = token
-    return [_choice(raw[r], token, state.num_top) for r, (token, state) in enumerate(zip(tokens, states, strict=True))]
-
-
-def _choice(row: torch.Tensor, token_id: int, num_top: int | None) -> Choice:
-    return Choice(token_id=token_id, logprob=None if num_top is None else token_logprob(row, token_id, num_top))
+    return [
+        Choice(token_id=token)
+        if state.num_top is None
+        else Choice(token_id=token, logprob=token_logprob(raw[r], token, state.num_top, num_token_ids))
+        for r, (token, state) in enumerate(zip(tokens, states, strict=True))
+    ]
 
 
 def argmax_rows(logits: torch.Tensor) -> list[int]:
@@ -98,14 +105,15 @@ def filter_weights(weights: torch.Tensor, params: Sequence[SamplingParams]) -> t
     return kept, order
 
 
-def token_logprob(row: torch.Tensor, token_id: int, num_top: int) -> TokenLogprob:
-    """Log-probability of `token_id` under logits row [V] float32, its rank, and the `num_top` best tokens."""
-    logprobs = torch.log_softmax(row, dim=-1)
+def token_logprob(row: torch.Tensor, token_id: int, num_top: int, num_token_ids: int | None = None) -> TokenLogprob:
+    """Log-probability of `token_id` under logits row [V] float32, its rank, and the `num_top` best tokens, the last two
+    among the first `num_token_ids` (None: all)."""
+    logprobs = torch.log_softmax(row, dim=-1)[:num_token_ids]
     chosen = logprobs[token_id]
     rank = int((logprobs > chosen).sum()) + 1
     top: tuple[tuple[int, float], ...] = ()
     if num_top:
-        values, ids = torch.topk(logprobs, min(num_top, row.shape[-1]))
+        values, ids = torch.topk(logprobs, min(num_top, logprobs.shape[-1]))
         top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
     return TokenLogprob(token_id=token_id, logprob=float(chosen), rank=rank, top=top)
 

@@ -7,7 +7,8 @@ Rules, in order
  2. Every running sequence that misses one token gets it (decodes), oldest first; when a page is lacking, the youngest
     of those that can only wait for media rows is preempted, else the youngest of all: it loses its KV (`kv_len = 0`)
     and waits again under its old age.
- 3. What is left of `max_step_tokens` goes to running prefills, oldest first, in chunks.
+ 3. What is left of `max_step_tokens` goes to running prefills, oldest first, in chunks. One whose media rows have not
+    all arrived waits until `min_partial_chunk` tokens can be computed: a step reads all the weights for however few.
  4. Waiting sequences are admitted oldest first while there are seats, budget, and pages for all known tokens plus one.
     The first that does not fit stops admission: nobody overtakes. Two exceptions for media whose rows have not all
     arrived: those that have every input go first, and a running sequence that can only wait for rows gives way to
@@ -48,6 +49,7 @@ class Scheduler:
         max_step_tokens: int,
         max_prefill_chunk: int = 0,
         prefix_cache: PrefixCache | None = None,
+        min_partial_chunk: int = 1,
     ) -> None:
         self.pool = pool
         self.pages = PageKeeper(pool, page_size, prefix_cache)
@@ -56,6 +58,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_step_tokens = max_step_tokens
         self.max_prefill_chunk = min(max_prefill_chunk or max_step_tokens, max_step_tokens)
+        self.min_partial_chunk = min_partial_chunk
         self.waiting: list[Sequence] = []  # both lists stay sorted by age
         self.running: list[Sequence] = []
 
@@ -144,9 +147,11 @@ class Scheduler:
         return budget
 
     def _chunk(self, seq: Sequence, budget: int) -> Window | None:
-        """A prefill window whose end is aligned, unless it reaches the last known token."""
+        """A prefill window worth a step, whose end is aligned, unless it reaches the last known token."""
         limit = min(budget, self.max_prefill_chunk)
         window = self.strategy.window(seq, limit)
+        if window is not None and not seq.is_ready and window.length < min(self.min_partial_chunk, limit):
+            return None
         excess = 0 if window is None else window.end % self.strategy.alignment
         if window is None or excess == 0 or window.end == len(seq.tokens):
             return window

@@ -32,7 +32,8 @@ class Tokenizer:
     """Tokenizer of the checkpoint in `model_dir` (tokenizer.json; optional tokenizer_config.json,
     generation_config.json, config.json). Thread-safe: nothing changes after construction.
 
-    special_tokens: literal -> id of tokens flagged special. eos_token_ids: ids that end an output.
+    special_tokens: literal -> id of tokens flagged special. eos_token_ids: ids that end an output. vocab_size: every id
+    is below it.
     """
 
     def __init__(self, model_dir: str | Path) -> None:
@@ -57,13 +58,14 @@ class Tokenizer:
         self._strips = {t.content: (t.lstrip, t.rstrip) for t in special.values()}
         literals = sorted(self.special_tokens, key=len, reverse=True)
         self._literals = re.compile("|".join(map(re.escape, literals))) if literals else None
-        self.vocab_size: int = self._parsing.get_vocab_size(with_added_tokens=True)
+        vocab = self._parsing.get_vocab(with_added_tokens=True)
+        self.vocab_size = 1 + max(vocab.values(), default=-1)  # ids may have gaps
         self.eos_token_ids = _eos_ids(folder, self._parsing)
         self._token_bytes: list[bytes | None] | None = None
         self._max_token_chars: int | None = None
         spec = json.loads(text)
         if _is_byte_level(spec.get("decoder")):
-            self._token_bytes = token_bytes(self._parsing.get_vocab(with_added_tokens=True), self._special_ids)
+            self._token_bytes = token_bytes(vocab, self._special_ids)
             self._max_token_chars = max_token_chars(spec, self._token_bytes)
 
     def encode(self, text: str, allow_special: bool = False, *, add_special_tokens: bool = False) -> list[int]:

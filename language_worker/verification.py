@@ -12,34 +12,41 @@ from language_worker.sampler import Choice, argmax_rows, sample
 from language_worker.sampling_state import SamplingState
 
 
-def choose(step: StepLogits, served: Sequence[list[SamplingState]]) -> list[list[list[Choice]]]:
+def choose(
+    step: StepLogits, served: Sequence[list[SamplingState]], *, num_token_ids: int | None = None
+) -> list[list[list[Choice]]]:
     """For every sampling window and each of the samples that its logits serve: the tokens chosen, in order.
 
-    A window with drafts serves one sample.
+    A window with drafts serves one sample. num_token_ids: as for `sample`.
     """
     if any(window.drafts for window in step.sampling):
-        return _choose_with_drafts(step, served)
+        return _choose_with_drafts(step, served, num_token_ids)
     if all(len(states) == 1 for states in served):
-        return [[[choice]] for choice in sample(step.sampled(), [states[0] for states in served])]
+        states = [alone[0] for alone in served]
+        return [[[choice]] for choice in sample(step.sampled(), states, num_token_ids=num_token_ids)]
     rows = [row for row, states in zip(step.sample_rows, served, strict=True) for _ in states]
-    choices = iter(sample(step.logits[rows], [state for states in served for state in states]))
+    flat = [state for states in served for state in states]
+    choices = iter(sample(step.logits[rows], flat, num_token_ids=num_token_ids))
     return [[[next(choices)] for _ in states] for states in served]
 
 
-def _choose_with_drafts(step: StepLogits, served: Sequence[list[SamplingState]]) -> list[list[list[Choice]]]:
+def _choose_with_drafts(
+    step: StepLogits, served: Sequence[list[SamplingState]], num_token_ids: int | None
+) -> list[list[list[Choice]]]:
     """In rounds: all windows whose drafts were right so far draw their next token together."""
     flat = [state for states in served for state in states]
     drafts = [window.drafts for window, states in zip(step.sampling, served, strict=True) for _ in states]
     first = [row for row, states in zip(step.sample_rows, served, strict=True) for _ in states]
     chosen: list[list[Choice]] = [[] for _ in flat]
     if all(state.is_plain_greedy for state in flat):
-        _match_greedy(step.logits, first, drafts, chosen)
+        _match_greedy(step.logits[:, :num_token_ids], first, drafts, chosen)
     else:
         going = list(range(len(flat)))
         while going:
             states = [flat[i].after([c.token_id for c in chosen[i]]) for i in going]
             rows = [first[i] + len(chosen[i]) for i in going]
-            for i, choice in zip(list(going), sample(step.logits[rows], states), strict=True):
+            choices = sample(step.logits[rows], states, num_token_ids=num_token_ids)
+            for i, choice in zip(list(going), choices, strict=True):
                 chosen[i].append(choice)
             going = [i for i in going if _is_right(chosen[i], drafts[i])]
     parts = iter(chosen)

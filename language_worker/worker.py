@@ -1,7 +1,8 @@
 """LanguageWorker: an engine on its own thread behind a service endpoint.
 
 Threads: the endpoint's I/O thread takes calls and embedding rows, the engine thread steps and answers. Owns the life
-cycle; answers the methods "generate" and "stats". Knows nothing of Ray, HTTP and who its peers are.
+cycle; answers the methods "generate", "reissue" (a ticket for another sender of a request's media, null when none is
+needed) and "stats". Knows nothing of Ray, HTTP and who its peers are.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from language_worker.delivery import Delivery
 from language_worker.engine_builder import build_engine
 from language_worker.errors import EngineError, EngineStopped, InvalidRequest
 from language_worker.media_stream import MediaStreams
-from transfer.calls import IncomingCall
 from transfer.config import TransferConfig
-from transfer.connection import Endpoint
+from transfer.endpoints.connection import Endpoint
 from transfer.errors import TransferError, error_code
-from transfer.service import Service
-from transfer.ticket import Ticket
+from transfer.protocol.ticket import Ticket
+from transfer.streams.calls import IncomingCall
+from transfer.streams.service import Service
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class LanguageWorker:
         self._streams = MediaStreams(self._service, self._engine, transfer)
         self._delivery = Delivery(self._service, self._streams, max_frame_bytes=transfer.max_message_bytes // 2)
         self._service.register("generate", self._on_generate)
+        self._service.register("reissue", self._on_reissue)
         self._service.register("stats", lambda call: call.end(self.stats()))
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="language-engine", daemon=True)
@@ -104,9 +106,22 @@ class LanguageWorker:
         self._engine.submit(request)
         call.on_cancel(lambda: self._engine.cancel(request.request_id))
 
+    def _on_reissue(self, call: IncomingCall) -> None:
+        request_id = call.body.get("request_id")
+        if set(call.body) != {"request_id"} or not isinstance(request_id, str):
+            call.fail(InvalidRequest.__name__, "reissue needs request_id, a string, and nothing else")
+            return
+        try:
+            self._streams.reissue(
+                request_id, lambda ticket: call.end({"ticket": None if ticket is None else ticket.to_body()})
+            )
+        except TransferError as error:
+            call.fail(error_code(error), str(error))
+
     def _run(self) -> None:
         """The engine thread."""
         try:
+            self._engine.runner.warm_up()
             while not self._stopping.is_set():
                 report = self._engine.step()
                 self._delivery.deliver(report.outputs)

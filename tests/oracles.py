@@ -6,7 +6,7 @@ They share no code with the kernels and none of their tricks (no fused attention
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -69,6 +69,29 @@ def attention(
             weights = (scores - scores.max()).exp()
             out[i, head] = (weights / weights.sum()) @ v[:seen, kv_head].double()
     return out
+
+
+def masked_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, sees: Callable[[int, int], bool], softcap: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of q [T, H, D] over k, v [L, Hk, D], query i seeing key j when `sees(i, j)`; log-sum-exps [T, H].
+
+    softcap: scores become softcap * tanh(score / softcap).
+    """
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    lse = torch.full(q.shape[:2], -math.inf, dtype=torch.float64)
+    for i in range(q.shape[0]):
+        seen = [j for j in range(k.shape[0]) if sees(i, j)]
+        for head in range(q.shape[1]):
+            kv_head = head * k.shape[1] // q.shape[1]
+            scores = k[seen, kv_head].double() @ q[i, head].double() / math.sqrt(q.shape[2])
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            if seen:
+                weights = (scores - scores.max()).exp()
+                out[i, head] = (weights / weights.sum()) @ v[seen, kv_head].double()
+                lse[i, head] = weights.sum().log() + scores.max()
+    return out, lse
 
 
 def segment_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:

@@ -31,27 +31,40 @@ THIRD_PARTIES: dict[str, tuple[str, ...]] = {
     "httpx": ("cluster/cli/",),
     "jinja2": ("cluster/chat.py", "cluster/template_masking.py", "cluster/template_sandbox.py"),
     "prometheus_client": ("cluster/metrics.py",),
-    "ray": ("cluster/actors.py", "cluster/launch.py"),
+    "ray": ("cluster/actors.py", "cluster/launch.py", "cluster/ray_connection.py"),
     "rich": ("cluster/cli/", "cluster/progress.py"),
     "yaml": ("cluster/config.py",),
     "pydantic": ("cluster/config.py", "cluster/gateway/"),
-    "xxhash": ("cluster/handoff.py", "cluster/router.py", "transfer/integrity.py"),
-    "msgpack": ("transfer/wire.py",),
-    "zmq": ("transfer/zmq_endpoint.py",),
+    "xxhash": ("cluster/handoff.py", "cluster/router.py", "transfer/protocol/integrity.py"),
+    "msgpack": ("transfer/protocol/wire.py",),
+    "cryptography": ("transfer/protocol/sealing.py",),
+    "zmq": (
+        "transfer/endpoints/zmq_endpoint.py",
+        "transfer/endpoints/zmq_sealed.py",
+        "transfer/endpoints/zmq_sockets.py",
+    ),
     "safetensors": ("transfer/checkpoint.py",),
     "PIL": ("embedding_worker/preprocess.py",),
     "tokenizers": ("language_worker/tokenizer.py",),
     "triton": ("kernels/_triton/",),
-    "numpy": ("embedding_worker/", "language_worker/", "transfer/buffers.py", "kernels/"),
+    "numpy": (
+        "embedding_worker/",
+        "language_worker/",
+        "transfer/buffers.py",
+        "transfer/shared_memory/segments.py",
+        "kernels/",
+    ),
     "torch": (
         "kernels/",
         "embedding_worker/",
         "language_worker/",
         "transfer/buffers.py",
         "transfer/checkpoint.py",
+        "transfer/checkpoint_rules.py",
+        "transfer/simulation/content.py",  # the rows that simulated producers write
         "cluster/llm.py",  # logits leave as a tensor
         "cluster/cli/doctor.py",  # looks for GPUs
-        "cluster/launch.py",  # looks for GPUs
+        "cluster/ray_connection.py",  # looks for GPUs
     ),
 }
 FILE_LINES, KERNEL_FILE_LINES, FUNCTION_LINES = 350, 500, 60
@@ -182,6 +195,24 @@ def test_the_bans_catch_what_they_name(source: str) -> None:
     assert not any(
         _banned(Path("x.py"), n) for n in ast.walk(ast.parse("model.eval(); torch.load(f, weights_only=True)"))
     )
+
+
+HAND_ROLLED = {"scaled_dot_product_attention", "softmax", "rms_norm", "layer_norm", "silu", "gelu", "rsqrt", "baddbmm"}
+
+
+def _hand_rolled(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Calls of torch that do what an op of `kernels` is for: attention, norms, activations."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in HAND_ROLLED:
+            yield node.lineno, ast.unparse(node.func)
+
+
+def test_models_use_the_ops_of_kernels_and_roll_none_by_hand() -> None:
+    models = [path for path in PACKAGE_FILES if "/models/" in _name(path)]
+    wrong = [f"{_name(path)}:{line} {what}" for path in models for line, what in _hand_rolled(_tree(path))]
+    assert not wrong, wrong
+    assert any(module.startswith("kernels.") for path in models for _, module in _imports(_tree(path)))
+    assert list(_hand_rolled(ast.parse("F.scaled_dot_product_attention(q, k, v); torch.rsqrt(x)")))
 
 
 def _functions(path: Path) -> Iterator[tuple[str, int]]:

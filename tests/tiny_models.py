@@ -222,13 +222,20 @@ def _vision_weights(tiny: TinyQwen25VL, generator: torch.Generator) -> Iterator[
     yield from _linear(generator, "visual.merger.mlp.2", tiny.hidden_size, 4 * width)
 
 
+def _vocabulary(generator: torch.Generator, tiny: TinyQwen25VL, gain: float) -> torch.Tensor:
+    """A row per token id. Rows beyond the tokenizer's are zero, as if never trained: transformers would choose them."""
+    rows = _matrix(generator, tiny.vocab_size, tiny.hidden_size, gain)
+    rows[NUM_TOKENS:] = 0
+    return rows
+
+
 def _text_weights(tiny: TinyQwen25VL, generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
     width, inner = tiny.hidden_size, tiny.intermediate_size
     head = width // tiny.num_attention_heads
     kv_width = head * tiny.num_key_value_heads
     # A tied matrix is both: kept small, else the last input token would win every time; the final norm scales it up.
     tied = tiny.tie_word_embeddings
-    yield "model.embed_tokens.weight", _matrix(generator, tiny.vocab_size, width, gain=0.5 if tied else 2.0)
+    yield "model.embed_tokens.weight", _vocabulary(generator, tiny, gain=0.5 if tied else 2.0)
     for i in range(tiny.num_hidden_layers):
         layer = f"model.layers.{i}"
         for name, rows in (("q", width), ("k", kv_width), ("v", kv_width)):
@@ -243,7 +250,7 @@ def _text_weights(tiny: TinyQwen25VL, generator: torch.Generator) -> Iterator[tu
         yield f"{layer}.post_attention_layernorm.weight", _vector(generator, width, mean=1.0)
     yield "model.norm.weight", _vector(generator, width, mean=4.0 if tied else 1.0)
     if not tied:
-        yield "lm_head.weight", _matrix(generator, tiny.vocab_size, width, gain=2.0)
+        yield "lm_head.weight", _vocabulary(generator, tiny, gain=2.0)
 
 
 def _save_shards(folder: Path, tensors: dict[str, torch.Tensor], num_shards: int) -> None:

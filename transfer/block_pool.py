@@ -79,9 +79,13 @@ class BlockPool:
 
     def free_owner(self, owner: str) -> int:
         """Return everything `owner` holds; how many blocks that was (0 is fine)."""
-        held = [i for i, holder in enumerate(self._holder) if holder is not None and holder[0] == owner]
+        held = self.held_by(owner)
         self._release(owner, held, None)
         return len(held)
+
+    def held_by(self, owner: str) -> list[int]:
+        """The blocks that `owner` holds; looks at the whole pool."""
+        return [i for i, holder in enumerate(self._holder) if holder is not None and holder[0] == owner]
 
     def _release(self, owner: str, block_ids: Sequence[int], generation: int | None) -> None:
         with self._lock:

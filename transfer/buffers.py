@@ -6,8 +6,10 @@ file and `checkpoint` import torch; the others of this package use the `Tensor` 
 
 from __future__ import annotations
 
-from collections import deque
+import bisect
+import math
 from collections.abc import Mapping, Sequence
+from mmap import mmap
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 from transfer.errors import LocalProtocolError
 from transfer.tensors import PlaneSpec
 
-__all__ = ["PlaneBuffers", "RowQueue", "Tensor", "dtype_name", "plane_of", "tensor_bytes"]
+__all__ = ["PlaneBuffers", "RowQueue", "Tensor", "dtype_name", "is_same_memory", "plane_of", "tensor_bytes"]
 
 _DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64,
@@ -42,7 +44,14 @@ def tensor_bytes(rows: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy. LocalProtocolError for any other tensor."""
     if rows.device.type != "cpu" or not rows.is_contiguous():
         raise LocalProtocolError(f"rows must be contiguous CPU tensors, not on {rows.device} with {rows.stride()=}")
-    return rows.detach().reshape(-1).view(torch.uint8).numpy().data
+    if rows.requires_grad:
+        rows = rows.detach()
+    return rows.reshape(-1).view(torch.uint8).numpy().data
+
+
+def is_same_memory(rows: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same bytes in the same shape."""
+    return rows.data_ptr() == other.data_ptr() and rows.shape == other.shape and rows.dtype == other.dtype
 
 
 class PlaneBuffers:
@@ -53,11 +62,31 @@ class PlaneBuffers:
 
     def __init__(self, num_blocks: int, block_size: int, planes: Sequence[PlaneSpec], device: str = "cpu") -> None:
         pinned = device.startswith("cuda") and torch.cuda.is_available()
-        self._tensors: dict[str, Tensor] = {
+        tensors = {
             p.name: torch.empty((num_blocks, block_size, *p.row_shape), dtype=_DTYPES[p.dtype], pin_memory=pinned)
             for p in planes
         }
-        self._bytes = [t.view(num_blocks, -1).view(torch.uint8).numpy() for t in self._tensors.values()]
+        self._keep(tensors, block_size)
+
+    @classmethod
+    def over(
+        cls, memory: mmap, offsets: Sequence[int], num_blocks: int, block_size: int, planes: Sequence[PlaneSpec]
+    ) -> PlaneBuffers:
+        """Blocks in memory that is there already, each plane's from its byte offset on. Keeps `memory` in use."""
+        buffers = cls.__new__(cls)
+        tensors = {}
+        for plane, offset in zip(planes, offsets, strict=True):
+            shape = (num_blocks, block_size, *plane.row_shape)
+            flat = torch.frombuffer(memory, dtype=_DTYPES[plane.dtype], count=math.prod(shape), offset=offset)
+            tensors[plane.name] = flat.view(shape)
+        buffers._keep(tensors, block_size)
+        return buffers
+
+    def _keep(self, tensors: dict[str, Tensor], block_size: int) -> None:
+        self._block_size = block_size
+        self._tensors = {name: tensor.flatten(0, 1) for name, tensor in tensors.items()}
+        self._bytes = [t.view(t.shape[0], -1).view(torch.uint8).numpy() for t in tensors.values()]
+        self._whole: dict[int, dict[str, Tensor]] = {}  # views of whole blocks that were handed out before
 
     def place(self, block_id: int, frames: Sequence[memoryview]) -> None:
         """The one copy of the receive side: frames (one per plane, in order) into the head of a block."""
@@ -65,8 +94,19 @@ class PlaneBuffers:
             target[block_id, : len(frame)] = np.frombuffer(frame, dtype=np.uint8)
 
     def rows(self, block_id: int, num_rows: int) -> dict[str, Tensor]:
-        """Views [num_rows, *row_shape] of a block; valid until the block is freed."""
-        return {name: tensor[block_id, :num_rows] for name, tensor in self._tensors.items()}
+        """Views [num_rows, *row_shape] from the head of a block on, into its neighbours; valid until they are freed."""
+        first = block_id * self._block_size
+        if num_rows != self._block_size:
+            return {name: tensor[first : first + num_rows] for name, tensor in self._tensors.items()}
+        whole = self._whole.get(block_id)
+        if whole is None:
+            whole = {name: tensor[first : first + num_rows] for name, tensor in self._tensors.items()}
+            self._whole[block_id] = whole
+        return whole.copy()
+
+    def frames(self, block_id: int, num_rows: int) -> list[memoryview]:
+        """The bytes of the first rows of a block, one frame per plane."""
+        return [part[block_id, : part.shape[1] // self._block_size * num_rows].data for part in self._bytes]
 
 
 class RowQueue:
@@ -74,46 +114,73 @@ class RowQueue:
 
     def __init__(self, planes: Sequence[PlaneSpec]) -> None:
         self._planes = tuple(planes)
-        self._chunks: deque[tuple[int, int, tuple[memoryview, ...]]] = deque()  # first row, rows, bytes per plane
+        self._expected = [(plane, _DTYPES[plane.dtype]) for plane in planes]
+        self._row_bytes = [plane.row_bytes for plane in planes]
+        self._names = {plane.name for plane in planes}
+        self._starts: list[int] = []  # first row of each chunk
+        self._chunks: list[tuple[int, tuple[memoryview, ...]]] = []  # rows, bytes per plane
+        self._num_released = 0  # chunks at the head that are forgotten already
         self.num_rows = 0
 
     def check(self, planes: Mapping[str, Tensor]) -> tuple[int, tuple[memoryview, ...]]:
         """Number of rows and raw bytes per plane. LocalProtocolError where they do not match the plane specs."""
-        if set(planes) != {plane.name for plane in self._planes}:
+        if planes.keys() != self._names:
             raise LocalProtocolError(f"planes {sorted(planes)} written, {[p.name for p in self._planes]} opened")
-        counts = {int(tensor.shape[0]) for tensor in planes.values() if tensor.dim()}
+        counts = {tensor.shape[0] for tensor in planes.values() if tensor.dim()}
         if len(counts) != 1:
             raise LocalProtocolError(f"planes must have equal numbers of rows, not {sorted(counts)}")
-        for plane in self._planes:
-            if plane_of(plane.name, planes[plane.name]) != plane:
-                raise LocalProtocolError(f"rows of {plane_of(plane.name, planes[plane.name])} written to {plane}")
+        for plane, dtype in self._expected:
+            rows = planes[plane.name]
+            if rows.dtype is not dtype or rows.shape[1:] != plane.row_shape or not rows.dim():
+                raise LocalProtocolError(f"rows of {plane_of(plane.name, rows)} written to {plane}")
         return counts.pop(), tuple(tensor_bytes(planes[plane.name]) for plane in self._planes)
 
     def append(self, num_rows: int, chunk: tuple[memoryview, ...]) -> None:
         """Add what `check` returned."""
         if num_rows:
-            self._chunks.append((self.num_rows, num_rows, chunk))
+            self._starts.append(self.num_rows)
+            self._chunks.append((num_rows, chunk))
             self.num_rows += num_rows
 
     def frames(self, first_row: int, num_rows: int) -> list[memoryview]:
         """One frame per plane: a view, or a joined copy where the range lies across two writes."""
+        at = bisect.bisect_right(self._starts, first_row, self._num_released) - 1
+        if at >= self._num_released:
+            low, (count, chunk) = first_row - self._starts[at], self._chunks[at]
+            if low + num_rows <= count:
+                sizes = zip(self._row_bytes, chunk, strict=True)
+                return [data[low * size : (low + num_rows) * size] for size, data in sizes]
+        return self._joined(max(at, self._num_released), first_row, first_row + num_rows)
+
+    def _joined(self, at: int, first_row: int, end: int) -> list[memoryview]:
         pieces: list[list[memoryview]] = [[] for _ in self._planes]
-        end = first_row + num_rows
-        for start, count, chunk in self._chunks:
+        while at < len(self._chunks) and (start := self._starts[at]) < end:
+            count, chunk = self._chunks[at]
             low, high = max(first_row, start) - start, min(end, start + count) - start
-            if start >= end:
-                break
-            if low >= high:
-                continue
-            for plane, data, out in zip(self._planes, chunk, pieces, strict=True):
-                out.append(data[low * plane.row_bytes : high * plane.row_bytes])
-        return [parts[0] if len(parts) == 1 else memoryview(b"".join(parts)) for parts in pieces]
+            for size, data, out in zip(self._row_bytes, chunk, pieces, strict=True):
+                out.append(data[low * size : high * size])
+            at += 1
+        return [memoryview(b"".join(parts)) for parts in pieces]
+
+    def own(self, first_row: int) -> None:
+        """Copy what was given by reference at and after `first_row`: its memory belongs to somebody else soon."""
+        for at, (count, chunk) in enumerate(self._chunks):
+            if self._starts[at] + count > first_row:
+                self._chunks[at] = count, tuple(memoryview(bytes(data)) for data in chunk)
 
     def release(self, before_row: int) -> None:
         """Forget chunks that lie wholly below `before_row`."""
-        while self._chunks and self._chunks[0][0] + self._chunks[0][1] <= before_row:
-            self._chunks.popleft()
+        at, chunks = self._num_released, self._chunks
+        while at < len(chunks) and self._starts[at] + chunks[at][0] <= before_row:
+            chunks[at] = (0, ())  # the memory goes now, the place in the list with many others
+            at += 1
+        self._num_released = at
+        if at > 64 and 2 * at > len(chunks):
+            del chunks[:at], self._starts[:at]
+            self._num_released = 0
 
     def clear(self) -> None:
         """Forget everything."""
+        self._starts.clear()
         self._chunks.clear()
+        self._num_released = 0

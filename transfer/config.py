@@ -28,7 +28,11 @@ class TransferConfig:
     idle_timeout_s           silence of a stream's peer that ends the stream; disuse that closes a streams' connection
     stream_timeout_s         longest wait for a stream's sender to open it, and for the Ack of a block that was sent
     admit_timeout_s          longest wait for the own consumer or the own pool
+    seal                     seal payloads everywhere (they always are where connections are encrypted), or do not send
     peer_timeout_s           silence of a peer with open calls after which it is declared lost
+    shared_memory            let peers on this host write payload into memory shared with them
+    segment_tokens           rows that the memory shared with one peer holds (rounded up to whole blocks)
+    shm_checksum             check the payload in shared memory too, not only whose it is
     """
 
     block_size: int = 128
@@ -49,6 +53,10 @@ class TransferConfig:
     tick_s: float = 0.05
     max_outbound_messages: int = 10000
     max_outbound_bytes: int = 1024 * MIB
+    seal: bool = False
+    shared_memory: bool = True
+    segment_tokens: int = 32768
+    shm_checksum: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -70,6 +78,11 @@ class TransferConfig:
     def num_pool_blocks(self) -> int:
         """Blocks in the receive pool."""
         return -(-self.pool_tokens // self.block_size)
+
+    @property
+    def num_segment_blocks(self) -> int:
+        """Slots in the segment of one peer."""
+        return -(-self.segment_tokens // self.block_size)
 
     @property
     def default_blocks(self) -> int:

@@ -7,9 +7,10 @@
     │   │   └── MessageTooLarge
     │   └── RemoteProtocolError       the peer broke it
     │       └── MalformedMessage
-    ├── IncompatibleBlocks            the two ends disagree on block size, planes or an allocation
-    │   └── AlignmentError
-    ├── IntegrityError · TicketRejected
+    ├── Incompatible                  the two ends cannot work together
+    │   └── IncompatibleBlocks        they disagree on block size, planes or an allocation
+    │       └── AlignmentError
+    ├── TicketRejected · ResumeRejected
     ├── PoolExhausted · DoubleFree · ForeignOwner
     ├── PeerLost · Overloaded · EndpointClosed · StreamTimeout
     └── StreamAborted(code, message) · RemoteFailure(code, message)
@@ -49,7 +50,11 @@ class MalformedMessage(RemoteProtocolError):
     """Bytes from a peer do not decode to a message of this version."""
 
 
-class IncompatibleBlocks(TransferError):
+class Incompatible(TransferError):
+    """The two ends have no protocol version, integrity or payload path in common."""
+
+
+class IncompatibleBlocks(Incompatible):
     """The two ends disagree on block size, planes or content of an allocation."""
 
 
@@ -57,12 +62,12 @@ class AlignmentError(IncompatibleBlocks):
     """An allocation is not whole blocks: allocated_tokens != len(block_ids) * block_size."""
 
 
-class IntegrityError(TransferError):
-    """Payload bytes do not match their tag."""
-
-
 class TicketRejected(TransferError):
     """A ticket is malformed, its proof is wrong or its epoch is not the current one."""
+
+
+class ResumeRejected(TransferError):
+    """A sender that takes a stream over does not go on with the same content."""
 
 
 class PoolExhausted(TransferError):
@@ -114,10 +119,14 @@ class RemoteFailure(_Coded):
 _BY_CODE: dict[str, type[TransferError]] = {
     kind.__name__: kind
     for kind in (
-        ProtocolError, LocalProtocolError, RemoteProtocolError, IncompatibleBlocks, AlignmentError, IntegrityError,
-        MessageTooLarge, TicketRejected, PeerLost, Overloaded, EndpointClosed, StreamTimeout,
+        ProtocolError, LocalProtocolError, RemoteProtocolError, Incompatible, IncompatibleBlocks, AlignmentError,
+        MessageTooLarge, TicketRejected, ResumeRejected, PeerLost, Overloaded, EndpointClosed, StreamTimeout,
     )
 }  # fmt: skip
+
+
+# A sender's Abort with one of these says that the sender is gone, not that the stream's content is bad.
+LOSS_CODES = frozenset({"EndpointClosed", "PeerLost", "EmbedStopped", "StreamTimeout"})
 
 
 def error_code(error: Exception) -> str:

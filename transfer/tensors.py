@@ -17,6 +17,7 @@ DTYPE_BYTES: dict[str, int] = {
     "int8": 1, "uint8": 1, "int16": 2, "int32": 4, "int64": 8, "bool": 1,
 }  # fmt: skip
 MAX_ROW_DIMS = 8
+SEAL_BYTES = 16  # by how much a sealed frame is longer than its rows
 MAX_ROW_BYTES = 1 << 30
 
 
@@ -63,9 +64,12 @@ class PlaneSpec:
         return cls(name=body["name"], dtype=body["dtype"], row_shape=tuple(body["row_shape"]))
 
 
-def check_block_bytes(planes: Sequence[PlaneSpec], config: TransferConfig) -> None:
-    """Raise ConfigError when a block of `planes` fits no message: one frame per plane, all in one message."""
-    sizes = {plane.name: config.block_size * plane.row_bytes for plane in planes}
+def check_block_bytes(planes: Sequence[PlaneSpec], config: TransferConfig, seal_bytes: int = 0) -> None:
+    """Raise ConfigError when a block of `planes` fits no message: one frame per plane, all in one message.
+
+    seal_bytes: by how much sealing makes each frame longer.
+    """
+    sizes = {plane.name: config.block_size * plane.row_bytes + seal_bytes for plane in planes}
     for name, size in sizes.items():
         if size > config.max_message_bytes:
             raise ConfigError(

@@ -49,11 +49,18 @@ class Reply:
 
 
 def run(options: argparse.Namespace) -> int:
-    """0 when every answer is right."""
+    """0 when every answer is right; 130 or 143 when a signal ended it early."""
+    stop = StopSignal()
+    try:
+        return _run(options, stop)
+    except KeyboardInterrupt:
+        return stop.exit_code
+
+
+def _run(options: argparse.Namespace, stop: StopSignal) -> int:
     from cluster.launch import RayCluster  # here, so that the other commands run where Ray is not installed
 
     console = Console()
-    stop = StopSignal()
     fixed: dict[str, Any] = {"model__path": str(MODEL_DIR)}
     if not options.served_model_name:
         fixed["model__served_model_name"] = MODEL_NAME
@@ -68,6 +75,7 @@ def run(options: argparse.Namespace) -> int:
         num_right = sum(reply.text == question.answer for question, reply in replies)
         console.print(f"{num_right} of {len(replies)} answers are right")
         if options.keep:
+            stop.expect()
             console.print(f"still serving at {cluster.url} (Ctrl-C stops)")
             stop.wait()
     return 0 if num_right == len(replies) else 1
@@ -130,7 +138,7 @@ def _table(replies: list[tuple[Question, Reply]]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for question, reply in replies:
         hops = reply.usage.get("hops", {})
-        encode = "cached" if hops.get("cache_hits") else f"{hops.get('encode_ms', 0.0):.1f}"
+        encode = "cached" if hops.get("cache_hits") else f"{hops['encode_ms']:.1f}" if "encode_ms" in hops else "-"
         figures = [hops.get(name, "-") for name in ("rows", "blocks", "bytes", "grant_rounds")]
         table.add_row(
             question.image.name,

@@ -15,14 +15,18 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from cluster.cli.flags import port_number
 from cluster.demo import MODEL_DIR
 from cluster.errors import ClusterError
-from cluster.model_info import ModelInfo
+from cluster.model_info import ModelInfo, has_vision
+from embedding_worker.config import EmbedConfig
 from embedding_worker.errors import EmbedError
+from embedding_worker.runner import VisionRunner
+from language_worker.config import EngineConfig
+from language_worker.engine_builder import check_model
 from language_worker.errors import EngineError
-from language_worker.models import resolve_model
 from transfer.checkpoint import Checkpoint
 from transfer.errors import TransferError
 
@@ -59,9 +63,10 @@ def run(options: argparse.Namespace) -> int:
     is_bad = False
     for finding in findings(options.model, options.host, options.port):
         is_bad |= finding.verdict == "bad"
-        console.print(f"[{STYLES[finding.verdict]}]{finding.verdict:>4}[/]  {finding.what}", highlight=False)
+        verdict = f"[{STYLES[finding.verdict]}]{finding.verdict:>4}[/]"
+        console.print(f"{verdict}  {escape(finding.what)}", highlight=False, soft_wrap=True)
         if finding.advice:
-            console.print(f"      -> {finding.advice}", highlight=False)
+            console.print(f"      -> {escape(finding.advice)}", highlight=False, soft_wrap=True)
     console.print("something must be repaired first" if is_bad else "ready to serve")
     return 1 if is_bad else 0
 
@@ -138,22 +143,47 @@ def _port(host: str, port: int) -> Finding:
 
 
 def _model(path: str) -> Iterator[Finding]:
-    checkpoint: Any = None
-    steps: tuple[tuple[str, Callable[[], Any]], ...] = (
-        ("weights", lambda: Checkpoint.open(path)),
-        ("tokenizer and chat template", lambda: ModelInfo.load(path)),
-        ("architecture", lambda: resolve_model(checkpoint.config())),
+    """Both halves find all they need: names and shapes from the headers, no weights are loaded."""
+    opened = _checked(
+        f"{path}: weights",
+        lambda: f"{len(Checkpoint.open(path).tensors)} tensors, all shards present",
+        "give the folder with config.json, the *.safetensors and, if there are several, their index; or copy it again",
     )
-    for name, step in steps:
-        try:
-            value = step()
-        except (ClusterError, EmbedError, EngineError, TransferError, OSError) as error:
-            yield Finding(
-                verdict="bad", what=f"{path}: {name}: {error}", advice="point --model at a complete checkpoint"
-            )
-            return
-        if isinstance(value, Checkpoint):
-            checkpoint = value
-            yield Finding(verdict="ok", what=f"{path}: {len(value.tensors)} tensors, all shards present")
-        else:
-            yield Finding(verdict="ok", what=f"{path}: {name} can be served")
+    yield opened
+    yield _checked(
+        f"{path}: tokenizer and chat template",
+        lambda: _described(ModelInfo.load(path)),
+        "copy tokenizer.json and tokenizer_config.json from where the model comes from",
+    )
+    if opened.verdict == "bad":
+        return
+    halves: tuple[tuple[str, Callable[[], str], str], ...] = (
+        ("language half", lambda: _complete(check_model(path, EngineConfig())), ""),
+        ("vision half", lambda: _vision(path), ", preprocessor_config.json"),
+    )
+    for name, check, also in halves:
+        advice = f"take config.json{also} and the *.safetensors from one and the same published model"
+        yield _checked(f"{path}: {name}", check, advice)
+
+
+def _vision(path: str) -> str:
+    if not has_vision(path):
+        return "none, the model takes text only"
+    return _complete(VisionRunner.check(path, EmbedConfig()))
+
+
+def _complete(num_tensors: int) -> str:
+    return f"{num_tensors} tensors, all that config.json asks for"
+
+
+def _described(info: ModelInfo) -> str:
+    template = "with a chat template" if info.chat_template else "no chat template: /v1/completions only"
+    return f"{info.tokenizer.vocab_size} token ids, {template}"
+
+
+def _checked(name: str, check: Callable[[], str], advice: str) -> Finding:
+    """What `check` says when it passes; every line of its error when it does not."""
+    try:
+        return Finding(verdict="ok", what=f"{name}: {check()}")
+    except (ClusterError, EmbedError, EngineError, TransferError, OSError) as error:
+        return Finding(verdict="bad", what=f"{name}: {error}", advice=advice)

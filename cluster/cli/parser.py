@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from cluster.cli import demo, doctor, generate, serve
+from cluster.cli import bench, chaos, demo, doctor, generate, serve, simulate
 
 
 def build_parser(*, ray_address: str | None = None) -> argparse.ArgumentParser:
@@ -17,6 +17,6 @@ def build_parser(*, ray_address: str | None = None) -> argparse.ArgumentParser:
         "--log-level", default="WARNING", metavar="LEVEL", help="DEBUG, INFO, WARNING (default) or ERROR"
     )
     commands: Any = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (serve, demo, generate, doctor):
+    for command in (serve, demo, generate, doctor, chaos, simulate, bench):
         command.add_to(commands, ray_address)
     return parser

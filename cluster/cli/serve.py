@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from typing import Any
 
@@ -24,15 +25,27 @@ def add_to(commands: Any, ray_address: str | None) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """0 when it was told to stop: after draining, or by SIGTERM while it was still starting; 130 by Ctrl-C then."""
+    stop = StopSignal()
+    try:
+        _serve(options, stop)
+        return 0
+    except KeyboardInterrupt:
+        pass
+    # Only here, without the frames that were interrupted, is all that they held sure to be put back: stderr too.
+    _say("stopped before it was ready")
+    return 0 if stop.number == signal.SIGTERM else stop.exit_code
+
+
+def _serve(options: argparse.Namespace, stop: StopSignal) -> None:
     from cluster.launch import RayCluster  # here, so that the other commands run where Ray is not installed
 
     config = config_from(options)
-    stop = StopSignal()
     with RayCluster(config, ray_address=options.ray_address, log_level=options.log_level, on_status=_say) as cluster:
+        stop.expect()
         _say(f"ready: {cluster.url}/v1/chat/completions (Ctrl-C drains and stops)")
         stop.wait()
         _say("draining")
-    return 0
 
 
 def _say(text: str) -> None:

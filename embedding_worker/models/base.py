@@ -29,6 +29,13 @@ class VisionModel(Protocol):
         """Read the vision half only. Raises ValueError on an unusable configuration, CheckpointError on tensors."""
         ...
 
+    @classmethod
+    def check(cls, checkpoint: Checkpoint) -> tuple[int, int]:
+        """What `load` would raise, found from the headers alone; returns the number of tensors it would read, and the
+        patch_dim.
+        """
+        ...
+
     def num_rows(self, grid: Grid) -> int:
         """Embedding rows of a medium of this grid."""
         ...

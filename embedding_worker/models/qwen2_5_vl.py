@@ -20,7 +20,8 @@ from kernels.activation import gelu, swiglu
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.rotary import RotaryTable, rotary_2d_cos_sin, rotary_table, rotate
 from kernels.varlen_attention import Segments, varlen_attention
-from transfer.checkpoint import Checkpoint, Rule, load_checkpoint
+from transfer.checkpoint import Checkpoint, check_checkpoint, load_checkpoint
+from transfer.checkpoint_rules import Rule
 
 NORM_EPS = 1e-6  # fixed by the architecture, not in any config
 ROPE_THETA = 10_000.0
@@ -194,6 +195,14 @@ class Qwen2_5_VLVision:
         report = load_checkpoint(checkpoint, weights, rules(config), foreign=FOREIGN, fingerprint=True)
         described = f"{report.fingerprint}:{dataclasses.replace(config, full_blocks=frozenset())}"
         return cls(config, weights, f"{described}:{sorted(config.full_blocks)}")
+
+    @classmethod
+    def check(cls, checkpoint: Checkpoint) -> tuple[int, int]:
+        """See `VisionModel.check`."""
+        config = VisionConfig.from_config(checkpoint.config())
+        weights = {name: torch.empty(shape, device="meta") for name, shape in weight_shapes(config).items()}
+        planned, _ = check_checkpoint(checkpoint, weights, rules(config), foreign=FOREIGN)
+        return len(planned), config.patch_dim
 
     def num_rows(self, grid: Grid) -> int:
         """One row per merged patch."""

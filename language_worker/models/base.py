@@ -83,6 +83,11 @@ class LanguageModel(ABC):
 
     @classmethod
     @abstractmethod
+    def check(cls, checkpoint: Checkpoint) -> int:
+        """What `load` would raise, found from the headers alone; returns the number of tensors it would read."""
+
+    @classmethod
+    @abstractmethod
     def read_spec(cls, config: Mapping[str, Any]) -> ModelSpec:
         """Sizes from config.json alone; ModelNotSupported names an option that is not served."""
 

@@ -1,12 +1,13 @@
 """Decoder: what all rotary decoder models share: embedding, blocks, final norm, head, and the step through them.
 
-Built empty, filled by a family's `load`. A family adds its config, its name map and, with media, their positions.
+Built empty, filled by `load`. A family adds its config, its name map and, with media, their positions.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from language_worker.errors import MediaMismatch, ModelNotSupported
 from language_worker.models.base import LanguageModel, ModelSpec, PromptPositions, StepInputs
 from language_worker.models.layers import BlockShape, DecoderBlock, RotaryPositions, run_blocks
+from transfer.checkpoint import Checkpoint, check_checkpoint, load_checkpoint
+from transfer.checkpoint_rules import Rule
 
 
 class Decoder(LanguageModel):
@@ -35,6 +38,24 @@ class Decoder(LanguageModel):
         self.final_norm = torch.empty(spec.hidden_size, dtype=dtype, device=device)
         self.head = self.embedding if tied else torch.empty_like(self.embedding)
         self.rotary = rotary
+
+    @classmethod
+    @abstractmethod
+    def empty(
+        cls, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Self, list[Rule], tuple[str, ...]]:
+        """A model without its weights, the rules that fill it, and patterns of the names that belong to others."""
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> Self:
+        model, rules, foreign = cls.empty(checkpoint, dtype=dtype, device=device)
+        load_checkpoint(checkpoint, model.parameters(), rules, foreign=foreign)
+        return model
+
+    @classmethod
+    def check(cls, checkpoint: Checkpoint) -> int:
+        model, rules, foreign = cls.empty(checkpoint, dtype=torch.float32, device=torch.device("meta"))
+        return len(check_checkpoint(checkpoint, model.parameters(), rules, foreign=foreign)[0])
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """Every tensor to fill, by name; a tied head is not listed twice."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -20,7 +20,8 @@ from language_worker.models.layers import BlockShape, RotaryPositions
 from language_worker.models.mrope import Grid, mrope_positions
 from language_worker.models.rope import Rope
 from language_worker.models.weights import decoder_rules
-from transfer.checkpoint import Checkpoint, load_checkpoint
+from transfer.checkpoint import Checkpoint
+from transfer.checkpoint_rules import Rule
 
 DEFAULT_SECTIONS = (16, 24, 24)
 DEFAULT_THETA = 1_000_000.0
@@ -96,14 +97,14 @@ class Qwen2_5_VLText(Decoder):
         return Qwen2_5_VLConfig.read(config).spec
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> Qwen2_5_VLText:
+    def empty(
+        cls, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Self, list[Rule], tuple[str, ...]]:
         config = Qwen2_5_VLConfig.read(checkpoint.config())
         block = config.block.with_biases(checkpoint.tensors, TEXT_PREFIX)
         model = cls(config, block, dtype=dtype, device=device)
-        ignored = FOREIGN + ((r"lm_head\.weight",) if config.tied else ())
-        rules = decoder_rules(block, prefix=TEXT_PREFIX, tied=config.tied)
-        load_checkpoint(checkpoint, model.parameters(), rules, foreign=ignored)
-        return model
+        foreign = FOREIGN + ((r"lm_head\.weight",) if config.tied else ())
+        return model, decoder_rules(block, prefix=TEXT_PREFIX, tied=config.tied), foreign
 
     def media_rows(self, grid: Grid) -> int:
         t, h, w = self._merged(grid)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -17,7 +17,8 @@ from language_worker.models.decoder import Decoder, read_size, refuse_unserved
 from language_worker.models.layers import BlockShape, RotaryPositions
 from language_worker.models.rope import Rope
 from language_worker.models.weights import decoder_rules
-from transfer.checkpoint import Checkpoint, load_checkpoint
+from transfer.checkpoint import Checkpoint
+from transfer.checkpoint_rules import Rule
 
 PREFIX = r"model\."
 QWEN3_HEAD_DIM = 128  # where its config.json does not say
@@ -73,15 +74,15 @@ class Llama(Decoder):
         return TextConfig.read(config, has_qk_norm=cls.has_qk_norm).spec
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> Llama:
+    def empty(
+        cls, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Self, list[Rule], tuple[str, ...]]:
         config = TextConfig.read(checkpoint.config(), has_qk_norm=cls.has_qk_norm)
         block = config.block.with_biases(checkpoint.tensors, PREFIX)
         rotary = RotaryPositions(config.rope, head_dim=block.head_dim, device=device)
         model = cls(config.spec, block, rotary, tied=config.tied, dtype=dtype, device=device)
-        ignored = (r".*\.rotary_emb\.inv_freq", *((r"lm_head\.weight",) if config.tied else ()))
-        rules = decoder_rules(block, prefix=PREFIX, tied=config.tied)
-        load_checkpoint(checkpoint, model.parameters(), rules, foreign=ignored)
-        return model
+        foreign = (r".*\.rotary_emb\.inv_freq", *((r"lm_head\.weight",) if config.tied else ()))
+        return model, decoder_rules(block, prefix=PREFIX, tied=config.tied), foreign
 
 
 class Qwen2(Llama):

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from language_worker.models.layers import BlockShape
-from transfer.checkpoint import Rule
+from transfer.checkpoint_rules import Rule
 
 
 def decoder_rules(shape: BlockShape, *, prefix: str, tied: bool) -> list[Rule]:

@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 from cluster.directory import WorkerAddress
 from cluster.router import WorkerKind
 from language_worker.api import TokenChunk
-from transfer.calls import IncomingCall
 from transfer.config import TransferConfig
-from transfer.endpoint import open_endpoint
-from transfer.service import Service
+from transfer.endpoints.endpoint import open_endpoint
+from transfer.streams.calls import IncomingCall
+from transfer.streams.service import Service
 
 WAIT_S = 20.0
 
@@ -31,7 +31,7 @@ class Names:
 
 
 class FakeWorker:
-    """Takes "generate" and "embed" calls on an in-memory endpoint; `take` hands them to the test in order."""
+    """Takes "generate", "embed" and "reissue" calls on an in-memory endpoint; `take` hands them over in order."""
 
     def __init__(self, kind: WorkerKind, name: str | None = None) -> None:
         self.name = name or Names.fresh(kind)
@@ -40,7 +40,7 @@ class FakeWorker:
         self.entry = WorkerAddress(name=self.name, kind=kind, address=address)
         self._calls: dict[str, queue.SimpleQueue[IncomingCall]] = defaultdict(queue.SimpleQueue)
         self._cancelled: dict[IncomingCall, threading.Event] = defaultdict(threading.Event)
-        for method in ("generate", "embed"):
+        for method in ("generate", "embed", "reissue"):
             self.service.register(method, self._on_call)
         self.service.start()
 

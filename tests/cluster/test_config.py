@@ -186,6 +186,28 @@ def test_a_model_folder_is_needed(folder: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_dataclasses_guard_themselves() -> None:
-    for values in ({"port": -1}, {"api_keys": ("",)}, {"request_timeout_s": math.nan}, {"max_concurrent_requests": 0}):
+    for values in (
+        {"port": -1},
+        {"host": ""},
+        {"api_keys": ("",)},
+        {"request_timeout_s": math.nan},
+        {"max_concurrent_requests": 0},
+    ):
         with pytest.raises(ConfigError):
             GatewayConfig(**values)
+
+
+@pytest.mark.parametrize("key", ["k" * 15, "short", "0"])
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.2", "::", "worker-7", "127.1"])
+def test_a_short_key_is_refused_where_others_can_connect(host: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{len(key)} characters.*use 16 or more"):
+        GatewayConfig(host=host, api_keys=("k" * 16, key))
+    assert GatewayConfig(host=host, api_keys=("k" * 16,)).host == host
+    for here in ("127.0.0.1", "::1", "localhost"):
+        assert GatewayConfig(host=here, api_keys=(key,)).api_keys == (key,)
+
+
+@pytest.mark.parametrize("key", [" ", "two words", " padded", "tab\t", "line\n", "\x00"])
+def test_a_key_that_no_client_can_send_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match="no client can send it"):
+        GatewayConfig(api_keys=(key,))

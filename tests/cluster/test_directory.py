@@ -9,9 +9,9 @@ import pytest
 
 from cluster.directory import WorkerAddress, WorkerDirectory
 from tests.cluster.fake_workers import FakeWorker, Names
-from transfer.endpoint import open_endpoint
+from transfer.endpoints.endpoint import open_endpoint
 from transfer.errors import RemoteFailure
-from transfer.service import Service
+from transfer.streams.service import Service
 
 WAIT_S = 20.0
 

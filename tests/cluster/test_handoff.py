@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import cluster.attempt
 import cluster.handoff
 from cluster.directory import WorkerAddress, WorkerDirectory
 from cluster.errors import NoWorker, RequestTimeout, WorkerLost
@@ -18,13 +19,13 @@ from cluster.handoff import MAX_ATTEMPTS, Handoff
 from cluster.served import RequestStats, RunningRequest, ServedRequest
 from language_worker.api import SamplingParams, TokenChunk
 from tests.cluster.fake_workers import FakeWorker, Names, end_generate, send_tokens
-from transfer.calls import IncomingCall
 from transfer.config import TransferConfig
-from transfer.connection import Connection
-from transfer.endpoint import open_endpoint
+from transfer.endpoints.connection import Connection
+from transfer.endpoints.endpoint import open_endpoint
 from transfer.errors import ConfigError, EndpointClosed, RemoteFailure
-from transfer.service import Service
-from transfer.ticket import Ticket
+from transfer.protocol.ticket import Ticket
+from transfer.streams.calls import IncomingCall
+from transfer.streams.service import Service
 
 WAIT_S = 20.0
 IMAGES = (b"first image", b"second image")
@@ -196,6 +197,40 @@ def test_media_go_to_an_embedding_worker_with_the_ticket_that_the_language_worke
     assert [(body["logits_shape"], bytes(frame)) for body, frame in stats.hops["logits"]] == [([1, 2], bytes(8))]
 
 
+@pytest.mark.parametrize("end", ["figures", "failure", "loss"])
+def test_an_answer_that_is_complete_waits_for_the_figures_of_the_embed_call(
+    make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    monkeypatch.setattr(cluster.attempt, "FIGURES_GRACE_S", 3600.0)
+    rig = make_rig()
+    outcome, _ = rig.submit(IMAGES)
+    generate = rig.language[0].take("generate")
+    worker, embed = rig.embed_call()
+    rig.directory.ended[rig.language[0].name] = threading.Event()
+    _serve(generate, 5)
+    assert rig.directory.ended[rig.language[0].name].wait(WAIT_S)
+    assert outcome.tokens == [5] and not outcome.over.is_set()
+    if end == "figures":
+        embed.end(EMBEDDED)
+    elif end == "failure":
+        embed.fail("EncodeFailed", "too late to matter")
+    else:
+        rig.lose(worker)
+    stats = outcome.wait().stats
+    assert stats is not None and (EMBEDDED.items() <= stats.hops.items()) == (end == "figures")
+
+
+def test_an_embed_call_that_never_ends_does_not_hold_a_complete_answer(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    outcome, _ = rig.submit(IMAGES)
+    generate = rig.language[0].take("generate")
+    worker, embed = rig.embed_call()
+    _serve(generate, 5)
+    stats = outcome.wait().stats
+    assert stats is not None and "encode_ms" not in stats.hops
+    assert worker.was_cancelled(embed)
+
+
 def test_requests_spread_over_language_workers_and_the_same_image_returns_to_its_cache(make_rig: MakeRig) -> None:
     rig = make_rig(num_language=3)
     homes = set()
@@ -238,7 +273,7 @@ def test_a_language_worker_lost_before_the_first_token_is_replaced(make_rig: Mak
 
 
 @pytest.mark.parametrize("code", ["PeerLost", "EmbedStopped", "StreamTimeout"])
-def test_an_embedding_worker_lost_before_the_first_token_is_replaced(make_rig: MakeRig, code: str) -> None:
+def test_a_request_whose_stream_is_over_with_its_embedding_worker_begins_anew(make_rig: MakeRig, code: str) -> None:
     rig = make_rig(num_language=1)
     outcome, _ = rig.submit(IMAGES)
     first = rig.language[0].take("generate")
@@ -248,6 +283,9 @@ def test_an_embedding_worker_lost_before_the_first_token_is_replaced(make_rig: M
     else:
         embed.fail(code, "no rows")
     if code == "StreamTimeout":
+        first.fail("MediaFailed", "the embedding stream failed")
+    rig.language[0].take("reissue").end({"ticket": None})  # the stream is over already
+    if code != "StreamTimeout":
         first.fail("MediaFailed", "the embedding stream failed")
     second = rig.language[0].take("generate")
     other, again = rig.embed_call()

@@ -13,8 +13,8 @@ from cluster.handoff import Handoff
 from cluster.served import RequestStats, RunningRequest, ServedRequest
 from language_worker.api import TokenChunk
 from transfer.config import TransferConfig
-from transfer.endpoint import open_endpoint
-from transfer.service import Service
+from transfer.endpoints.endpoint import open_endpoint
+from transfer.streams.service import Service
 
 WAIT_S = 60.0
 

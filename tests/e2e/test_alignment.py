@@ -27,13 +27,14 @@ from language_worker.worker import LanguageWorker
 from tests.e2e.front import Front
 from tests.e2e.serving import LEDGER, NO_SPECIAL_TOKENS, eventually
 from transfer.config import TransferConfig
-from transfer.connection import Connection
-from transfer.endpoint import open_endpoint
+from transfer.endpoints.connection import Connection
+from transfer.endpoints.endpoint import open_endpoint
 from transfer.errors import AlignmentError, IncompatibleBlocks, RemoteFailure, TransferError, error_from_code
-from transfer.integrity import block_tag, tag_seed
-from transfer.messages import Abort, Announce, Block, Close, Grant, Message, Open
+from transfer.protocol.integrity import block_tag, tag_seed
+from transfer.protocol.messages import Abort, Accept, Announce, Block, Close, Grant, Message
+from transfer.protocol.negotiate import Offer
+from transfer.protocol.ticket import Ticket, proven_open
 from transfer.tensors import PlaneSpec
-from transfer.ticket import Ticket, prove
 
 TRANSFER = TransferConfig(block_size=128, default_allocate_tokens=8000, pool_tokens=16 * 8064)
 PLANES = (PlaneSpec(name="embeddings", dtype="float32", row_shape=(192,)),)
@@ -59,18 +60,10 @@ class HostileSender:
         self._endpoint.send(self._connection, message, frames)
 
     def open(self, block_size: int = 128) -> None:
-        ticket = self._ticket
-        proof = prove(ticket, block_size, PLANES, "")
-        self.send(
-            Open(
-                stream_id=ticket.stream_id,
-                epoch=ticket.epoch,
-                proof=proof,
-                block_size=block_size,
-                planes=PLANES,
-                content_key="",
-            )
-        )
+        offer = Offer(block_size=block_size, planes=PLANES, max_frame_bytes=1 << 20, credit=16)
+        self.send(proven_open(self._ticket, bytes(16), offer, "", None))
+        if block_size == TRANSFER.block_size:
+            assert isinstance(self.next(), Accept)
 
     def announce(self, **changes: Any) -> None:
         honest = Announce(
@@ -86,7 +79,7 @@ class HostileSender:
     def send_block(self, block_id: int) -> None:
         """All 12 rows."""
         ticket, frames = self._ticket, [bytes(12 * 192 * 4)]
-        tag = block_tag(tag_seed(ticket), ticket.stream_id, ticket.epoch, 0, block_id, 0, 12, frames)
+        tag = block_tag(tag_seed(ticket), ticket.stream_id, ticket.epoch, 0, block_id, 0, 12, 1, frames)
         block = Block(
             stream_id=ticket.stream_id,
             epoch=ticket.epoch,
@@ -94,6 +87,7 @@ class HostileSender:
             block_id=block_id,
             first_row=0,
             num_rows=12,
+            serial=1,
             tag=tag,
         )
         self.send(block, frames)

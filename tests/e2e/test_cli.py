@@ -5,20 +5,23 @@ from __future__ import annotations
 import os
 import queue
 import re
+import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
 import pytest
+from safetensors.torch import load_file, save_file
 
 from cluster.demo import MODEL_DIR, MODEL_NAME, questions
-from tests.e2e.serving import Serving, ask_demo_question, long_body
+from tests.e2e.serving import Serving, ask_demo_question, eventually, long_body
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 120.0
@@ -49,7 +52,7 @@ def test_doctor_says_what_is_wrong_with_a_model_folder(tmp_path: Path) -> None:
     result = _run("doctor", "--port", str(_free_port()), "--model", str(tmp_path))
     assert result.returncode == 1
     bad = [line for line in result.stdout.splitlines() if line.strip().startswith("bad")]
-    assert len(bad) == 1 and "weights" in bad[0], result.stdout
+    assert len(bad) == 2 and "weights" in bad[0] and "tokenizer" in bad[1], result.stdout
     assert "something must be repaired first" in result.stdout
 
 
@@ -84,11 +87,11 @@ def _assert_one_line(result: subprocess.CompletedProcess[str], *words: str) -> N
     *before, last = result.stderr.strip().splitlines()
     assert last.startswith("tandem: ") and all(word in last for word in words), result.stderr
     assert all(_is_progress(line) for line in before), result.stderr
-    assert "Traceback" not in result.stderr
+    assert "Traceback" not in result.stderr and "\x1b" not in result.stderr
 
 
 def _is_progress(line: str) -> bool:
-    return line.startswith(("starting Ray", "loading ")) or "Token authentication is enabled" in line
+    return line.startswith(("starting Ray", "connecting to Ray", "loading "))
 
 
 def test_serve_refuses_an_unknown_setting(tmp_path: Path) -> None:
@@ -105,6 +108,51 @@ def test_serve_refuses_a_taken_port(ray_token: None) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         _assert_one_line(_run("serve", "--model", str(MODEL_DIR), "--port", port), f"127.0.0.1:{port}", "--port")
+
+
+@pytest.mark.ray
+def test_serve_tells_what_kept_a_worker_from_starting(ray_token: None, tmp_path: Path) -> None:
+    shutil.copytree(MODEL_DIR, tmp_path / "cut")
+    path = tmp_path / "cut" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    result = _run("serve", "--model", str(tmp_path / "cut"), "--port", "0")
+    _assert_one_line(result, "language-0 could not start", "missing: model.layers.1.mlp.up_proj.weight")
+
+
+def test_serve_tells_at_once_that_no_ray_listens() -> None:
+    address = f"127.0.0.1:{_free_port()}"
+    _assert_one_line(_run("serve", "--model", str(MODEL_DIR), "--ray-address", address), address, "refused")
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("step", ["starting Ray", "loading"])
+def test_a_signal_while_serve_starts_takes_everything_down(ray_token: None, number: int, step: str) -> None:
+    mark = secrets.token_hex(16)  # every process of this cluster has it in its environment
+    command = [*COMMAND, "serve", "--model", str(MODEL_DIR), "--port", "0"]
+    environment = {**os.environ, "TANDEM_TEST_MARK": mark}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith(step):
+                break
+        process.send_signal(number)
+        rest = process.stderr.read().splitlines()
+        assert process.wait(TIMEOUT_S) == (0 if number == signal.SIGTERM else 130)
+    assert rest[-1] == "stopped before it was ready" and "Traceback" not in "".join(rest)
+    eventually(lambda: not _processes_with(mark), lambda: f"still running: {_processes_with(mark)}")
+
+
+def _processes_with(mark: str) -> list[str]:
+    """Command lines of the processes whose environment holds `mark`."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # ended meanwhile, or another user's
+            if mark.encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_text().replace("\0", " ")[:100])
+    return found
 
 
 class Served:

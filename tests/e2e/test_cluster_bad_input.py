@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import struct
 import zlib
 from collections.abc import Callable
@@ -131,6 +132,19 @@ def test_a_connection_that_closes_in_the_middle_of_its_body_leaves_nothing(servi
     with pytest.raises(httpx.ReadError):
         serving.client.post(CHAT, content=part(), headers={"content-type": "application/json"})
     serving.await_empty_ledger()
+    ask_demo_question(serving)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"GARBAGE\r\n\r\n", b"\x16\x03\x01\x02\x00\x01" * 20, b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: -5\r\n\r\n"],
+    ids=["words", "TLS", "length"],
+)
+def test_what_is_not_http_is_refused_and_harms_nobody(serving: Serving, raw: bytes) -> None:
+    url = httpx.URL(serving.url)
+    with socket.create_connection((url.host, url.port or 80), timeout=BAD_INPUT_TIMEOUT_S) as connection:
+        connection.sendall(raw + b"\r\n\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 400 ")
     ask_demo_question(serving)
 
 

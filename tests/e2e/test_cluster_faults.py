@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -193,3 +194,67 @@ def test_a_stopped_embedding_worker_is_replaced_and_hinders_nobody(
     eventually(lambda: not _is_running(victim.pid), "the stopped process was not ended")
     _await_up(wide_serving)
     assert answers == list(pool.map(wide_serving.text, pictures))
+
+
+class Tally:
+    """Sums of the language workers' counters since it was made."""
+
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+        self._before = self._read()
+
+    def _read(self) -> Counter[str]:
+        totals: Counter[str] = Counter()
+        for name, figures in self._serving.metrics().items():
+            if name.startswith("language"):
+                assert figures["worker_up"], f"{name} does not answer"
+                totals.update({key: int(value) for key, value in figures.items() if key.endswith("_total")})
+        return totals
+
+    def now(self) -> Counter[str]:
+        after = self._read()
+        after.subtract(self._before)
+        return after
+
+
+def _stop_midway(
+    cluster: RayCluster, serving: Serving, pool: ThreadPoolExecutor, bodies: Iterator[dict[str, Any]], num_blocks: int
+) -> tuple[dict[str, Any], Future[dict[str, Any]], Tally, WorkerHealth]:
+    """Stop the embedding worker of a request of whose `num_blocks` blocks some, but not all, have arrived."""
+    for body in bodies:
+        tally = Tally(serving)
+        answer = pool.submit(serving.ask, body)
+        while not answer.done() and not tally.now()["transfer_blocks_received_total"]:
+            pass
+        busy = [n for n, figures in serving.metrics().items() if figures.get("embed_requests_open")]
+        if len(busy) == 1 and not answer.done():
+            worker = cluster.workers[busy[0]]
+            os.kill(worker.pid, signal.SIGSTOP)
+            totals = tally.now()
+            if totals["transfer_blocks_received_total"] < num_blocks and not totals["embed_takeovers_total"]:
+                return body, answer, tally, worker
+            os.kill(worker.pid, signal.SIGCONT)
+        answer.result()
+    raise AssertionError("no request could be caught midway")
+
+
+def test_another_embedding_worker_goes_on_where_a_killed_one_stopped(
+    wide_cluster: RayCluster, wide_serving: Serving, pool: ThreadPoolExecutor
+) -> None:
+    bodies = (
+        chat_body("What is this?", *[png(random_image(448, 336, seed=9000 + 100 * i + j)) for j in range(10)])
+        for i in range(20)
+    )
+    num_blocks = -(-10 * (448 // 28) * (336 // 28) // 4)  # of 4 rows
+    body, answer, tally, victim = _stop_midway(wide_cluster, wide_serving, pool, bodies, num_blocks)
+    _kill(victim)
+    completed = answer.result()
+    usage, totals = completed["usage"], tally.now()
+    assert totals["embed_takeovers_total"] == 1
+    assert totals["worker_request_success_total"] == 1 and totals["request_failure_total"] == 0
+    assert totals["computed_tokens_total"] == usage["prompt_tokens"] + usage["completion_tokens"] - 1
+    assert totals["transfer_blocks_received_total"] == num_blocks, "no row was sent again"
+    assert totals["transfer_streams_restarted_total"] == 0
+    _await_new_process(wide_cluster, victim)
+    _await_up(wide_serving)
+    assert completed["choices"][0]["message"] == wide_serving.ask(body)["choices"][0]["message"]

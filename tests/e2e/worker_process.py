@@ -21,8 +21,8 @@ from embedding_worker.worker import EmbeddingWorker
 from language_worker.config import EngineConfig
 from language_worker.worker import LanguageWorker
 from transfer.config import TransferConfig
-from transfer.connection import Endpoint
-from transfer.endpoint import open_endpoint
+from transfer.endpoints.connection import Endpoint
+from transfer.endpoints.endpoint import open_endpoint
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 60.0

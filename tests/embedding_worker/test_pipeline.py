@@ -34,6 +34,9 @@ class GatedRunner:
         self.poison: tuple[int, int, int] | None = None
         self.gate.set()
 
+    def warm_up(self) -> None:
+        pass
+
     def encode(self, images: Sequence[PreparedImage]) -> list[torch.Tensor]:
         grids = [image.grid for image in images]
         self.batches.append(grids)
@@ -56,6 +59,7 @@ class Job:
     deadline: float = float("inf")
     alive: bool = True
     break_on_rows: bool = False
+    first_row: int = 0
     items: tuple[EmbedItem, ...] = ()
     rows: list[torch.Tensor] = dataclasses.field(default_factory=list)
     summary: EncodeSummary | None = None

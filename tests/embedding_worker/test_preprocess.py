@@ -105,6 +105,8 @@ def test_bad_images_are_refused_by_name_and_place(kind: str) -> None:
     assert type(caught.value).__name__ == code
     assert caught.value.index == 3
     assert str(caught.value).startswith("image 3: ")
+    for internal in ("<", " 0x", "BytesIO", "PIL", "Error"):  # what a library says of itself is no help to a client
+        assert internal not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", [kind for kind, (_, code) in BAD.items() if code != "BadImage"])

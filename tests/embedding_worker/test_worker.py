@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,12 +22,13 @@ from embedding_worker.worker import EmbeddingWorker
 from tests.embedding_worker.images import BAD, png
 from tests.tiny_models import make_qwen2_5_vl
 from transfer.config import TransferConfig
-from transfer.endpoint import open_endpoint
+from transfer.endpoints.endpoint import open_endpoint
 from transfer.errors import RemoteFailure, TransferError
-from transfer.service import Service
-from transfer.stream_receiver import StreamReceiver
+from transfer.protocol.ticket import Ticket
+from transfer.streams.service import Service
+from transfer.streams.stream_receiver import StreamReceiver
+from transfer.streams.stream_sender import StreamSender
 from transfer.tensors import PlaneSpec
-from transfer.ticket import Ticket
 
 WAIT_S = 60.0
 HIDDEN = 64
@@ -46,6 +48,10 @@ class Consumer:
     stream_error: TransferError | None = None
     body: dict[str, Any] | None = None
     call_error: RemoteFailure | None = None
+    num_restarts: int = 0
+    num_rows: int = 0
+    first_rows: list[int] = dataclasses.field(default_factory=list)
+    changed: threading.Condition = dataclasses.field(default_factory=threading.Condition)
     announced: threading.Event = dataclasses.field(default_factory=threading.Event)
     stream_over: threading.Event = dataclasses.field(default_factory=threading.Event)
     call_over: threading.Event = dataclasses.field(default_factory=threading.Event)
@@ -58,7 +64,15 @@ class Consumer:
 
     def on_rows(self, first_row: int, planes: Mapping[str, Any]) -> None:
         assert self.rows is not None
-        self.rows[first_row : first_row + planes["embeddings"].shape[0]] = planes["embeddings"]
+        end = first_row + planes["embeddings"].shape[0]
+        self.rows[first_row:end] = planes["embeddings"]
+        with self.changed:
+            self.first_rows.append(first_row)
+            self.num_rows = end
+            self.changed.notify_all()
+
+    def on_restart(self) -> None:
+        self.num_restarts += 1
 
     def on_complete(self, stats: object) -> None:
         self.stream_over.set()
@@ -66,6 +80,10 @@ class Consumer:
     def on_failed(self, error: TransferError) -> None:
         self.stream_error = error
         self.stream_over.set()
+
+    def await_rows(self, num_rows: int) -> None:
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.num_rows >= num_rows, WAIT_S)
 
     def on_end(self, body: dict[str, Any] | None, error: RemoteFailure | None) -> None:
         self.body, self.call_error = body, error
@@ -97,6 +115,9 @@ class Rig:
         ticket = Ticket.issue("test")
         consumer = Consumer(receiver=self.receiver, stream_id=ticket.stream_id, admit=admit)
         self.receiver.open(ticket, consumer)
+        return self.call_embed(ticket, consumer, media, **changes)
+
+    def call_embed(self, ticket: Ticket, consumer: Consumer, media: Sequence[bytes], /, **changes: Any) -> Consumer:
         request = EmbedRequest(
             ticket=ticket,
             receiver_address=self.endpoint.address,
@@ -230,6 +251,8 @@ def test_malformed_calls_are_refused(make_rig: Any, expected: Any) -> None:
         ({"deadline_ms": "soon"}, "deadline_ms must be a positive integer"),
         ({"ticket": {"stream_id": "x"}}, "a ticket is a map"),
         ({"receiver": "inproc://there"}, "receiver is a map"),
+        ({"media_key": 5}, "media_key must be a string"),
+        ({"media_key": "k" * 129}, "at most 128 characters"),
         ({"extra": 1}, "needs ticket, receiver"),
     ):
         consumer = rig.embed(MEDIA[1], **changes)
@@ -282,3 +305,66 @@ def test_closing_the_worker_fails_open_calls_and_is_idempotent(make_rig: Any) ->
     assert consumer.stream_over.wait(WAIT_S)
     assert consumer.stream_error is not None
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("embed-")]
+
+
+# -- taking over ------------------------------------------------------------------------------------------------------
+
+
+class FirstSender:
+    """Another worker's half of a stream: it says it has the same content, writes some rows, and is lost."""
+
+    def __init__(self, rig: Rig, ticket: Ticket, content_key: str) -> None:
+        name = f"inproc://first-{next(_names)}"
+        self.service = Service(open_endpoint(name), rig.service.config)
+        self.sender = StreamSender(self.service, rig.service.config)
+        self.service.start()
+        plane = PlaneSpec(name="embeddings", dtype="float32", row_shape=(HIDDEN,))
+        self.stream = self.sender.open(ticket, rig.endpoint.address, None, (plane,), content_key)
+
+    def write(self, items: Sequence[Mapping[str, Any]], rows: torch.Tensor) -> None:
+        self.stream.announce(sum(item["rows"] for item in items), items)
+        self.stream.write(0, {"embeddings": rows})
+
+
+def _take_over(rig: Rig, consumer: Consumer, media: Sequence[bytes], media_key: str) -> Consumer:
+    tickets: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
+    rig.receiver.reissue(consumer.stream_id, tickets.put)
+    ticket = tickets.get(timeout=WAIT_S)
+    assert ticket is not None and ticket.epoch == 2
+    return rig.call_embed(ticket, consumer, media, media_key=media_key)
+
+
+@pytest.mark.parametrize("num_rows", [0, 3, 20, 33])
+@pytest.mark.parametrize("is_same", [True, False], ids=["same key", "other key"])
+def test_a_stream_is_taken_over_where_its_first_sender_stopped(
+    make_rig: Any, expected: Any, num_rows: int, is_same: bool
+) -> None:
+    items = make_rig(block_size=4).embed(*MEDIA).wait().items
+    rig = make_rig(block_size=4)  # whose cache is empty
+    right = expected(*MEDIA)
+    ticket = Ticket.issue("test")
+    consumer = Consumer(receiver=rig.receiver, stream_id=ticket.stream_id)
+    rig.receiver.open(ticket, consumer, take_over_s=WAIT_S)
+    first = FirstSender(rig, ticket, rig.worker._runner.stream_key("media"))
+    first.write(items, right[:num_rows].clone())
+    num_whole = num_rows // 4 * 4
+    assert consumer.announced.wait(WAIT_S)
+    consumer.await_rows(num_whole)
+    _assert_right(_take_over(rig, consumer, MEDIA, "media" if is_same else "other media"), right)
+    assert consumer.num_restarts == (0 if is_same else 1)
+    assert consumer.first_rows.count(0) == (1 if is_same or not num_whole else 2)
+    ends = list(itertools.accumulate(item["rows"] for item in items))
+    distinct = {MEDIA[i] for i, end in enumerate(ends) if not is_same or end > num_whole}
+    assert rig.stats()["embed_items_encoded"] == len(distinct)
+    with pytest.raises(TransferError):
+        first.stream.result(WAIT_S)
+    first.service.close()
+
+
+def test_a_take_over_that_nobody_accepts_ends_with_its_call(make_rig: Any) -> None:
+    rig = make_rig(idle_timeout_s=1.0, stream_timeout_s=1.0)
+    ticket = dataclasses.replace(Ticket.issue("test"), epoch=2)
+    consumer = Consumer(receiver=rig.receiver, stream_id=ticket.stream_id)
+    rig.call_embed(ticket, consumer, MEDIA[:1])
+    assert consumer.call_over.wait(WAIT_S) and consumer.call_error is not None
+    assert rig.stats()["embed_requests"] == rig.stats()["embed_requests_open"] == 0

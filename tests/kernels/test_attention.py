@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import random
 
 import pytest
@@ -10,34 +11,42 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.attention_mask import AttentionMask
+from kernels.dispatch import Path, forced
 from kernels.paged_attention import AttentionBatch, paged_attention
-from kernels.pages import copy_pages, query_slots, write_pages
+from kernels.pages import copy_pages, write_pages
 from kernels.varlen_attention import Segments, varlen_attention
 from tests import oracles
+from tests.kernels.paths import PATHS, paths
+from tests.profiles import IS_SOAK
 from tests.tolerances import assert_matches
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _draw(seed: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=300 if IS_SOAK else 24, deadline=None, derandomize=True)
 @given(
     lengths=st.lists(st.sampled_from([1, 2, 4, 4, 4, 7, 16, 23]), min_size=1, max_size=12),
     heads=st.integers(1, 4),
     head_dim=st.sampled_from([1, 4, 20, 33]),
     dtype=st.sampled_from(DTYPES),
+    path=paths,
 )
-def test_segments_attend_within_themselves(lengths: list[int], heads: int, head_dim: int, dtype: torch.dtype) -> None:
+def test_segments_attend_within_themselves(
+    lengths: list[int], heads: int, head_dim: int, dtype: torch.dtype, path: Path
+) -> None:
     qkv = _draw(0, sum(lengths), 3, heads, head_dim, dtype=dtype)
     q, k, v = qkv.unbind(1)
-    actual = varlen_attention(q, k, v, Segments.from_lengths(lengths))
-    assert_matches(actual, oracles.segment_attention(q, k, v, lengths), reduced=4)
-    bounds = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-    assert torch.equal(actual, varlen_attention(q, k, v, bounds))
-    assert torch.equal(actual, varlen_attention(q, k, v, torch.tensor(bounds, dtype=torch.int32)))
+    with forced(path):
+        actual = varlen_attention(q, k, v, Segments.from_lengths(lengths))
+        assert_matches(actual, oracles.segment_attention(q, k, v, lengths), reduced=4)
+        bounds = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+        assert torch.equal(actual, varlen_attention(q, k, v, bounds))
+        assert torch.equal(actual, varlen_attention(q, k, v, torch.tensor(bounds, dtype=torch.int32)))
 
 
 def test_segments_that_do_not_cover_the_tokens_are_refused() -> None:
@@ -70,8 +79,9 @@ class _Cache:
             self.table[row, :count] = torch.tensor([ids.pop(0) for _ in range(count)])
             k, v = (_draw(seed + 7 * row + i, length, self.kv_heads, self.head_dim, dtype=self.dtype) for i in (0, 1))
             self.histories.append((k, v))
-            slots = query_slots(self.table[row : row + 1], [length], [length], self.page_size)
-            write_pages(self.k, self.v, k, v, slots)
+            places = range(length)
+            slots = [int(self.table[row, p // self.page_size]) * self.page_size + p % self.page_size for p in places]
+            write_pages(self.k, self.v, k, v, torch.tensor(slots))
 
 
 @st.composite
@@ -84,7 +94,7 @@ def _steps(draw: st.DrawFn) -> tuple[list[int], list[int]]:
     return query_lens, kv_lens
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=400 if IS_SOAK else 30, deadline=None, derandomize=True)
 @given(
     step=_steps(),
     heads=st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 3])),
@@ -93,6 +103,7 @@ def _steps(draw: st.DrawFn) -> tuple[list[int], list[int]]:
     neighbours=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
+    path=paths,
 )
 def test_paged_attention(
     step: tuple[list[int], list[int]],
@@ -102,6 +113,7 @@ def test_paged_attention(
     neighbours: bool,
     dtype: torch.dtype,
     seed: int,
+    path: Path,
 ) -> None:
     query_lens, kv_lens = step
     kv_heads, group = heads
@@ -110,19 +122,23 @@ def test_paged_attention(
     q = _draw(seed, sum(query_lens), kv_heads * group, head_dim, dtype=dtype)
     starts = [sum(query_lens[:i]) for i in range(len(query_lens))]
     batch = AttentionBatch(page_table=cache.table, query_lens=query_lens, kv_lens=kv_lens, query_start=starts)
-    actual = paged_attention(q, cache.k, cache.v, batch)
+    with forced(path):
+        actual = paged_attention(q, cache.k, cache.v, batch)
+        again = paged_attention(q, cache.k, cache.v, batch)
+    assert torch.equal(actual, again), "a batch serves every layer of a step"
     for start, length, (k, v) in zip(starts, query_lens, cache.histories, strict=True):
         window = slice(start, start + length)
         assert_matches(actual[window], oracles.attention(q[window], k, v, causal_end=True), reduced=4)
-    assert torch.equal(actual, paged_attention(q, cache.k, cache.v, batch)), "a batch serves every layer of a step"
 
 
-def test_rows_may_lie_in_any_order_and_scale_is_honoured() -> None:
+@pytest.mark.parametrize("path", PATHS)
+def test_rows_may_lie_in_any_order_and_scale_is_honoured(path: Path) -> None:
     cache = _Cache(page_size=4, kv_heads=1, head_dim=8, dtype=torch.float32)
     cache.fill([9, 20, 9], seed=1, neighbours=False)
     q = _draw(5, 3 + 20, 2, 8, dtype=torch.float32)
     batch = AttentionBatch(page_table=cache.table, query_lens=[1, 20, 1], kv_lens=[9, 20, 9], query_start=[22, 1, 0])
-    actual = paged_attention(q[:23], cache.k, cache.v, batch, 0.25)
+    with forced(path):
+        actual = paged_attention(q[:23], cache.k, cache.v, batch, 0.25)
     for rows, (k, v) in zip((slice(22, 23), slice(1, 21), slice(0, 1)), cache.histories, strict=True):
         assert_matches(actual[rows], oracles.attention(q[rows], k, v, scale=0.25, causal_end=True), reduced=4)
 
@@ -135,21 +151,103 @@ def test_copies_read_every_source_before_a_target_is_written() -> None:
         assert torch.equal(cache, old[[0, 1, 1, 2, 4, 1]])
 
 
-def test_written_pages_hold_the_rows_and_nothing_else_changes() -> None:
+def _sees(mask: AttentionMask, query: int, key: int) -> bool:
+    """The rule of AttentionMask, in words."""
+    in_block = mask.block_length == 0 or key // mask.block_length <= query // mask.block_length
+    return in_block and (mask.window == 0 or abs(query - key) < mask.window)
+
+
+@settings(max_examples=400 if IS_SOAK else 16, deadline=None, derandomize=True)
+@given(
+    step=_steps(),
+    mask=st.builds(
+        AttentionMask, block_length=st.sampled_from([0, 1, 3, 8, 32]), window=st.sampled_from([0, 0, 1, 5, 64])
+    ),
+    softcap=st.sampled_from([None, 0.5, 30.0]),
+    num_splits=st.sampled_from([1, 2, 5]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+    path=paths,
+)
+def test_masks_soft_caps_and_log_sum_exps(
+    step: tuple[list[int], list[int]],
+    mask: AttentionMask,
+    softcap: float | None,
+    num_splits: int,
+    dtype: torch.dtype,
+    seed: int,
+    path: Path,
+) -> None:
+    query_lens, kv_lens = step
+    cache = _Cache(page_size=16, kv_heads=2, head_dim=20, dtype=dtype)
+    cache.fill(kv_lens, seed, neighbours=False)
+    q = _draw(seed, sum(query_lens), 6, 20, dtype=dtype)
+    starts = [sum(query_lens[:i]) for i in range(len(query_lens))]
+    batch = AttentionBatch(page_table=cache.table, query_lens=query_lens, kv_lens=kv_lens, query_start=starts)
+    lse = torch.full((q.shape[0], 6), float("nan"))
+    with forced(path):
+        if path == "triton":
+            twin = importlib.import_module("kernels._triton.paged_attention")
+            actual = twin.paged_attention(
+                q, cache.k, cache.v, *batch.tiles(twin, q, 16, 3), None, mask=mask, softcap=softcap, lse=lse,
+                num_splits=num_splits,
+            )  # fmt: skip
+        else:
+            actual = paged_attention(q, cache.k, cache.v, batch, mask=mask, softcap=softcap, lse=lse)
+    for start, length, kv_len, (k, v) in zip(starts, query_lens, kv_lens, cache.histories, strict=True):
+        rows, first = slice(start, start + length), kv_len - length
+        expected, expected_lse = oracles.masked_attention(
+            q[rows], k, v, sees=lambda i, j, first=first: _sees(mask, first + i, j), softcap=softcap
+        )
+        assert_matches(actual[rows], expected, reduced=4)
+        assert_matches(lse[rows], expected_lse, reduced=16 if dtype == torch.float32 else 10**6)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_window_of_one_sees_itself_alone(path: Path) -> None:
+    cache = _Cache(page_size=4, kv_heads=1, head_dim=8, dtype=torch.float32)
+    cache.fill([5], seed=1, neighbours=True)
+    q, lse = _draw(0, 5, 1, 8, dtype=torch.float32), torch.zeros(5, 1)
+    batch = AttentionBatch(page_table=cache.table, query_lens=[5], kv_lens=[5], query_start=[0])
+    with forced(path):
+        seen = paged_attention(q, cache.k, cache.v, batch, mask=AttentionMask(block_length=1, window=1), lse=lse)
+    assert_matches(seen, cache.histories[0][1].double())  # each sees itself alone
+    assert lse.isfinite().all()
+
+
+def test_masks_of_negative_numbers_are_refused() -> None:
+    for wrong in ({"block_length": -1}, {"window": -2}):
+        with pytest.raises(ValueError, match="negative"):
+            AttentionMask(**wrong)
+
+
+@pytest.mark.parametrize("num_splits", [2, 3, 7])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_keys_shared_among_programs_give_the_same_answer(num_splits: int, dtype: torch.dtype) -> None:
+    twin = pytest.importorskip("kernels._triton.paged_attention")
+    query_lens, kv_lens, heads_per_key = [1, 1, 3, 20], [1, 333, 64, 129], 7
+    cache = _Cache(page_size=16, kv_heads=2, head_dim=48, dtype=dtype)
+    cache.fill(kv_lens, seed=2, neighbours=False)
+    q = _draw(4, sum(query_lens), 2 * heads_per_key, 48, dtype=dtype)
+    starts = [sum(query_lens[:i]) for i in range(len(query_lens))]
+    shape = twin.shape_for(heads_per_key, 48, 20, q.element_size())
+    tiles = twin.plan(cache.table, query_lens, kv_lens, starts, shape, heads_per_key, q.device)
+    actual = twin.paged_attention(q, cache.k, cache.v, tiles, shape, None, num_splits=num_splits)
+    for start, length, (k, v) in zip(starts, query_lens, cache.histories, strict=True):
+        window = slice(start, start + length)
+        assert_matches(actual[window], oracles.attention(q[window], k, v, causal_end=True), reduced=4)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_written_pages_hold_the_rows_and_nothing_else_changes(path: Path) -> None:
     cache = _Cache(page_size=4, kv_heads=2, head_dim=3, dtype=torch.float32)
-    cache.fill([6, 3, 4], seed=3, neighbours=False)
+    with forced(path):
+        cache.fill([6, 3, 4], seed=3, neighbours=False)
     for row, (k, v) in enumerate(cache.histories):
         pages = cache.table[row].tolist()
         assert torch.equal(oracles.gather_pages(cache.k, pages, k.shape[0]), k)
         assert torch.equal(oracles.gather_pages(cache.v, pages, v.shape[0]), v)
     assert int(cache.k.isfinite().sum()) == int(cache.v.isfinite().sum()) == (6 + 3 + 4) * 2 * 3
-
-
-def test_query_slots_are_the_last_positions() -> None:
-    table = torch.tensor([[5, 2, 9], [1, 0, 3]], dtype=torch.int32)
-    slots = query_slots(table, [3, 1], [9, 5], 4)
-    assert slots.tolist() == [2 * 4 + 2, 2 * 4 + 3, 9 * 4 + 0, 0 * 4 + 0]
-    assert slots.dtype == torch.int64
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.dispatch import Path, forced
 from kernels.rotary import (
-    apply_rotary,
     inverse_frequencies,
     mrope_cos_sin,
     rotary_2d_cos_sin,
@@ -17,9 +17,10 @@ from kernels.rotary import (
     rotate,
 )
 from tests import oracles
+from tests.kernels.paths import paths
 from tests.tolerances import assert_matches
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _frequency(i: int, head_dim: int, theta: float) -> float:
@@ -36,15 +37,21 @@ def _heads(seed: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype
     heads=st.tuples(st.integers(1, 5), st.integers(1, 3)),
     half=st.integers(1, 40),
     dtype=st.sampled_from(DTYPES),
+    path=paths,
 )
-def test_one_dimensional(positions: list[int], heads: tuple[int, int], half: int, dtype: torch.dtype) -> None:
+def test_one_dimensional(
+    positions: list[int], heads: tuple[int, int], half: int, dtype: torch.dtype, path: Path
+) -> None:
     theta, head_dim = 1e4, 2 * half
     angles = torch.tensor(
         [[p * _frequency(i, head_dim, theta) for i in range(half)] for p in positions], dtype=torch.float64
     )
     q, k = (_heads(i, len(positions), count, head_dim, dtype) for i, count in enumerate(heads))
     cos, sin = rotary_cos_sin(torch.tensor(positions), inverse_frequencies(head_dim, theta))
-    for actual, x in zip(apply_rotary(q, k, cos, sin), (q, k), strict=True):
+    table = rotary_table(cos, sin)
+    for x in (q, k):
+        with forced(path):
+            actual = rotate(x, table)
         assert_matches(actual, oracles.rotate_pairs(x, angles), reduced=500**2)  # an angle is off by its size x 1e-7
 
 
@@ -52,8 +59,11 @@ def test_one_dimensional(positions: list[int], heads: tuple[int, int], half: int
 @given(
     positions=st.lists(st.tuples(*[st.integers(0, 300)] * 3), min_size=1, max_size=9),
     sections=st.lists(st.integers(0, 9), min_size=3, max_size=3).filter(any),
+    path=paths,
 )
-def test_mrope_sections_follow_their_row(positions: list[tuple[int, int, int]], sections: list[int]) -> None:
+def test_mrope_sections_follow_their_row(
+    positions: list[tuple[int, int, int]], sections: list[int], path: Path
+) -> None:
     half, theta = sum(sections), 1e6
     row_of = [row for row, count in enumerate(sections) for _ in range(count)]
     angles = torch.tensor(
@@ -61,15 +71,17 @@ def test_mrope_sections_follow_their_row(positions: list[tuple[int, int, int]], 
     )
     cos, sin = mrope_cos_sin(torch.tensor(positions).T, inverse_frequencies(2 * half, theta), sections)
     x = _heads(3, len(positions), 2, 2 * half, torch.float32)
-    assert_matches(rotate(x, rotary_table(cos, sin)), oracles.rotate_pairs(x, angles), reduced=300**2)
+    with forced(path):
+        assert_matches(rotate(x, rotary_table(cos, sin)), oracles.rotate_pairs(x, angles), reduced=300**2)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     positions=st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), min_size=1, max_size=9),
     quarter=st.integers(1, 20),
+    path=paths,
 )
-def test_two_dimensional(positions: list[tuple[int, int]], quarter: int) -> None:
+def test_two_dimensional(positions: list[tuple[int, int]], quarter: int, path: Path) -> None:
     head_dim, theta = 4 * quarter, 1e4
     angles = torch.tensor(
         [[p[axis] * _frequency(i, head_dim // 2, theta) for axis in (0, 1) for i in range(quarter)] for p in positions],
@@ -77,7 +89,8 @@ def test_two_dimensional(positions: list[tuple[int, int]], quarter: int) -> None
     )
     cos, sin = rotary_2d_cos_sin(torch.tensor(positions), head_dim, theta)
     x = _heads(4, len(positions), 3, head_dim, torch.float32)
-    assert_matches(rotate(x, rotary_table(cos, sin)), oracles.rotate_pairs(x, angles), reduced=100**2)
+    with forced(path):
+        assert_matches(rotate(x, rotary_table(cos, sin)), oracles.rotate_pairs(x, angles), reduced=100**2)
 
 
 def test_shapes_that_cannot_be_are_refused() -> None:

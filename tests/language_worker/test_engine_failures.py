@@ -254,10 +254,10 @@ def test_a_request_whose_rows_find_no_memory_fails_alone(tiny: Path, monkeypatch
 def test_an_intake_that_raises_anything_fails_its_request_only(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check = intake.check_request
 
-    def check_or_break(wanted: GenerateRequest, *rest: Any) -> None:
+    def check_or_break(wanted: GenerateRequest, *rest: Any, **named: Any) -> None:
         if wanted.request_id == "bad":
             raise RuntimeError("a bug in a check")
-        check(wanted, *rest)
+        check(wanted, *rest, **named)
 
     monkeypatch.setattr(intake, "check_request", check_or_break)
     engine = make_engine(tiny)

@@ -107,8 +107,40 @@ def test_media_rows_survive_preemption_and_partial_arrival(tiny: Path) -> None:
     assert engine.stats()["input_buffer_rows_reserved"] == 0
 
 
+def test_a_part_too_small_for_a_step_waits_for_more_rows(tiny: Path) -> None:
+    """7 tokens of text, 4 rows, 2 tokens: with parts of 10 at least, the rows' arrival decides when a step runs."""
+    engine = make_engine(tiny, min_partial_chunk=10)
+    engine.submit(request("a", (*prompt(7), PAD, *prompt(2, seed=1)), num_media=1))
+    media = Media(grids=[(1, 4, 4)], rows=torch.randn(4, 64, generator=torch.Generator().manual_seed(1)))
+    engine.announce("a", 4, media.items())
+    assert not engine.step().did_run
+    buffer = engine.media_buffer("a")
+    assert buffer is not None
+    buffer.write(0, media.rows[:2])
+    assert not engine.step().did_run, "9 tokens can be computed"
+    buffer.write(2, media.rows[2:3])
+    assert engine.step().did_run
+    (seq,) = engine.scheduler.running
+    assert seq.kv_len == 10
+    assert not engine.step().did_run
+    buffer.write(3, media.rows[3:])
+    assert engine.step().did_run, "what is left is computed however little it is"
+    assert seq.kv_len == 13
+
+
+def test_a_chunk_bound_below_the_smallest_part_does_not_stop_a_prefill(tiny: Path) -> None:
+    engine = make_engine(tiny, min_partial_chunk=64, max_prefill_chunk=4)
+    engine.submit(request("a", (*prompt(9), PAD), num_media=1))
+    media = Media(grids=[(1, 4, 4)], rows=torch.randn(4, 64, generator=torch.Generator().manual_seed(1)))
+    engine.announce("a", 4, media.items())
+    for computed in (4, 8):
+        assert engine.step().did_run
+        assert engine.scheduler.running[0].kv_len == computed
+    assert not engine.step().did_run
+
+
 def test_text_before_the_first_row_is_computed_while_rows_are_awaited(tiny: Path) -> None:
-    engine = make_engine(tiny)
+    engine = make_engine(tiny, min_partial_chunk=1)
     engine.submit(request("a", (*prompt(9), PAD, *prompt(2, seed=1)), num_media=1))
     assert not engine.step().did_run
     media = Media(grids=[(1, 4, 4)], rows=torch.randn(4, 64))

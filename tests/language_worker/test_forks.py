@@ -87,7 +87,7 @@ def test_a_fork_outlives_the_sample_that_computed_the_prompt(tiny: Path) -> None
 def test_samples_of_a_prompt_with_media_share_it(tiny: Path) -> None:
     media = {"a": Media(grids=[(1, 4, 6)], rows=torch.randn(6, 64, generator=torch.Generator().manual_seed(0)))}
     asked = [request("a", (*prompt(9), PAD, *prompt(5, seed=1)), _sampling(3), num_media=1)]
-    engine = make_engine(tiny, page_size=4)
+    engine = make_engine(tiny, page_size=4, min_partial_chunk=1)
     counts = _count_tokens(engine)
     results = drive(engine, asked, media)
     assert counts == [9, 11] + [3] * (NEW - 1)

@@ -9,6 +9,7 @@ import torch
 
 from language_worker.api import SamplingParams
 from language_worker.engine import Engine
+from language_worker.errors import MediaMismatch
 from language_worker.page_pool import PagePool
 from language_worker.prefix_cache import PrefixCache
 from language_worker.request import MediaSpan, Sequence
@@ -234,8 +235,48 @@ def test_an_answer_on_cached_media_needs_no_rows(tiny: Path) -> None:
     assert engine.stats()["input_buffer_rows_reserved"] == 0
 
 
-def test_rows_that_are_still_needed_are_waited_for(tiny: Path) -> None:
+@pytest.mark.parametrize("is_preempted", [False, True])
+def test_media_that_come_anew_after_the_answer_began_do_not_begin_it_again(is_preempted: bool, tiny: Path) -> None:
+    engine, media = make_engine(tiny, page_size=4, kv_cache_tokens=64, max_model_len=64), _media(1, "p", "q")
+    expected = drive(engine, [request("a", IDS, num_media=2)], {"a": media})["a"].tokens()
+    engine.submit(request("b", IDS, num_media=2))
+    engine.announce("b", 14, media.items())
+    results = Results()
+    for _ in range(3):
+        results.take(engine.step())
+    assert len(results["b"].tokens()) == 3, "from cached pages"
+    engine.forget_media("b")
+    if is_preempted:  # and its pages go to others, so that the rows are needed after all
+        engine.scheduler._preempt(engine.scheduler.running[0])
+        engine.scheduler.pool.allocate(engine.scheduler.pool.num_free, (99, 0))
+        engine.scheduler.pool.release((99, 0))
+    assert not results.take(engine.step())
+    engine.announce("b", 14, media.items())
+    assert results.take(engine.step()) == ["b"], "admitted again"
+    engine.media_buffer("b").write(0, media.rows)
+    while results["b"].done is None:
+        results.take(engine.step())
+        engine.scheduler.check_invariants()
+    assert results["b"].tokens() == expected
+    assert engine.stats()["input_buffer_rows_reserved"] == engine.stats()["kv_pages_referenced"] == 0
+
+
+def test_media_that_come_anew_in_other_sizes_fail_an_answer_that_began(tiny: Path) -> None:
     engine, media = make_engine(tiny, page_size=4), _media(1, "p", "q")
+    drive(engine, [request("a", IDS, num_media=2)], {"a": media})
+    engine.submit(request("b", IDS, num_media=2))
+    engine.announce("b", 14, media.items())
+    results = Results()
+    results.take(engine.step())
+    engine.forget_media("b")
+    media.grids = [(1, 8, 4), (1, 4, 6)]
+    engine.announce("b", 14, media.items())
+    results.take(engine.step())
+    assert isinstance(results["b"].error, MediaMismatch) and "other sizes" in str(results["b"].error)
+
+
+def test_rows_that_are_still_needed_are_waited_for(tiny: Path) -> None:
+    engine, media = make_engine(tiny, page_size=4, min_partial_chunk=1), _media(1, "p", "q")
     drive(engine, [request("a", IDS, num_media=2)], {"a": media})
     other = _media(1, "p", "new")
     other.rows[6:] += 1

@@ -1,7 +1,7 @@
 """Random traffic through the whole engine on the toy model: every token is the naive decoder's, no page lost.
 
-Arrivals, rows that trickle in, cancels, forks, preemption in tiny pools, chunks, prefix hits and evictions, drafts, in
-any order. Then the same machine against planted bugs: each must be caught.
+Arrivals, rows that trickle in or start over, cancels, forks, preemption in tiny pools, chunks, prefix hits and
+evictions, drafts, in any order. Then the same machine against planted bugs: each must be caught.
 """
 
 from __future__ import annotations
@@ -117,12 +117,16 @@ class Traffic(RuleBasedStateMachine):
         self.requests[name] = asked, media
         self.engine.submit(asked)
         if media:
-            items = [
-                {"grid": [1, 1, len(ROWS[m])], "rows": len(ROWS[m]), "content_key": m if self.has_keys else ""}
-                for m in media
-            ]
-            self.engine.announce(name, sum(len(ROWS[m]) for m in media), items)
-            self.written[name] = 0
+            self._announce(name)
+
+    def _announce(self, name: str) -> None:
+        media = self.requests[name][1]
+        items = [
+            {"grid": [1, 1, len(ROWS[m])], "rows": len(ROWS[m]), "content_key": m if self.has_keys else ""}
+            for m in media
+        ]
+        self.engine.announce(name, sum(len(ROWS[m]) for m in media), items)
+        self.written[name] = 0
 
     @rule()
     def step(self) -> None:
@@ -156,6 +160,17 @@ class Traffic(RuleBasedStateMachine):
     @rule(pick=st.integers(0, 99), count=st.integers(1, 9))
     def rows_arrive(self, pick: int, count: int) -> None:
         self._write(sorted(self.written)[pick % len(self.written)], count)
+
+    @precondition(lambda self: self.written)
+    @rule(pick=st.integers(0, 99))
+    def rows_start_over(self, pick: int) -> None:
+        """A stream that was not complete comes anew, from its announcement on."""
+        name = sorted(self.written)[pick % len(self.written)]
+        if self.written[name] < sum(len(ROWS[m]) for m in self.requests[name][1]):
+            self.reached["restarts"] += 1
+            self.engine.forget_media(name)
+            self._announce(name)
+            self._step()
 
     @precondition(lambda self: self.requests)
     @rule(pick=st.integers(0, 99))
@@ -212,7 +227,7 @@ def _settings(max_examples: int, **values: Any) -> settings:
 def test_tokens_and_pages_are_right_whatever_the_traffic() -> None:
     Traffic.reached.clear()
     run_state_machine_as_test(Traffic, settings=_settings(3000 if IS_SOAK else 200))
-    assert len(Traffic.reached) == 7 and min(Traffic.reached.values()) > 20, Traffic.reached
+    assert len(Traffic.reached) == 8 and min(Traffic.reached.values()) > 20, Traffic.reached
 
 
 # -- planted bugs -----------------------------------------------------------------------------------------------------
@@ -418,8 +433,8 @@ def _drafts_beyond_the_pages(patch: pytest.MonkeyPatch) -> None:
 
 
 def _first_tokens_in_the_wrong_order(patch: pytest.MonkeyPatch) -> None:
-    def choose(step: Any, served: Any) -> Any:
-        return [choices[::-1] for choices in original(step, served)]
+    def choose(step: Any, served: Any, **values: Any) -> Any:
+        return [choices[::-1] for choices in original(step, served, **values)]
 
     original = engine.choose
     patch.setattr(engine, "choose", choose)

@@ -204,3 +204,41 @@ def test_logprobs_are_of_the_raw_logits() -> None:
     (choice,) = sample(logits, [_state(params)])
     assert choice.token_id == 5 and choice.logprob is not None
     assert choice.logprob.logprob == pytest.approx(torch.log_softmax(logits[0], -1)[5].item())
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": 0},
+        {"temperature": 0, "repetition_penalty": 1.5, "min_tokens": 3},
+        {"temperature": 1.0},
+        {"temperature": 5.0, "top_k": 20},
+        {"temperature": 2.0, "top_p": 0.9, "logit_bias": {45: 100.0, 49: 100.0}},
+        {"temperature": 0, "logprobs": 3},
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_pad_the_vocabulary_are_never_chosen(values: dict, dtype: torch.dtype) -> None:
+    logits = _logits(8, rows=40).to(dtype)
+    logits[:, 44:] += 50.0
+    before = logits.clone()
+    states = [_state(SamplingParams(**values), seed=i, prompt=(46,), stop_ids=(47,)) for i in range(40)]
+    choices = sample(logits, states, num_token_ids=44)
+    assert all(choice.token_id < 44 for choice in choices)
+    assert torch.equal(logits, before)
+    free = [_state(SamplingParams(**values), seed=i, prompt=(46,), stop_ids=(47,)) for i in range(40)]
+    assert all(choice.token_id >= 44 for choice in sample(logits, free)), "without the bound they always win"
+    if params_logprobs := values.get("logprobs"):
+        for choice in choices:
+            assert (
+                choice.logprob is not None and choice.logprob.rank == 1 and len(choice.logprob.top) == params_logprobs
+            )
+            assert all(token_id < 44 for token_id, _ in choice.logprob.top)
+
+
+def test_the_bound_changes_nothing_where_the_padding_cannot_win() -> None:
+    logits = _logits(9, rows=30)
+    logits[:, 44:] = -1e9
+    for values in ({"temperature": 0.0}, {"temperature": 1.3}, {"temperature": 0.8, "top_p": 0.9}):
+        bounded = sample(logits, [_state(SamplingParams(**values), seed=i) for i in range(30)], num_token_ids=44)
+        assert bounded == sample(logits, [_state(SamplingParams(**values), seed=i) for i in range(30)])

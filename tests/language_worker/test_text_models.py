@@ -55,7 +55,8 @@ def _reference(folder: Path, ids: tuple[int, ...], num_new: int) -> tuple[torch.
     with torch.no_grad():
         logits = model(**inputs).logits[0]
         model.generation_config.eos_token_id = None
-        out = model.generate(**inputs, max_new_tokens=num_new, do_sample=False)
+        padding = list(range(NUM_TOKENS, logits.shape[1])) or None  # ids that stand for no token
+        out = model.generate(**inputs, max_new_tokens=num_new, do_sample=False, suppress_tokens=padding)
     return logits, out[0, len(ids) :].tolist()
 
 

@@ -20,11 +20,11 @@ from tests.language_worker.helpers import GREEDY, Media, drive, make_engine, pro
 from tests.tiny_tokenizer import TOKEN_IDS
 from transfer.buffers import plane_of
 from transfer.config import TransferConfig
-from transfer.endpoint import open_endpoint
+from transfer.endpoints.endpoint import open_endpoint
 from transfer.errors import RemoteFailure, TransferError
-from transfer.service import Service
-from transfer.stream_sender import StreamSender
-from transfer.ticket import Ticket
+from transfer.protocol.ticket import Ticket
+from transfer.streams.service import Service
+from transfer.streams.stream_sender import StreamSender
 
 PAD = TOKEN_IDS["<|image_pad|>"]
 WAIT_S = 30.0

@@ -67,6 +67,10 @@ class ToyModel(LanguageModel):
         return cls()
 
     @classmethod
+    def check(cls, checkpoint: Any) -> int:
+        return 0
+
+    @classmethod
     def read_spec(cls, config: Any) -> ModelSpec:
         return cls.spec
 

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from transfer.checkpoint import Checkpoint, CheckpointError, Rule, load_checkpoint
+from transfer.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from transfer.checkpoint_rules import Rule
 
 WIDTH, INNER, LAYERS = 4, 6, 3
 RULES = (

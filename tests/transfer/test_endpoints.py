@@ -19,19 +19,19 @@ import torch
 import zmq
 
 from tests.transfer.virtual import PLANES, Consumer, assert_rows_equal, make_rows
-from transfer.calls import IncomingCall
 from transfer.config import TransferConfig
-from transfer.connection import Connection, Endpoint
-from transfer.endpoint import open_endpoint
+from transfer.endpoints.connection import Connection, Endpoint
+from transfer.endpoints.endpoint import open_endpoint
+from transfer.endpoints.zmq_endpoint import ZmqEndpoint
 from transfer.errors import ConfigError, EndpointClosed, LocalProtocolError, MessageTooLarge, RemoteFailure
-from transfer.messages import Call
-from transfer.service import Service
-from transfer.stream_receiver import StreamReceiver
-from transfer.stream_sender import OutgoingStream, StreamSender
-from transfer.ticket import Ticket
-from transfer.zmq_endpoint import ZmqEndpoint
+from transfer.protocol.messages import Call
+from transfer.protocol.ticket import Ticket
+from transfer.streams.calls import IncomingCall
+from transfer.streams.service import Service
+from transfer.streams.stream_receiver import StreamReceiver
+from transfer.streams.stream_sender import OutgoingStream, StreamSender
 
-TRANSPORTS = ["inproc", "tcp", "ipc", "curve"]
+TRANSPORTS = ["inproc", "tcp", "ipc", "curve", "tcp+shm", "ipc+shm", "curve+shm"]
 NAMES = itertools.count()
 WAIT_S = 20.0
 CONFIG = TransferConfig(
@@ -57,12 +57,25 @@ class Workers:
     folder: Path
     made: list[Service] = field(default_factory=list)
 
+    @property
+    def scheme(self) -> str:
+        return self.transport.removesuffix("+shm")
+
+    @property
+    def has_segments(self) -> bool:
+        return self.transport.endswith("+shm")
+
+    @property
+    def config(self) -> TransferConfig:
+        """For senders and receivers of streams."""
+        return replace(CONFIG, shared_memory=self.has_segments, segment_tokens=CONFIG.pool_tokens)
+
     def endpoint(self, config: TransferConfig = CONFIG) -> Endpoint:
         address = {
             "inproc": f"inproc://conformance-{next(NAMES)}",
             "ipc": f"ipc://{self.folder}/s/{next(NAMES)}",
-        }.get(self.transport, "tcp://127.0.0.1:0")
-        return open_endpoint(address, config, curve=True if self.transport == "curve" else None)
+        }.get(self.scheme, "tcp://127.0.0.1:0")
+        return open_endpoint(address, config, curve=True if self.scheme == "curve" else None)
 
     def service(self, config: TransferConfig = CONFIG) -> Service:
         service = Service(self.endpoint(config), config)
@@ -84,7 +97,7 @@ def workers(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Workers]
     yield made
     for service in made.made:
         service.close()
-    assert not [t for t in threading.enumerate() if t.name.startswith("transfer ")], "a thread is left"
+    assert not [t for t in threading.enumerate() if t.name.startswith(("transfer ", "segments "))], "a thread is left"
 
 
 class Answers:
@@ -178,9 +191,7 @@ def test_failures_are_typed_and_a_bad_handler_hurts_nobody(workers: Workers) -> 
     assert failure.code == "InternalError" and "0x" not in failure.message
     assert call(workers, client, server, "refuse", {})[0].failure().args == ("PromptTooLong", "9 tokens, 8 fit")
     assert call(workers, client, server, "nonsense", {})[0].failure().code == "UnknownMethod"
-    assert call(workers, client, server, "ping", {"x": {1}} if workers.transport != "inproc" else {})[0].ended.wait(
-        WAIT_S
-    )
+    assert call(workers, client, server, "ping", {"x": {1}} if workers.scheme != "inproc" else {})[0].ended.wait(WAIT_S)
     answers, _ = call(workers, client, server, "ping", {})
     assert answers.ended.wait(WAIT_S) and answers.ends == [({}, None)]
     assert_no_calls(server, client)
@@ -300,7 +311,7 @@ def test_what_starts_while_a_service_closes_is_refused_or_ends(
 ) -> None:
     server, client = workers.service(), workers.service()
     server.register("hold", lambda incoming: None)
-    sender, receiver = StreamSender(client, CONFIG), StreamReceiver(client, CONFIG, PLANES)
+    sender, receiver = StreamSender(client, workers.config), StreamReceiver(client, workers.config, PLANES)
     server.start()
     client.start()
     target, close, refused = workers.connect(client, server), client.endpoint.close, []
@@ -345,7 +356,7 @@ def test_what_starts_while_a_service_closes_is_refused_or_ends(
 @pytest.mark.parametrize("closed", ["service", "endpoint"])
 def test_rows_written_after_the_close_block_nobody(workers: Workers, closed: str) -> None:
     server, client = workers.service(), workers.service()
-    sender = StreamSender(client, CONFIG)
+    sender = StreamSender(client, workers.config)
     client.start()
     stream = sender.open(Ticket.issue("test"), server.endpoint.address, server.endpoint.public_key, PLANES)
     ends: list[Exception] = []
@@ -367,8 +378,8 @@ def test_rows_written_after_the_close_block_nobody(workers: Workers, closed: str
 
 def test_streams_both_ways_at_once(workers: Workers) -> None:
     one, two = workers.service(), workers.service()
-    receivers = {s: StreamReceiver(s, CONFIG, PLANES) for s in (one, two)}
-    senders = {s: StreamSender(s, CONFIG) for s in (one, two)}
+    receivers = {s: StreamReceiver(s, workers.config, PLANES) for s in (one, two)}
+    senders = {s: StreamSender(s, workers.config) for s in (one, two)}
     one.start()
     two.start()
     running = []
@@ -396,6 +407,8 @@ def test_streams_both_ways_at_once(workers: Workers) -> None:
         stats = receivers[service].stats()
         assert stats["transfer_blocks_in_use"] == stats["transfer_streams_open"] == stats["transfer_tickets_open"] == 0
         assert senders[service].stats()["transfer_streams_sending"] == 0
+        assert senders[service].stats()["transfer_segments_mapped"] == workers.has_segments, "rows took the other path"
+        wait_for(lambda s=service: receivers[s].stats()["transfer_segments_open"] == 0)  # type: ignore[misc]
 
 
 def test_many_threads_may_send(workers: Workers) -> None:
@@ -424,9 +437,9 @@ def test_a_name_or_socket_can_be_used_again(workers: Workers) -> None:
     address = service.endpoint.address
     service.start()
     with pytest.raises(ConfigError):
-        open_endpoint(address, CONFIG, curve=True if workers.transport == "curve" else None)
+        open_endpoint(address, CONFIG, curve=True if workers.scheme == "curve" else None)
     service.close()
-    again = open_endpoint(address, CONFIG, curve=True if workers.transport == "curve" else None)
+    again = open_endpoint(address, CONFIG, curve=True if workers.scheme == "curve" else None)
     again.close()
 
 
@@ -536,7 +549,7 @@ def test_connections_to_receivers_that_went_are_closed() -> None:
         assert first.ended.wait(WAIT_S)
         receivers[1].close()
         wait_for(lambda: set(endpoint._dealers) == {held})  # calls went over that one: it is not the streams' to close
-        assert len(endpoint._connections) == 1
+        assert len(endpoint._peers) == 1
         transfer(receivers[2], sides[2])  # closed meanwhile, and made again
         second = Answers()
         client.call(held, "ping", {}, on_end=second.on_end)
@@ -765,8 +778,9 @@ def test_inproc_needs_neither_zmq_nor_msgpack() -> None:
 
     code = (
         "import sys; sys.modules['zmq'] = sys.modules['msgpack'] = sys.modules['pydantic'] = sys.modules['ray'] = None;"
-        "from transfer.endpoint import open_endpoint; from transfer.service import Service;"
-        "from transfer.stream_receiver import StreamReceiver; from transfer.stream_sender import StreamSender;"
+        "from transfer.endpoints.endpoint import open_endpoint; from transfer.streams.service import Service;"
+        "from transfer.streams.stream_receiver import StreamReceiver;"
+        "from transfer.streams.stream_sender import StreamSender;"
         "open_endpoint('inproc://x').close()"
     )
     root = Path(__file__).parents[2]

@@ -10,9 +10,18 @@ from tests.transfer.test_streams import configure
 from tests.transfer.virtual import PLANES, Pair, VirtualEndpoint, VirtualNetwork, assert_rows_equal, make_rows
 from transfer.config import TransferConfig
 from transfer.errors import AlignmentError, IncompatibleBlocks, RemoteProtocolError, TicketRejected, TransferError
-from transfer.messages import Abort, Ack, Announce, Block, Close, Grant, Message, Open
+from transfer.protocol.messages import Abort, Ack, Announce, Block, Close, Grant, Message, Open
+from transfer.protocol.negotiate import Offer
+from transfer.protocol.ticket import Ticket, proven_open
 from transfer.tensors import PlaneSpec
-from transfer.ticket import Ticket
+
+OFFER = Offer(block_size=16, planes=PLANES, max_frame_bytes=1 << 20, credit=4)
+
+
+def forged_open(ticket: Ticket) -> Open:
+    """By who knows the stream's id only."""
+    message = proven_open(ticket, b"n" * 16, OFFER, "", None)
+    return replace(message, proof=b"\0" * 32)
 
 
 def assert_both_fail(pair: Pair, change, kind: type[TransferError]) -> None:  # type: ignore[no-untyped-def]
@@ -131,7 +140,7 @@ def test_who_knows_a_streams_id_only_cannot_end_it(parked: bool) -> None:
     stranger = VirtualEndpoint(pair.network, "virtual://stranger")
     replies: list[Message] = []
     stranger.start(lambda c, m, f: replies.append(m))
-    guess = Open(stream_id=ticket.stream_id, epoch=1, proof=b"\0" * 32, block_size=16, planes=PLANES, content_key="")
+    guess = forged_open(ticket)
     consumer = None if parked else pair.listen(ticket)
     pair.network.settle()
     stranger.send(stranger.connect("virtual://receiver"), guess)
@@ -157,7 +166,7 @@ def test_an_open_that_proves_nothing_on_the_senders_own_connection_is_dropped() 
     pair.network.settle()
     own = next(m for _, _, m, _ in pair.network.log if isinstance(m, Open))
     sender = pair.network.endpoints["virtual://sender"]
-    for change in ({"proof": b"\0" * 32}, {"epoch": 2}, {"block_size": 32}):
+    for change in ({"proof": b"\0" * 32}, {"epoch": 2}, {"offer": replace(own.offer, block_size=32)}):
         sender.send(sender.connect("virtual://receiver"), replace(own, **change))
     pair.network.settle()
     assert pair.receiver.stats()["transfer_dropped_bad_proof"] == 3
@@ -201,7 +210,9 @@ def test_a_stranger_cannot_touch_a_running_stream() -> None:
     stranger.send(target, block[0], block[1])
     stranger.send(target, Abort(stream_id=sid, epoch=1, code="Stop", message=""))
     stranger.send(stranger.connect("virtual://sender"), Close(stream_id=sid, epoch=1, total_rows=1000))
-    stranger.send(stranger.connect("virtual://sender"), Ack(stream_id=sid, epoch=1, next_index=63))
+    stranger.send(
+        stranger.connect("virtual://sender"), Ack(stream_id=sid, epoch=1, serial=0, next_index=63, kept_index=0)
+    )
     pair.network.settle()
     assert pair.receiver.stats()["transfer_dropped_foreign_connection"] == 3
     assert pair.sender.stats()["transfer_dropped_foreign_connection"] == 2
@@ -214,7 +225,8 @@ def test_a_stranger_cannot_touch_a_running_stream() -> None:
 
 def inject(pair: Pair, message: Block, frames: list[bytes]) -> None:
     sender = pair.network.endpoints["virtual://sender"]
-    sender.send(sender.connect("virtual://receiver"), message, frames)
+    path = "virtual://receiver#token" if sender.encrypted else "virtual://receiver"
+    sender.send(sender.connect(path), message, frames)
     pair.network.settle()
 
 
@@ -281,11 +293,18 @@ def test_a_replayed_stream_never_writes_into_freed_or_reused_blocks() -> None:
 @pytest.mark.parametrize(
     "lie",
     [
-        lambda sid: Ack(stream_id=sid, epoch=1, next_index=99),
+        lambda sid: Ack(stream_id=sid, epoch=1, serial=0, next_index=99, kept_index=0),
         lambda sid: Close(stream_id=sid, epoch=1, total_rows=7),
         lambda sid: Close(stream_id=sid, epoch=1, total_rows=1000),
         lambda sid: Grant(
-            stream_id=sid, epoch=1, round=1, block_ids=(1,), allocated_tokens=16, block_size=16, credit=0
+            stream_id=sid,
+            epoch=1,
+            round=1,
+            first_index=2,
+            block_ids=(1,),
+            allocated_tokens=16,
+            block_size=16,
+            credit=0,
         ),
     ],
 )
@@ -294,7 +313,7 @@ def test_a_lying_receiver_ends_the_stream_with_a_typed_error(lie) -> None:  # ty
     stream, consumer, _ = pair.transfer(1000, admit=False)
     pair.network.settle()
     receiver = pair.network.endpoints["virtual://receiver"]
-    (back,) = {c for e, c, _, _ in pair.network.log if e is receiver}
+    (back,) = {c for e, c, _, _ in pair.network.log if e is receiver and not c.is_sealed_path}
     receiver.send(back, lie(stream.stream_id))
     pair.network.settle()
     with pytest.raises(RemoteProtocolError):
@@ -322,9 +341,7 @@ def test_early_opens_are_bounded() -> None:
     sender = pair.network.endpoints["virtual://sender"]
     for number in range(3000):
         ticket = Ticket.issue(str(number))
-        proof = b"\0" * 32
-        message = Open(stream_id=ticket.stream_id, epoch=1, proof=proof, block_size=16, planes=PLANES, content_key="")
-        sender.send(sender.connect("virtual://receiver"), message)
+        sender.send(sender.connect("virtual://receiver"), forged_open(ticket))
     pair.network.settle()
     assert pair.receiver.stats()["transfer_opens_parked"] == 1024
     pair.network.advance(6, step=1.0)

@@ -9,26 +9,40 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.transfer.virtual import PLANES
-from transfer.actions import Dropped, Failed, Send, Timers
-from transfer.connection import Connection
+from transfer.endpoints.connection import Connection
 from transfer.errors import AlignmentError, LocalProtocolError
-from transfer.grant_planner import GrantPlanner
-from transfer.liveness import Liveness
-from transfer.messages import Abort, Grant, Open
-from transfer.receiver_session import ReceiverSession
-from transfer.sender_session import SenderSession
-from transfer.state import ReceiverState, SenderState
-from transfer.ticket import Ticket
+from transfer.protocol.actions import Accepted, Dropped, Failed, Send, Timers
+from transfer.protocol.grant_planner import Demand, GrantPlanner
+from transfer.protocol.liveness import Liveness
+from transfer.protocol.messages import Abort, Accept, Grant, Open
+from transfer.protocol.negotiate import Offer
+from transfer.protocol.receiver_session import ReceiverSession
+from transfer.protocol.sender_session import SenderSession
+from transfer.protocol.state import ReceiverState, SenderState
+from transfer.protocol.ticket import Ticket
 
 TICKET = Ticket.issue("test")
+OFFER = Offer(block_size=16, planes=PLANES, max_frame_bytes=1 << 20, credit=4)
 
 
 def receiver() -> ReceiverSession:
-    return ReceiverSession(TICKET, block_size=16, planes=PLANES, default_blocks=4, credit=4, timers=Timers(), now=0.0)
+    return ReceiverSession(TICKET, offer=OFFER, default_blocks=4, timers=Timers(), now=0.0)
 
 
 def sender() -> SenderSession:
-    return SenderSession(TICKET, block_size=16, planes=PLANES, content_key="", timers=Timers(), now=0.0)
+    return SenderSession(TICKET, offer=OFFER, nonce=b"n" * 16, content_key="", timers=Timers(), now=0.0)
+
+
+def opened() -> tuple[SenderSession, ReceiverSession]:
+    """Two sessions after their handshake."""
+    left, right = sender(), receiver()
+    (action,) = left.start(0.0)
+    assert isinstance(action, Send) and isinstance(action.message, Open)
+    (answer,) = right.open(action.message, 0.0)
+    assert isinstance(answer, Send) and isinstance(answer.message, Accept)
+    (accepted,) = left.receive(answer.message, 0.0)
+    assert accepted == Accepted(right.facts.terms, 0, None, None)
+    return left, right
 
 
 def test_admitting_too_early_raises_and_changes_nothing() -> None:
@@ -54,13 +68,19 @@ def test_starting_twice_raises_and_changes_nothing() -> None:
 
 
 def test_a_grant_whose_predecessor_was_lost_waits_for_it() -> None:
-    session = sender()
-    session.start(0.0)
+    session, _ = opened()
     second = Grant(
-        stream_id=TICKET.stream_id, epoch=1, round=1, block_ids=(1,), allocated_tokens=16, block_size=16, credit=4
+        stream_id=TICKET.stream_id,
+        epoch=1,
+        round=1,
+        first_index=4,
+        block_ids=(1,),
+        allocated_tokens=16,
+        block_size=16,
+        credit=4,
     )
     assert session.receive(second, 0.0) == [Dropped("early")]
-    assert session.state is SenderState.OPENING
+    assert session.state is SenderState.ACCEPTED
 
 
 def test_probes_back_off_and_repeat_the_open() -> None:
@@ -83,10 +103,10 @@ def test_a_plan_gives_each_empty_stream_one_block_and_the_rest_to_the_first(
 ) -> None:
     planner = GrantPlanner()
     for age, (admitted, wanted, empty) in enumerate(demands):
-        planner.update(str(age), rank=(not admitted, age), wanted=wanted, empty=empty)
+        planner.update(str(age), Demand(rank=(not admitted, age), wanted=wanted, empty=empty))
     plan = planner.plan(num_free)
-    assert plan == naive_plan(demands, num_free)
-    assert planner.plan(0) == {}
+    assert plan == (naive_plan(demands, num_free), {})
+    assert planner.plan(0) == ({}, {})
 
 
 def naive_plan(demands: list[tuple[bool, int, bool]], num_free: int) -> dict[str, int]:
@@ -127,13 +147,13 @@ def test_liveness_pings_the_silent_and_loses_the_dead() -> None:
 
 @pytest.mark.parametrize("tokens", [31, 33, 47, 16, 0])
 def test_the_sender_itself_refuses_a_grant_that_is_not_whole_blocks(tokens: int) -> None:
-    session = sender()
-    session.start(0.0)
+    session, _ = opened()
     session.announce(100, (), 0.0)
     grant = Grant(
         stream_id=TICKET.stream_id,
         epoch=1,
         round=0,
+        first_index=0,
         block_ids=(1, 2),
         allocated_tokens=tokens,
         block_size=16,

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from transfer.errors import LocalProtocolError, RemoteProtocolError
-from transfer.state import (
+from transfer.protocol.state import (
     RECEIVER_TABLE,
     REMOTE_EVENTS,
     SENDER_TABLE,
@@ -22,19 +22,22 @@ from transfer.state import (
 # Written out by hand, independently of the tables: "state: event>state event>state ..."
 SENDER = """
 idle: open>opening fail>failed
-opening: grant>granted fail>failed
-granted: announce>sending fail>failed
-sending: grant>sending send>sending ack>sending last_ack>draining close>done fail>failed
-draining: close>done fail>failed
+opening: accept>accepted fail>failed
+accepted: grant>granted announce>sending fail>failed
+granted: grant>granted revoke>granted announce>sending fail>failed
+sending: grant>sending revoke>sending send>sending ack>sending last_ack>draining close>done fail>failed
+draining: revoke>sending close>done fail>failed
 done:
 failed:
 """
 RECEIVER = """
-registered: open>opened fail>failed
-opened: grant>granted fail>failed
-granted: announce>held fail>failed
-held: block>held admit>admitted finish>complete fail>failed
-admitted: grant>admitted block>admitted finish>complete fail>failed
+registered: open>opened orphan>orphaned fail>failed
+opened: grant>granted orphan>orphaned fail>failed
+granted: revoke>granted announce>held orphan>orphaned fail>failed
+held: grant>held revoke>held block>held admit>admitted finish>complete orphan>orphaned fail>failed
+admitted: grant>admitted block>admitted finish>complete orphan>orphaned fail>failed
+orphaned: orphan>orphaned revoke>orphaned admit>orphaned open>opened restart>opened resume_held>held
+orphaned: resume_admitted>admitted fail>failed
 complete:
 failed:
 """

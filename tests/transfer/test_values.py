@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from tests.transfer.virtual import PLANES, make_rows
 from transfer import errors
-from transfer.addresses import ZAP_DOMAIN, AllowList, check_bind_host, is_loopback, prepare_ipc
 from transfer.buffers import PlaneBuffers, RowQueue, tensor_bytes
 from transfer.config import TransferConfig
+from transfer.endpoints.addresses import ZAP_DOMAIN, AllowList, check_bind_host, is_loopback, prepare_ipc
+from transfer.endpoints.outbox import Outbox
 from transfer.errors import (
     ConfigError,
     MessageTooLarge,
@@ -26,10 +27,11 @@ from transfer.errors import (
     TicketRejected,
     TransferError,
 )
-from transfer.integrity import block_tag, tag_seed
-from transfer.outbox import Outbox
+from transfer.protocol.integrity import block_tag, tag_seed
+from transfer.protocol.messages import Accept
+from transfer.protocol.negotiate import Offer
+from transfer.protocol.ticket import Ticket, accept_is_proven, open_is_proven, proven_accept, proven_open
 from transfer.tensors import DTYPE_BYTES, PlaneSpec
-from transfer.ticket import Ticket, prove, verify
 
 
 def tree(kind: type[TransferError]) -> list[type[TransferError]]:
@@ -102,23 +104,56 @@ def test_tickets_are_secret_unique_and_strict() -> None:
     assert tickets[0].next_epoch().epoch == 2 and tickets[0].next_epoch().secret != tickets[0].secret
 
 
+OFFER = Offer(block_size=128, planes=PLANES, max_frame_bytes=1 << 20, credit=4)
+OTHER_OFFERS = (
+    replace(OFFER, block_size=129),
+    replace(OFFER, planes=PLANES[::-1]),
+    replace(OFFER, versions=(1, 2)),
+    replace(OFFER, integrity=("none",)),
+    replace(OFFER, payload=("shm",)),
+    replace(OFFER, max_frame_bytes=1),
+    replace(OFFER, credit=5),
+)
+
+
 def test_a_proof_is_bound_to_everything_it_says() -> None:
     ticket = Ticket.issue("me")
-    proof = prove(ticket, 128, PLANES, "key")
-    assert verify(ticket, proof, 128, PLANES, "key")
-    assert not verify(ticket, proof, 129, PLANES, "key")
-    assert not verify(ticket, proof, 128, PLANES[::-1], "key")
-    assert not verify(ticket, proof, 128, PLANES, "other")
-    assert not verify(replace(ticket, epoch=2), proof, 128, PLANES, "key")
-    assert not verify(replace(ticket, secret=b"0" * 16), proof, 128, PLANES, "key")
-    assert not verify(ticket, b"", 128, PLANES, "key")
+    opened = proven_open(ticket, b"n" * 16, OFFER, "key", 5)
+    assert open_is_proven(ticket, opened)
+    changes: list[dict[str, object]] = [{"offer": other} for other in OTHER_OFFERS]
+    changes += [{"nonce": b"m" * 16}, {"content_key": "other"}, {"deadline_ms": None}, {"proof": b""}, {"epoch": 2}]
+    for change in changes:
+        assert not open_is_proven(ticket, replace(opened, **change)), change  # type: ignore[arg-type]
+    assert not open_is_proven(replace(ticket, epoch=2), opened)
+    assert not open_is_proven(replace(ticket, secret=b"0" * 16), opened)
+
+
+def test_the_receivers_proof_answers_one_open_and_is_bound_to_all_it_says() -> None:
+    ticket = Ticket.issue("me")
+    opened = proven_open(ticket, b"n" * 16, OFFER, "key", 5)
+    bare = Accept(stream_id=ticket.stream_id, epoch=1, proof=b"", offer=OFFER, first_index=3)
+    accept = proven_accept(ticket, bare, opened)
+    assert accept_is_proven(ticket, accept, opened)
+    assert accept_is_proven(ticket, accept, replace(opened, deadline_ms=4)), "a repeated Open has less time left"
+    assert not accept_is_proven(ticket, replace(accept, proof=opened.proof), opened), "the Open's own proof reflected"
+    changes: list[dict[str, object]] = [{"offer": other} for other in OTHER_OFFERS]
+    changes += [{"first_index": 4}, {"segment": {"path": "x"}}, {"data_address": "tcp://x:1"}, {"epoch": 2}]
+    for change in changes:
+        assert not accept_is_proven(ticket, replace(accept, **change), opened), change  # type: ignore[arg-type]
+    for other in (
+        replace(opened, nonce=b"m" * 16),
+        replace(opened, content_key="k"),
+        replace(opened, offer=OTHER_OFFERS[0]),
+    ):
+        assert not accept_is_proven(ticket, accept, other)
+    assert not accept_is_proven(replace(ticket, secret=b"0" * 16), accept, opened)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(st.integers(0, 4), st.integers(0, 99), st.integers(0, 7))
+@given(st.integers(0, 5), st.integers(0, 99), st.integers(0, 7))
 def test_a_tag_changes_with_every_field_and_every_bit(field: int, byte: int, bit: int) -> None:
     ticket = Ticket.issue("me")
-    seed, values, payload = tag_seed(ticket), [1, 2, 3, 4, 5], bytes(100)
+    seed, values, payload = tag_seed(ticket), [1, 2, 3, 4, 5, 6], bytes(100)
     tag = block_tag(seed, ticket.stream_id, *values, [payload])  # type: ignore[arg-type]
     assert tag == block_tag(seed, ticket.stream_id, *values, [payload[:40], payload[40:]])  # type: ignore[arg-type]
     values[field] += 1

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transfer.errors import LocalProtocolError, MalformedMessage, MessageTooLarge
-from transfer.messages import (
+from transfer.protocol.messages import (
     Abort,
+    Accept,
     Ack,
     Announce,
     Block,
@@ -27,9 +28,21 @@ from transfer.messages import (
     Open,
     Part,
     Parts,
+    Probe,
+    Resume,
+    Revoke,
+    Revoked,
+)
+from transfer.protocol.negotiate import Offer
+from transfer.protocol.wire import (
+    MAX_HEADER_BYTES,
+    PREFIX_BYTES,
+    WIRE_VERSION,
+    decode_header,
+    encode_header,
+    frame_header,
 )
 from transfer.tensors import DTYPE_BYTES, PlaneSpec
-from transfer.wire import MAX_HEADER_BYTES, WIRE_VERSION, decode_header, encode_header
 
 hex_ids = st.text("0123456789abcdef", min_size=32, max_size=32)
 u32 = st.integers(0, 2**32 - 1)
@@ -51,16 +64,35 @@ planes = st.builds(
 stream = {"stream_id": hex_ids, "epoch": st.integers(1, 2**32 - 1)}
 call_ids = st.integers(0, 2**63 - 1)
 size = st.integers(1, 2**24)
+proofs = st.binary(min_size=32, max_size=32)
+names = st.lists(st.text(max_size=32), max_size=4).map(tuple)
+offers = st.builds(
+    Offer,
+    versions=st.tuples(st.integers(0, 255), st.integers(0, 255)).map(sorted).map(tuple),
+    block_size=size,
+    planes=st.lists(planes, max_size=4).map(tuple),
+    integrity=names,
+    payload=names,
+    max_frame_bytes=call_ids,
+    credit=st.integers(1, 2**32 - 1),
+)
 messages = st.one_of(
-    st.builds(Open, **stream, proof=st.binary(min_size=32, max_size=32), block_size=size,
-              planes=st.lists(planes, max_size=4).map(tuple), content_key=st.text(max_size=64)),
-    st.builds(Grant, **stream, round=u32, block_ids=st.lists(u32, max_size=9).map(tuple), allocated_tokens=rows,
+    st.builds(Open, **stream, proof=proofs, nonce=st.binary(min_size=16, max_size=16), offer=offers,
+              content_key=st.text(max_size=64), deadline_ms=st.none() | call_ids),
+    st.builds(Accept, **stream, proof=proofs, offer=offers, first_index=u32, segment=st.none() | bodies,
+              data_address=st.none() | st.text(max_size=64)),
+    st.builds(Revoke, **stream, serial=u32, round=u32, first_index=u32),
+    st.builds(Revoked, **stream, serial=u32, first_index=u32),
+    st.builds(Probe, **stream, nonce=call_ids),
+    st.builds(Resume, **stream, nonce=call_ids, serial=u32, next_index=u32, kept_index=u32),
+    st.builds(Grant, **stream, round=u32, first_index=u32, block_ids=st.lists(u32, max_size=9).map(tuple),
+              allocated_tokens=rows,
               block_size=size, credit=u32),
     st.builds(Announce, **stream, total_rows=rows, allocated_tokens=rows, block_size=size,
               items=st.lists(bodies, max_size=3).map(tuple)),
     st.builds(Block, **stream, index=u32, block_id=u32, first_row=rows, num_rows=rows,
-              tag=st.integers(0, 2**64 - 1)),
-    st.builds(Ack, **stream, next_index=u32),
+              serial=call_ids, tag=st.binary(max_size=8)),
+    st.builds(Ack, **stream, serial=u32, next_index=u32, kept_index=u32),
     st.builds(Close, **stream, total_rows=rows),
     st.builds(Abort, **stream, code=st.text(max_size=128), message=st.text(max_size=200)),
     st.builds(Call, call_id=call_ids, method=st.text(max_size=128), body=bodies),
@@ -97,21 +129,34 @@ def test_damaged_headers_raise_one_error_or_decode(message: Message, data: st.Da
     for candidate in (bytes(header), bytes(header[:cut]), bytes(header) + b"\0"):
         with contextlib.suppress(MalformedMessage):
             decode_header(candidate, data.draw(st.integers(0, 3)))
+        with contextlib.suppress(MalformedMessage):
+            decode_header(frame_header(candidate[PREFIX_BYTES:]), data.draw(st.integers(0, 3)))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(messages, st.data())
+def test_no_turned_bit_and_no_missing_byte_goes_unseen(message: Message, data: st.DataObject) -> None:
+    header = bytearray(encode_header(message))
+    header[data.draw(st.integers(0, len(header) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    cut = encode_header(message)[: data.draw(st.integers(0, len(header) - 1))]
+    for damaged in (bytes(header), cut):
+        with pytest.raises(MalformedMessage):
+            decode_header(damaged, frames_of(message))
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.binary(max_size=200))
 def test_random_bytes_raise_one_error(junk: bytes) -> None:
-    for header in (junk, bytes([WIRE_VERSION]) + junk):
+    for header in (junk, bytes([WIRE_VERSION]) + junk, frame_header(junk)):
         with pytest.raises(MalformedMessage):
             decode_header(header, 0)
 
 
 def packed(record: object) -> bytes:
-    return bytes([WIRE_VERSION]) + bytes(msgpack.packb(record))
+    return frame_header(bytes(msgpack.packb(record)))
 
 
-ACK = {"type": "ack", "stream_id": "0" * 32, "epoch": 1, "next_index": 0}
+ACK = {"type": "ack", "stream_id": "0" * 32, "epoch": 1, "serial": 0, "next_index": 0, "kept_index": 0}
 CALL = {"type": "call", "call_id": 1, "method": "m", "body": {}}
 
 
@@ -128,7 +173,9 @@ def nested(depth: int) -> object:
         b"",
         b"\x01",
         bytes([WIRE_VERSION + 1]) + packed(ACK)[1:],
-        packed(ACK) + packed(ACK)[1:],
+        frame_header(packed(ACK)[PREFIX_BYTES:] * 2),
+        packed(ACK)[:PREFIX_BYTES],
+        packed(ACK)[:1] + bytes(4) + packed(ACK)[PREFIX_BYTES:],
         packed([ACK]),
         packed({**ACK, "type": "nonsense"}),
         packed({**ACK, "type": ["ack"]}),
@@ -151,11 +198,11 @@ def nested(depth: int) -> object:
         packed({**CALL, "method": "m" * 200}),
         packed({"type": "parts", "parts": [[1, {}, 1]]}),
         packed({"type": "parts", "parts": [[1, {}]]}),
-        bytes([WIRE_VERSION]) + b"\x91" * 100_000,
-        bytes([WIRE_VERSION]) + b"\xdf\xff\xff\xff\xff",
-        bytes([WIRE_VERSION]) + b"\xdd\xff\xff\xff\xff",
+        frame_header(b"\x91" * 100_000),
+        frame_header(b"\xdf\xff\xff\xff\xff"),
+        frame_header(b"\xdd\xff\xff\xff\xff"),
         pickle.dumps({"type": "ack"}),
-        bytes([WIRE_VERSION]) + pickle.dumps({"type": "ack"}),
+        frame_header(pickle.dumps({"type": "ack"})),
     ],
 )
 def test_wrong_headers_are_malformed(header: bytes) -> None:
@@ -168,10 +215,11 @@ def test_frames_where_none_belong_are_malformed() -> None:
         with pytest.raises(MalformedMessage, match="frames"):
             decode_header(packed(record), num_frames)
     block = {"type": "block", "stream_id": "0" * 32, "epoch": 1, "index": 0, "block_id": 0, "first_row": 0,
-             "num_rows": 1, "tag": 0}  # fmt: skip
-    decode_header(packed(block), 1)
+             "num_rows": 1, "serial": 1, "tag": b""}  # fmt: skip
+    for num_frames in (0, 1, 1024):  # none: the payload is in shared memory
+        decode_header(packed(block), num_frames)
     with pytest.raises(MalformedMessage, match="frames"):
-        decode_header(packed(block), 0)
+        decode_header(packed(block), 1025)
 
 
 def test_what_cannot_travel_is_refused_at_the_sender() -> None:

@@ -5,21 +5,28 @@ Messages wait in one queue; `faults` may lose, repeat, reorder or corrupt them. 
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from transfer.config import TransferConfig
-from transfer.connection import Connection, Frame, Handler, Tick
-from transfer.messages import Block, Message
-from transfer.service import Service
-from transfer.stream_receiver import StreamReceiver
-from transfer.stream_sender import OutgoingStream, StreamSender
+from transfer.endpoints.connection import Connection, Frame, Handler, Tick
+from transfer.errors import TicketRejected
+from transfer.protocol.messages import Block, Filled, Message, Probe
+from transfer.protocol.ticket import Ticket
+from transfer.shared_memory.segment_guest import SegmentGuest
+from transfer.shared_memory.segment_host import RELEASE_S, SegmentHost
+from transfer.shared_memory.segment_passing import FetchedSegment
+from transfer.shared_memory.segment_server import SegmentOffer
+from transfer.streams.service import Service
+from transfer.streams.stream_receiver import StreamReceiver
+from transfer.streams.stream_sender import OutgoingStream, StreamSender
 from transfer.tensors import PlaneSpec
-from transfer.ticket import Ticket
 
 PLANES = (
     PlaneSpec(name="embeddings", dtype="bfloat16", row_shape=(3,)),
@@ -49,6 +56,14 @@ class VirtualNetwork:
         self._random = random.Random(seed)
         self._queue: list[tuple[VirtualEndpoint, Connection, Message, list[bytes]]] = []
         self.endpoints: dict[str, VirtualEndpoint] = {}
+        self.stopped: set[str] = set()  # endpoints whose process does not run: what comes for them waits, in order
+        self._waiting: list[tuple[VirtualEndpoint, Connection, Message, list[bytes]]] = []
+
+    def wake(self, address: str) -> None:
+        """A stopped process runs again, and reads what waited."""
+        self.stopped.discard(address)
+        self._queue[:0] = [parcel for parcel in self._waiting if parcel[0].address == address]
+        self._waiting = [parcel for parcel in self._waiting if parcel[0].address != address]
 
     def push(self, target: VirtualEndpoint, source: Connection, message: Message, frames: list[bytes]) -> None:
         if self.rewrite is not None:
@@ -81,7 +96,10 @@ class VirtualNetwork:
                 endpoint.run_posted()
             if self._queue:
                 target, source, message, frames = self._queue.pop(0)
-                target.deliver(source, message, frames)
+                if target.address in self.stopped:
+                    self._waiting.append((target, source, message, frames))
+                else:
+                    target.deliver(source, message, frames)
 
     def advance(self, seconds: float, step: float = 0.05) -> None:
         """Let time pass in steps, with ticks."""
@@ -89,7 +107,8 @@ class VirtualNetwork:
         while self.now < end:
             self.now = min(end, self.now + step)
             for endpoint in tuple(self.endpoints.values()):
-                endpoint.tick()
+                if endpoint.address not in self.stopped:
+                    endpoint.tick()
             self.settle()
 
     def run_until(self, condition: Callable[[], bool], limit_s: float = 3600.0) -> None:
@@ -102,7 +121,12 @@ class VirtualNetwork:
 
 
 class VirtualEndpoint:
-    """Keeps the Endpoint contract over a VirtualNetwork."""
+    """Keeps the Endpoint contract over a VirtualNetwork.
+
+    `encrypted`: as between hosts, where payloads are sealed and go over a path of their own.
+    """
+
+    encrypted = False
 
     def __init__(self, network: VirtualNetwork, address: str) -> None:
         self.network = network
@@ -118,20 +142,36 @@ class VirtualEndpoint:
 
     @property
     def public_key(self) -> str | None:
-        return None
+        return "virtual key" if self.encrypted else None
 
-    def start(self, handler: Handler, on_tick: Tick | None = None) -> None:
+    def start(
+        self, handler: Handler, on_tick: Tick | None = None, on_restart: Callable[[], None] | None = None
+    ) -> None:
         self._handler, self._tick = handler, on_tick
 
+    def listen_sealed(self, max_frame_bytes: int) -> str | None:
+        return f"{self._address}#token" if self.encrypted else None
+
     def connect(self, address: str, public_key: str | None = None) -> Connection:
-        return Connection(endpoint=self._address, peer=address, key=self._address.encode(), outgoing=True)
+        peer, _, token = address.partition("#")
+        key = self._address.encode()
+        return Connection(endpoint=self._address, peer=peer, key=key, outgoing=True, is_sealed_path=bool(token))
 
     def send(self, connection: Connection, message: Message, frames: Sequence[Frame] = ()) -> None:
         target = self.network.endpoints.get(connection.peer)
         if target is None:
             return
+        if connection.is_sealed_path:
+            assert isinstance(message, (Block, Probe)) and connection.outgoing
+            peer, key = "who knows", b""  # that path does not tell
+        else:
+            peer, key = self._address, connection.key
         twin = Connection(
-            endpoint=connection.peer, peer=self._address, key=connection.key, outgoing=not connection.outgoing
+            endpoint=connection.peer,
+            peer=peer,
+            key=key,
+            outgoing=not connection.outgoing,
+            is_sealed_path=connection.is_sealed_path,
         )
         self.network.push(target, twin, message, [bytes(frame) for frame in frames])
 
@@ -139,9 +179,8 @@ class VirtualEndpoint:
         self.posted.append(callback)
 
     def run_posted(self) -> None:
-        posted, self.posted = self.posted, []
-        for callback in posted:
-            callback()
+        for _ in range(len(self.posted)):
+            self.posted.pop(0)()
 
     def deliver(self, source: Connection, message: Message, frames: list[bytes]) -> None:
         assert self._handler is not None
@@ -176,6 +215,7 @@ class Consumer:
         self.items: Sequence[object] = ()
         self.rows: dict[str, list[torch.Tensor]] = {}
         self.num_rows = 0
+        self.restarts = 0
         self.ends: list[object] = []
 
     def on_announce(self, total_rows: int, items: Sequence[object]) -> None:
@@ -192,6 +232,12 @@ class Consumer:
         for name, rows in planes.items():
             self.rows.setdefault(name, []).append(rows.clone())
 
+    def on_restart(self) -> None:
+        assert self.total_rows is not None and not self.ends
+        self.restarts += 1
+        self.total_rows, self.items, self.num_rows = None, (), 0
+        self.rows.clear()
+
     def on_complete(self, stats: object) -> None:
         self.ends.append(stats)
 
@@ -202,8 +248,71 @@ class Consumer:
         return torch.cat(self.rows[name])
 
 
+class VirtualLifeline:
+    """Stands for the connection that shows that both ends live."""
+
+    is_over = False
+
+    def recv(self, num_bytes: int) -> bytes:
+        if not self.is_over:
+            raise BlockingIOError
+        return b""
+
+    def close(self) -> None:
+        self.is_over = True
+
+
+class VirtualPassing:
+    """Stands for the socket that segments are passed over: at once, in this process, to holders of the ticket."""
+
+    path = "/virtual/segments.sock"
+
+    def __init__(self) -> None:
+        self.offers: dict[str, SegmentOffer] = {}
+        self.lifelines: dict[int, list[VirtualLifeline]] = {}
+
+    def offer(self, offer: SegmentOffer) -> None:
+        self.offers[offer.ticket.stream_id] = offer
+
+    def withdraw(self, stream_id: str) -> None:
+        self.offers.pop(stream_id, None)
+
+    def hang_up(self, generation: int) -> None:
+        self.offers = {key: offer for key, offer in self.offers.items() if offer.generation != generation}
+        for lifeline in self.lifelines.pop(generation, []):
+            lifeline.close()
+
+    def stats(self) -> dict[str, int]:
+        return {"segments_refused": 0}
+
+    def close(self) -> None:
+        for generation in tuple(self.lifelines):
+            self.hang_up(generation)
+
+    def fetch(self, path: str, ticket: Ticket, generation: int) -> FetchedSegment:
+        offer = self.offers.get(ticket.stream_id)
+        if path != self.path or offer is None or offer.ticket != ticket or offer.generation != generation:
+            raise TicketRejected("no such segment")
+        lifeline = VirtualLifeline()
+        self.lifelines.setdefault(generation, []).append(lifeline)
+        return FetchedSegment(os.dup(offer.fd), offer.num_bytes, lifeline)  # type: ignore[arg-type]
+
+
+def sent_indexes(network: VirtualNetwork) -> list[int]:
+    """The indexes of all blocks that were sent, in order, whichever way their rows went."""
+    sent: list[int] = []
+    for _, _, message, _ in network.log:
+        if isinstance(message, Block):
+            sent.append(message.index)
+        elif isinstance(message, Filled):
+            sent += range(message.first_index, message.first_index + len(message.block_ids))
+    return sent
+
+
 class Pair:
-    """A receiving worker and a sending worker on one virtual network."""
+    """A receiving worker and a sending worker on one virtual network; `has_segments`: payload in shared memory."""
+
+    has_segments = False
 
     def __init__(
         self,
@@ -214,23 +323,66 @@ class Pair:
     ) -> None:
         self.network = network or VirtualNetwork()
         self.config = config
+        self.passing = VirtualPassing()
         self.receiver_service = self._service("virtual://receiver", config)
         self.sender_service = self._service("virtual://sender", sender_config or config)
-        self.receiver = StreamReceiver(self.receiver_service, config, PLANES)
-        self.sender = StreamSender(self.sender_service, sender_config or config)
+        self.host = self._host(config) if self.has_segments else None
+        self.receiver = StreamReceiver(self.receiver_service, config, PLANES, segments=self.host)
+        self.sender = StreamSender(
+            self.sender_service, sender_config or config, segments=self._guest(self.sender_service)
+        )
         self.receiver_service.start()
         self.sender_service.start()
+
+    def __del__(self) -> None:
+        if getattr(self, "host", None) is not None:
+            self.host.close()
 
     def _service(self, address: str, config: TransferConfig) -> Service:
         return Service(VirtualEndpoint(self.network, address), config, clock=lambda: self.network.now)
 
-    def listen(self, ticket: Ticket, *, admit: bool = True) -> Consumer:
+    def _host(self, config: TransferConfig) -> SegmentHost:
+        config = replace(config, segment_tokens=config.pool_tokens)
+        return SegmentHost(
+            self.receiver_service, config, PLANES, folder=Path("/virtual"), open_server=lambda folder: self.passing
+        )
+
+    def _guest(self, service: Service) -> SegmentGuest | None:
+        if not self.has_segments:
+            return None
+        return SegmentGuest(service, is_on=True, fetch=self.passing.fetch, run=lambda job: job())
+
+    def listen(self, ticket: Ticket, *, admit: bool = True, **more: float) -> Consumer:
+        """`more`: deadline_s, take_over_s."""
         consumer = Consumer(self.receiver, ticket.stream_id, admit=admit)
-        self.receiver.open(ticket, consumer)
+        self.receiver.open(ticket, consumer, **more)
         return consumer
 
-    def send(self, ticket: Ticket, planes: Sequence[PlaneSpec] = PLANES) -> OutgoingStream:
-        return self.sender.open(ticket, "virtual://receiver", None, planes)
+    def send(
+        self,
+        ticket: Ticket,
+        planes: Sequence[PlaneSpec] = PLANES,
+        *,
+        sender: StreamSender | None = None,
+        content_key: str = "",
+        deadline_s: float | None = None,
+    ) -> OutgoingStream:
+        sender = sender or self.sender
+        return sender.open(ticket, "virtual://receiver", None, planes, content_key, deadline_s=deadline_s)
+
+    def another_sender(self, address: str = "virtual://another") -> StreamSender:
+        """A second sending worker."""
+        service = self._service(address, self.config)
+        sender = StreamSender(service, self.config, segments=self._guest(service))
+        service.start()
+        return sender
+
+    def reissue(self, stream_id: str) -> Ticket | None:
+        """The ticket of the next epoch."""
+        tickets: list[Ticket | None] = []
+        self.receiver.reissue(stream_id, tickets.append)
+        self.network.settle()
+        return tickets[0]
 
     def transfer(
         self, num_rows: int, *, admit: bool = True
@@ -246,8 +398,10 @@ class Pair:
         return stream, consumer, data
 
     def assert_ledger_zero(self) -> None:
+        if self.has_segments:
+            self.network.advance(RELEASE_S + 0.1)  # a lost Released is not waited for any longer
         stats = self.receiver.stats()
-        for name in ("blocks_in_use", "streams_open", "tickets_open", "opens_parked"):
+        for name in ("blocks_in_use", "streams_open", "tickets_open", "opens_parked", "segments_open"):
             assert stats[f"transfer_{name}"] == 0, (name, stats)
         assert self.sender.stats()["transfer_streams_sending"] == 0
         for service in (self.receiver_service, self.sender_service):

@@ -1,0 +1,114 @@
+"""RMSNorm (with the residual added first) and LayerNorm: one pass over memory, statistics in float32.
+
+A program owns a few whole rows: rows of a narrow tensor (query and key norms) share a program, a wide row has its own.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels._triton.launch import ceil_div, next_power_of_2
+
+ELEMENTS = 4096  # of one program's tile: wide enough to fill a memory transaction queue, small enough not to spill
+
+
+@triton.jit
+def rms_norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, out_ptr, x_stride, residual_stride, num_rows, width, eps,
+    HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    columns = tl.arange(0, BLOCK)[None, :]
+    inside = (rows < num_rows) & (columns < width)
+    x = tl.load(x_ptr + rows * x_stride + columns, mask=inside, other=0.0)
+    if HAS_RESIDUAL:
+        places = residual_ptr + rows * residual_stride + columns
+        total = x.to(tl.float32) + tl.load(places, mask=inside, other=0.0).to(tl.float32)
+        x = total.to(x.dtype)  # what later layers see is the rounded sum, so it is what is normalised
+        tl.store(places, x, mask=inside)
+    wide = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, axis=1)[:, None] / width + eps)
+    weight = tl.load(weight_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
+    tl.store(out_ptr + rows * width + columns, (wide * scale * weight).to(x.dtype), mask=inside)
+
+
+@triton.jit
+def layer_norm_kernel(
+    x_ptr, weight_ptr, bias_ptr, out_ptr, x_stride, num_rows, width, eps,
+    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    columns = tl.arange(0, BLOCK)[None, :]
+    inside = (rows < num_rows) & (columns < width)
+    x = tl.load(x_ptr + rows * x_stride + columns, mask=inside, other=0.0)
+    wide = x.to(tl.float32)
+    mean = tl.sum(wide, axis=1)[:, None] / width
+    centred = tl.where(inside, wide - mean, 0.0)
+    scale = tl.rsqrt(tl.sum(centred * centred, axis=1)[:, None] / width + eps)
+    result = centred * scale * tl.load(weight_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        result += tl.load(bias_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
+    tl.store(out_ptr + rows * width + columns, result.to(x.dtype), mask=inside)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """See kernels.norm.rms_norm."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rows = _rows(x)
+    _launch_rms(rows, None, weight, out, eps)
+    return out
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See kernels.norm.add_rms_norm. ValueError when the residual's rows cannot be written in place."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    stream = _rows(residual)
+    if stream.data_ptr() != residual.data_ptr():
+        raise ValueError(f"the residual {tuple(residual.shape)} with strides {residual.stride()} has no plain rows")
+    _launch_rms(_rows(x), stream, weight, out, eps)
+    return out, residual
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """See kernels.norm.layer_norm."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rows = _rows(x)
+    num_rows, width = rows.shape
+    if num_rows and width:
+        tile_rows, block, warps = tile(width)
+        layer_norm_kernel[(ceil_div(num_rows, tile_rows),)](
+            rows, weight, weight if bias is None else bias, out, rows.stride(0), num_rows, width, eps,
+            HAS_BIAS=bias is not None, ROWS=tile_rows, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+    return out
+
+
+def tile(width: int) -> tuple[int, int, int]:
+    """(rows, columns, warps) of one program for rows of `width` elements."""
+    block = next_power_of_2(width)
+    rows = max(1, min(16, ELEMENTS // block))
+    return rows, block, min(16, max(1, rows * block // 1024))
+
+
+def _launch_rms(
+    rows: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, out: torch.Tensor, eps: float
+) -> None:
+    num_rows, width = rows.shape
+    if not num_rows or not width:
+        return
+    tile_rows, block, warps = tile(width)
+    stream = rows if residual is None else residual
+    rms_norm_kernel[(ceil_div(num_rows, tile_rows),)](
+        rows, stream, weight, out, rows.stride(0), stream.stride(0), num_rows, width, eps,
+        HAS_RESIDUAL=residual is not None, ROWS=tile_rows, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x as [rows, width] with neighbouring columns; a view where the strides allow it."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()

@@ -1,0 +1,37 @@
+"""Bidirectional attention inside segments of a packed sequence, through the tiled kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from kernels._triton.attention import Shape, Tiles, attend, shape_for
+from kernels.attention_mask import BIDIRECTIONAL
+
+MOST_ROWS, MOST_KEYS = 64, 32  # larger tiles spill: query, key and value strides differ here, each needs registers
+
+
+def segment_shape(head_dim: int, longest: int, element_size: int) -> Shape:
+    """Tile shape for segments of at most `longest` tokens."""
+    shape = shape_for(1, head_dim, min(longest, MOST_ROWS), element_size)
+    return dataclasses.replace(shape, keys=min(shape.keys, MOST_KEYS))
+
+
+def varlen_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, runs: Sequence[tuple[int, int, int]], scale: float | None
+) -> torch.Tensor:
+    """q, k, v: [N, H, D]; runs: (first token, number of segments, tokens per segment). Returns [N, H, D]."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    longest = max((length for _, _, length in runs), default=0)
+    shape = segment_shape(q.shape[-1], longest, q.element_size())
+    tiles = [
+        (start + row, min(shape.rows, length - row), row, length, start)
+        for first, count, length in runs
+        for start in range(first, first + count * length, length)
+        for row in range(0, length, shape.rows)
+    ]
+    table = torch.tensor(tiles, dtype=torch.int32).view(-1, 5).to(q.device, non_blocking=True)
+    plan = Tiles(tiles=table, table=None, block_q=shape.rows, longest=longest)
+    return attend(q, k, v, plan, shape, page_size=0, mask=BIDIRECTIONAL, scale=scale, num_splits=1)

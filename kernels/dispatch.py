@@ -1,0 +1,81 @@
+"""Which path an op takes: its Triton twin (the same name in `kernels/_triton/`) or its torch path.
+
+CUDA tensors of float16, bfloat16 or float32 take the twin where Triton is installed; everything else takes torch.
+`forced` overrides that for tests and comparisons. Importing this package never imports Triton.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Literal, TypeAlias
+
+import torch
+
+from kernels.errors import TritonUnavailable
+
+Path: TypeAlias = Literal["torch", "triton"]
+
+_FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32})
+_forced: ContextVar[Path | None] = ContextVar("kernel_path", default=None)
+
+
+@contextlib.contextmanager
+def forced(path: Path) -> Iterator[None]:
+    """Every op called inside takes `path`. Raises TritonUnavailable (at the first op) where that cannot be."""
+    token = _forced.set(path)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def twin(module: str, tensor: torch.Tensor) -> ModuleType | None:
+    """`kernels._triton.<module>` when an op on `tensor` is to take the Triton path, else None.
+
+    Raises TritonUnavailable when that path is forced and cannot be taken.
+    """
+    path = _forced.get()
+    if path is None:
+        takes = tensor.is_cuda and tensor.dtype in _FLOATS and has_triton()
+        return _load(module) if takes else None
+    if path == "torch":
+        return None
+    if not has_triton():
+        raise TritonUnavailable("the Triton path was asked for and Triton is not installed: pip install triton")
+    if tensor.dtype not in _FLOATS:
+        raise TritonUnavailable(f"the Triton path takes float16, bfloat16 and float32, not {tensor.dtype}")
+    loaded = _load(module)
+    if not tensor.is_cuda and not is_interpreted():
+        raise TritonUnavailable(
+            f"the Triton path was asked for on {tensor.device}: it needs a CUDA device, or TRITON_INTERPRET=1 set "
+            "before the first import"
+        )
+    return loaded
+
+
+def attention_twin(module: str, q: torch.Tensor) -> ModuleType | None:
+    """`twin` for queries [..., D] whose head fits the registers of a tile; wider heads take the torch path."""
+    widest = 128 if q.dtype == torch.float32 else 256
+    return twin(module, q) if q.shape[-1] <= widest else None
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed (not whether a driver is there)."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def is_interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on the CPU."""
+    return has_triton() and bool(_load("launch").IS_INTERPRETED)
+
+
+@functools.cache
+def _load(module: str) -> ModuleType:
+    return importlib.import_module(f"kernels._triton.{module}")

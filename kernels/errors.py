@@ -1,0 +1,17 @@
+"""Errors of this package.
+
+    KernelError
+    └── TritonUnavailable   the Triton path was asked for where it cannot run
+
+Shapes and dtypes that an op does not take are a ValueError of the op.
+"""
+
+from __future__ import annotations
+
+
+class KernelError(Exception):
+    """Root of the tree. The message says what happened, to what, and what to do."""
+
+
+class TritonUnavailable(KernelError):
+    """The Triton path was asked for, but Triton is not installed or cannot run on the tensors' device."""

@@ -1,0 +1,102 @@
+"""`tandem doctor` on model folders that lack something: it names it, without loading a weight."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cluster.cli.doctor import Finding, findings
+from cluster.demo import MODEL_DIR
+from tests.tiny_text_models import make_text_model
+
+WEIGHTS = "model.safetensors"
+
+
+def _about(folder: Path) -> dict[str, Finding]:
+    """The findings about a model folder by the part of it."""
+    found = [f for f in findings(str(folder), "127.0.0.1", 0) if f.what.startswith(f"{folder}: ")]
+    return {f.what.removeprefix(f"{folder}: ").split(":")[0]: f for f in found}
+
+
+def _tensors(edit: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        edit(tensors)
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+    return damage
+
+
+def _json(name: str, **values: object) -> Callable[[Path], object]:
+    def damage(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | values))
+
+    return damage
+
+
+UP, QKV = "model.layers.1.mlp.up_proj.weight", "visual.blocks.2.attn.qkv.bias"
+DAMAGE: dict[
+    str, tuple[Callable[[Path], object], dict[str, str]]
+] = {  # name -> what is done, what is said of which part
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), {"weights": "only safetensors checkpoints are read"}),
+    "cut weights": (lambda folder: (folder / WEIGHTS).write_bytes(b"0" * 100), {"weights": "damaged or cut short"}),
+    "text tensor missing": (_tensors(lambda t: t.pop(UP)), {"language half": f"missing: {UP}"}),
+    "vision tensor missing": (_tensors(lambda t: t.pop(QKV)), {"vision half": f"missing: {QKV}"}),
+    "tensor too many": (
+        _tensors(lambda t: t.update({"extra.bias": torch.zeros(2)})),
+        {"language half": "unexpected: extra.bias", "vision half": "unexpected: extra.bias"},
+    ),
+    "other sizes": (_json("config.json", intermediate_size=77), {"language half": "wrong shape: model.layers.0.mlp"}),
+    "no tokenizer": (
+        lambda folder: (folder / "tokenizer.json").unlink(),
+        {"tokenizer and chat template": "has no tokenizer.json"},
+    ),
+    "no preprocessor": (
+        lambda folder: (folder / "preprocessor_config.json").unlink(),
+        {"vision half": "preprocessor_config.json is missing"},
+    ),
+    "another preprocessor": (
+        _json("preprocessor_config.json", patch_size=16),
+        {"vision half": "patches of 1536 numbers"},
+    ),
+    "another architecture": (
+        _json("config.json", architectures=["FalconForCausalLM"]),
+        {"language half": "FalconForCausalLM", "vision half": "FalconForCausalLM"},
+    ),
+}
+
+
+def test_a_whole_folder_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transfer.checkpoint.Checkpoint.stream", lambda *_: pytest.fail("weights were read"))
+    about = _about(MODEL_DIR)
+    assert list(about) == ["weights", "tokenizer and chat template", "language half", "vision half"]
+    assert {finding.verdict for finding in about.values()} == {"ok"}
+    counts = [int(about[half].what.split(": ")[2].split()[0]) for half in ("language half", "vision half")]
+    assert sum(counts) == len(load_file(MODEL_DIR / WEIGHTS))
+
+
+def test_a_text_only_model_needs_no_vision_half(tmp_path: Path) -> None:
+    folder = make_text_model(tmp_path, "qwen3")
+    about = _about(folder)
+    assert {finding.verdict for finding in about.values()} == {"ok"}
+    assert "text only" in about["vision half"].what
+    assert f": {len(load_file(folder / WEIGHTS))} tensors" in about["language half"].what
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_what_is_wrong_is_named_and_advice_given(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL_DIR, folder)
+    damage, expected = DAMAGE[name]
+    damage(folder)
+    bad = {part: finding for part, finding in _about(folder).items() if finding.verdict == "bad"}
+    assert bad.keys() == expected.keys()
+    for part, text in expected.items():
+        assert text in bad[part].what and bad[part].advice

@@ -1,0 +1,71 @@
+"""Workers on tcp, as between hosts: connections encrypted, keys handed out by the controller, strangers kept out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import zmq
+
+from cluster.config import build_config
+from cluster.launch import RayCluster
+from tests.e2e.conftest import cluster_tree
+from tests.e2e.serving import Serving, ask_demo_question, eventually
+from tests.transfer.test_endpoints import WAIT_S, Answers
+from transfer.config import TransferConfig
+from transfer.endpoints.endpoint import open_endpoint
+from transfer.streams.service import Service
+
+pytestmark = pytest.mark.ray
+CONFIG = TransferConfig(ping_interval_s=0.2, peer_timeout_s=1.0, tick_s=0.01)
+
+
+@pytest.fixture(scope="module")
+def tcp_cluster(ray_cluster: RayCluster) -> Iterator[RayCluster]:
+    tree = cluster_tree()
+    tree["transfer"]["transport"] = "tcp"
+    with RayCluster(build_config(tree).resolve()) as cluster:
+        yield cluster
+
+
+def test_workers_between_hosts_know_each_other_by_their_keys_and_nobody_else(tcp_cluster: RayCluster) -> None:
+    with Serving(tcp_cluster.url) as serving:
+        ask_demo_question(serving)
+        addresses = [health.address for health in tcp_cluster.workers.values()]
+        keys = {worker.public_key for worker in addresses}
+        assert len(keys) == 2 and all(key and len(key) == 40 for key in keys)
+        assert all(worker.address.startswith("tcp://") for worker in addresses)
+        assert {values["refused_keys"] for values in serving.metrics().values()} == {0}
+
+        stranger = Service(open_endpoint("tcp://127.0.0.1:0", CONFIG, curve=True), CONFIG)
+        stranger.start()
+        try:
+            for worker in addresses:
+                answers = Answers()
+                target = stranger.endpoint.connect(worker.address, worker.public_key)
+                stranger.call(target, "stats", {}, on_end=answers.on_end)
+                assert answers.failure().code == "PeerLost"
+        finally:
+            stranger.close()
+        eventually(
+            lambda: all(values["refused_keys"] > 0 for values in serving.metrics().values()),
+            "the refused key was not counted",
+        )
+        for worker in addresses:
+            assert_plain_client_is_cut_off(worker.address)
+        assert {values["dropped_malformed"] for values in serving.metrics().values()} == {0}
+        ask_demo_question(serving)
+        serving.await_empty_ledger()
+
+
+def assert_plain_client_is_cut_off(address: str) -> None:
+    context = zmq.Context()
+    dealer = context.socket(zmq.DEALER)
+    try:
+        monitor = dealer.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_DISCONNECTED)
+        dealer.connect(address)
+        dealer.send(b"\x02\x80")
+        assert monitor.poll(int(WAIT_S * 1000)), "the handshake was not refused"
+        dealer.disable_monitor()
+    finally:
+        context.destroy(linger=0)

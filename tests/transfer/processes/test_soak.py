@@ -1,0 +1,184 @@
+"""Many streams with random cancels, crashes, deadlines and cuts in one pair of processes: nothing is left."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tests.profiles import IS_SOAK
+from tests.transfer.processes.content import expected_digest
+from tests.transfer.processes.harness import (
+    BLOCK_ROWS,
+    MODES,
+    Nursery,
+    Peer,
+    assert_arrived,
+    assert_ledger_zero,
+    json_of,
+    until,
+)
+from transfer.chaos.proxy import ChaosProxy
+from transfer.protocol.ticket import Ticket
+
+NUM_STREAMS = {mode: 10_000 if IS_SOAK else 300 if mode == "shared memory" else 100 for mode in MODES}
+BATCH = 50
+MAX_RESIDENT_GROWTH_KIB = 64 * 1024
+IDLE_S = 3.0
+SEED = 77
+
+# fate -> (how often, ends allowed at the sender, ends allowed at the receiver)
+LOST = {"StreamTimeout", "PeerLost"}  # the Abort was on a link that was cut
+FATES: dict[str, tuple[int, set[str], set[str]]] = {
+    "plain": (10, {"complete"}, {"complete"}),
+    "sender aborts": (3, {"Cancelled", "complete"}, {"Cancelled", "complete"} | LOST),
+    "sender aborts at once": (1, {"Cancelled"}, {"Cancelled"} | LOST),
+    "receiver closes": (3, {"Cancelled", "complete"}, {"closed", "complete"}),
+    "receiver closes at once": (1, {"Cancelled", "complete"}, {"closed", "complete"}),
+    "consumer crashes": (3, {"InternalError"}, {"InternalError"}),
+    "sender's deadline": (1, {"StreamTimeout"}, {"StreamTimeout"}),
+    "receiver's deadline": (1, {"StreamTimeout"}, {"StreamTimeout"}),
+}
+DEADLINE_S = 0.3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One stream and what is to happen to it."""
+
+    ticket: Ticket
+    fate: str
+    seed: int
+    total_rows: int
+    at_row: int
+
+    def expected(self) -> dict[str, Any]:
+        names = {"receiver closes": "close_at", "consumer crashes": "crash_at"}
+        fate = {names[self.fate]: self.at_row} if self.fate in names else {}
+        options = {"deadline_s": DEADLINE_S} if self.fate == "receiver's deadline" else {}
+        return {"ticket": json_of(self.ticket), "fate": fate, "options": options}
+
+    def sent(self, address: str) -> dict[str, Any]:
+        values = {"ticket": json_of(self.ticket), "address": address, "seed": self.seed, "total_rows": self.total_rows}
+        if self.fate == "sender aborts":
+            return values | {"write": self.at_row, "abort": "the test asks for it"}
+        if self.fate == "sender aborts at once":
+            return values | {"write": 0, "abort": "at once"}
+        if self.fate.endswith("deadline"):
+            values |= {
+                "write": self.at_row,
+                "options": {"deadline_s": DEADLINE_S} if self.fate.startswith("sender") else {},
+            }
+        return values
+
+
+def make_plan(rng: random.Random, number: int) -> Plan:
+    (fate,) = rng.choices(list(FATES), [weight for weight, _, _ in FATES.values()])
+    total_rows = rng.choice([1, 15, 16, 17, 100, 333, 640])
+    return Plan(ticket=Ticket.issue("soak"), fate=fate, seed=number, total_rows=total_rows, at_row=rng.randrange(total_rows))  # fmt: skip  # noqa: E501
+
+
+def run_batch(receiver: Peer, sender: Peer, proxy: ChaosProxy, plans: list[Plan], rng: random.Random) -> None:
+    """Run streams at once, with the link cut in their midst, and check how each ended."""
+    ids = [plan.ticket.stream_id for plan in plans]
+    late = rng.random() < 0.3  # the sender may be first
+    if not late:
+        receiver.ask("expect", streams=[plan.expected() for plan in plans])
+    sender.ask("send", streams=[plan.sent(proxy.address) for plan in plans])
+    if late:
+        receiver.ask("expect", streams=[plan.expected() for plan in plans])
+    for plan in plans:
+        if plan.fate == "receiver closes at once":
+            receiver.ask("end", stream_id=plan.ticket.stream_id, side="receiver")
+    if rng.random() < 0.3:
+        proxy.cut()
+    ends: tuple[list[dict[str, Any]], ...] = ([], [])
+
+    def are_over() -> bool:
+        ends[0][:] = sender.ask("produced", stream_ids=ids)["streams"]
+        ends[1][:] = receiver.ask("consumed", stream_ids=ids)["streams"]
+        return all(end["end"] is not None for side in ends for end in side)
+
+    try:
+        until(are_over, "end of every stream of the batch")
+    except AssertionError as error:
+        running = [(p, s, r) for p, s, r in zip(plans, *ends, strict=True) if s["end"] is None or r["end"] is None]
+        stats = [peer.ask("stats") for peer in (receiver, sender)]
+        raise AssertionError(f"{error}: {running}\nreceiver: {stats[0]}\nsender: {stats[1]}") from None
+    for plan, sent, received in zip(plans, *ends, strict=True):
+        _, at_sender, at_receiver = FATES[plan.fate]
+        assert sent["end"] in at_sender and received["end"] in at_receiver, (plan, sent, received)
+        assert received["wrong"] is None, (plan, received)
+        assert received["digest"] == expected_digest(plan.seed, received["rows"]), f"wrong rows: {plan}"
+        if received["end"] == "complete":
+            assert received["rows"] == plan.total_rows
+    for peer in (receiver, sender):
+        peer.ask("forget", stream_ids=ids)
+
+
+def kill_a_sender(nursery: Nursery, receiver: Peer, number: int) -> Ticket:
+    """A third process dies in the middle of its stream."""
+    victim = nursery.peer("victim")
+    ticket = Ticket.issue("victim")
+    receiver.expect(ticket)
+    victim.send(ticket, receiver.address, number, 1000, write=500)
+    until(lambda: receiver.consumed(ticket.stream_id)["rows"] >= 16 * BLOCK_ROWS, "first rows of the victim")
+    victim.kill()
+    return ticket
+
+
+def assert_lost(receiver: Peer, ticket: Ticket) -> None:
+    until(lambda: receiver.consumed(ticket.stream_id)["end"] in LOST, "end of a dead sender's stream")
+
+
+def settled(peer: Peer, baseline: dict[str, Any]) -> None:
+    """The inventory is what it was: descriptors, shared mappings, threads; memory grew by little."""
+    now: dict[str, Any] = {}
+
+    def is_settled() -> bool:
+        now.update(peer.ask("inventory"))
+        return all(now[name] == baseline[name] for name in baseline if name != "resident_kib")
+
+    try:
+        until(is_settled, "old inventory")
+    except AssertionError as error:
+        raise AssertionError(f"{peer.name}: {error}\nbefore: {baseline}\nafter:  {now}") from None
+    grown = now["resident_kib"] - baseline["resident_kib"]
+    assert grown < MAX_RESIDENT_GROWTH_KIB, f"{peer.name} grew by {grown} KiB"
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("mode", list(MODES))
+def test_streams_with_cancels_crashes_and_cuts_leave_nothing(nursery: Nursery, mode: str) -> None:
+    nursery.mode, num_streams = MODES[mode], NUM_STREAMS[mode]
+    rng = random.Random(SEED)
+    small = {"pool_tokens": 64 * BLOCK_ROWS, "idle_timeout_s": IDLE_S, "stream_timeout_s": 2 * IDLE_S}
+    receiver = nursery.peer("receiver", **small)
+    sender = nursery.peer("sender", idle_timeout_s=3600.0)  # so that its link is the same before and after
+    with ChaosProxy("127.0.0.1:0", receiver.address) as proxy:
+        lost = [kill_a_sender(nursery, receiver, 0)]
+        run_batch(receiver, sender, proxy, [make_plan(rng, number) for number in range(BATCH)], rng)
+        assert_lost(receiver, lost[0])
+        assert_ledger_zero(receiver, sender)
+        baselines = [peer.ask("inventory") for peer in (receiver, sender)]
+        seen: set[str] = set()
+        for start in range(0, num_streams, BATCH):
+            plans = [make_plan(rng, BATCH + start + number) for number in range(BATCH)]
+            seen |= {plan.fate for plan in plans}
+            if start % (num_streams // 3) < BATCH:
+                lost.append(kill_a_sender(nursery, receiver, start))
+            run_batch(receiver, sender, proxy, plans, rng)
+        for ticket in lost:
+            assert_lost(receiver, ticket)
+        assert_ledger_zero(receiver, sender)
+        assert seen == set(FATES) and proxy.counts()["cut"] > num_streams // BATCH // 10
+        for peer, baseline in zip((receiver, sender), baselines, strict=True):
+            settled(peer, baseline)
+        last = Ticket.issue("last")
+        receiver.expect(last)
+        sender.send(last, proxy.address, 1, 500)
+        assert_arrived(receiver, last, 1, 500)
+    stats = receiver.ask("stats")
+    assert stats["handler_errors"] == 0 and stats["transfer_streams_completed_total"] > num_streams // 3

@@ -1,0 +1,217 @@
+"""ReceiverLife: the state of one stream at its receiver, its losses, its ends and its limits in time. Pure.
+
+`receiver_session` adds what the messages of the sender do; the protocol is described in `state`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from transfer.errors import StreamAborted, StreamTimeout, TicketRejected, TransferError, error_code
+from transfer.protocol.actions import Failed, FreeBlocks, ReceiverAction, Send, Timers
+from transfer.protocol.messages import Abort, Ack
+from transfer.protocol.negotiate import Offer
+from transfer.protocol.receiver_window import ReceiverWindow
+from transfer.protocol.state import RECEIVER_TABLE, TERMINAL, ReceiverEvent, ReceiverState, apply
+from transfer.protocol.stream_record import StreamFacts, StreamRecord
+from transfer.protocol.take_over import orphaned_by
+from transfer.protocol.ticket import Ticket
+from transfer.streams.payload import IncomingPayload, TaggedPayload
+
+FLOWING = (ReceiverState.HELD, ReceiverState.ADMITTED)
+
+
+class ReceiverLife:
+    """The part of a ReceiverSession that does not depend on what its sender says.
+
+    `deadline`: in the clock of `now`. `next_ticket` issues the tickets of later epochs, `payload` says how
+    the blocks of an epoch arrive.
+    """
+
+    def __init__(
+        self,
+        ticket: Ticket,
+        *,
+        offer: Offer,
+        default_blocks: int,
+        timers: Timers,
+        now: float,
+        deadline: float | None = None,
+        take_over_s: float = 0.0,
+        next_ticket: Callable[[Ticket], Ticket] = Ticket.next_epoch,
+        payload: Callable[[StreamFacts], IncomingPayload] = TaggedPayload,
+    ) -> None:
+        self.offer = offer
+        self.block_size = offer.block_size
+        self.facts = StreamFacts(ticket=ticket, started=now, take_over_s=take_over_s, deadline=deadline)
+        self.window = ReceiverWindow()
+        self.num_repeated = 0
+        self.timers = timers
+        self.default_blocks = default_blocks
+        self._next_ticket = next_ticket
+        self._payload_of = payload
+        self._payload: IncomingPayload | None = None
+        self._acked = 0
+        self._heard = self._progressed = now
+
+    def record(self) -> StreamRecord:
+        """All that a restart must not lose."""
+        return StreamRecord(self.facts, self.window.record())
+
+    def _restore(self, record: StreamRecord, delivered: int, now: float) -> None:
+        self.facts = record.facts
+        if self.state is ReceiverState.COMPLETE:  # but not yet told to anyone
+            self.facts = replace(self.facts, state=ReceiverState.ADMITTED)
+        self.window = ReceiverWindow.restore(record.window, delivered)
+        if record.facts.terms is not None:
+            self._payload = self._payload_of(record.facts)
+        self._acked = 0
+        self._heard = self._progressed = now
+
+    # -- what the shell asks --------------------------------------------------------------------------------------
+
+    @property
+    def ticket(self) -> Ticket:
+        """The current epoch's."""
+        return self.facts.ticket
+
+    @property
+    def state(self) -> ReceiverState:
+        """Where the stream is."""
+        return self.facts.state
+
+    @property
+    def total_rows(self) -> int | None:
+        """Once announced."""
+        return self.facts.total_rows
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the announced total."""
+        return -(-(self.facts.total_rows or 0) // self.block_size)
+
+    @property
+    def credit(self) -> int:
+        """Blocks the sender may have unacknowledged."""
+        return self.facts.terms.credit if self.facts.terms is not None else self.offer.credit
+
+    @property
+    def wants_nothing(self) -> bool:
+        """Whether every block it needs was granted, for good: its demand stays what it is while only blocks come."""
+        facts = self.facts
+        return facts.state is ReceiverState.ADMITTED and self.window.num_granted >= self.num_blocks
+
+    @property
+    def needs_sender(self) -> bool:
+        """Whether anything is still to come."""
+        return self.facts.total_rows is None or self.window.next_index < self.num_blocks
+
+    # -- ends and losses ------------------------------------------------------------------------------------------
+
+    def fail(self, error: TransferError, *, tell_peer: bool = True) -> list[ReceiverAction]:
+        """End the stream from this side; nothing happens when it is over already."""
+        if self.state in TERMINAL:
+            return []
+        window = self.window
+        blocks = (*window.held.values(), *(window.pending.withheld if window.pending is not None else ()))
+        window.held.clear()
+        self._apply(ReceiverEvent.FAIL)
+        actions: list[ReceiverAction] = [Send(self.abort_message(error))] if tell_peer else []
+        if blocks:
+            actions.append(FreeBlocks(blocks, fenced=True))
+        return [*actions, Failed(error)]
+
+    def lost(self, error: TransferError, now: float, *, tell_peer: bool = True) -> list[ReceiverAction]:
+        """The sender is gone: wait for another one where that is allowed, else end the stream."""
+        if self.state in TERMINAL or self.state is ReceiverState.ORPHANED or not self.needs_sender:
+            return []
+        if self.facts.take_over_s <= 0:
+            return self.fail(error, tell_peer=tell_peer)
+        return self._orphan(error, now, tell_peer=tell_peer)
+
+    def reissue(self, now: float) -> list[ReceiverAction]:
+        """End the current epoch; `ticket` is for the next sender then. For a stream that `needs_sender` only."""
+        return self._orphan(StreamTimeout("no other sender took the stream over in time"), now, tell_peer=True)
+
+    def _orphan(self, error: TransferError, now: float, *, tell_peer: bool) -> list[ReceiverAction]:
+        stale = TicketRejected(f"epoch {self.ticket.epoch} of stream {self.ticket.stream_id} is over")
+        abort = self.abort_message(stale)
+        told: list[ReceiverAction] = [Send(abort)] if tell_peer and self.facts.opened is not None else []
+        facts, actions = orphaned_by(self.facts, self.window, error, self._next_ticket(self.ticket), now)
+        self.facts = facts
+        self._apply(ReceiverEvent.ORPHAN)
+        return [*actions, *told]
+
+    def abort_message(self, error: TransferError) -> Abort:
+        """The Abort that tells the sender of `error`."""
+        text = error.message if isinstance(error, StreamAborted) else str(error)
+        return Abort(**self._ids(), code=error_code(error), message=text)
+
+    # -- time -----------------------------------------------------------------------------------------------------
+
+    def due(self) -> float:
+        """When `tick` next has something to do, if nothing happens before."""
+        timers, facts, state = self.timers, self.facts, self.facts.state
+        if self._acked < self.window.next_index and facts.opened is not None:
+            return 0.0
+        if state is ReceiverState.REGISTERED:
+            due = self._progressed + timers.stream_timeout_s
+        elif state is ReceiverState.ORPHANED:
+            due = facts.orphaned_at + self._orphan_limit_s()
+        else:
+            due = self._heard + timers.idle_timeout_s if self.needs_sender else math.inf
+            if not self._sender_owes():
+                due = min(due, self._progressed + timers.admit_timeout_s)
+        return due if facts.deadline is None else min(due, facts.deadline)
+
+    def tick(self, now: float) -> list[ReceiverAction]:
+        """Check the limits; send an acknowledgement that waited for company.
+
+        A sender that probes is alive, however long its producer takes: the producer's owner limits that.
+        """
+        timers, facts, state = self.timers, self.facts, self.facts.state
+        if state in TERMINAL:
+            return []
+        if facts.deadline is not None and now >= facts.deadline:
+            return self.fail(StreamTimeout("the stream's deadline passed"))
+        if state is ReceiverState.REGISTERED:
+            if now - self._progressed >= timers.stream_timeout_s:
+                return self.fail(StreamTimeout(f"no sender opened the stream for {timers.stream_timeout_s:g} s"))
+            return []
+        if state is ReceiverState.ORPHANED:
+            assert facts.loss is not None
+            return self.fail(facts.loss) if now - facts.orphaned_at >= self._orphan_limit_s() else []
+        if self.needs_sender and now - self._heard >= timers.idle_timeout_s:
+            return self.lost(StreamTimeout(f"the sender was silent for {timers.idle_timeout_s:g} s"), now)
+        if not self._sender_owes() and now - self._progressed >= timers.admit_timeout_s:
+            waited = f"the stream was neither granted blocks nor admitted for {timers.admit_timeout_s:g} s"
+            return self.fail(StreamTimeout(f"{waited} (state {state.value})"))
+        return [Send(self._ack())] if self._acked < self.window.next_index else []
+
+    # -- helpers --------------------------------------------------------------------------------------------------
+
+    def _apply(self, event: ReceiverEvent) -> None:
+        following = apply(RECEIVER_TABLE, self.facts.state, event)
+        if following is not self.facts.state:
+            self.facts = replace(self.facts, state=following)
+
+    def _ids(self) -> dict[str, Any]:
+        ticket = self.facts.ticket
+        return {"stream_id": ticket.stream_id, "epoch": ticket.epoch}
+
+    def _sender_owes(self) -> bool:
+        if self.state is ReceiverState.GRANTED:
+            return True
+        return self.state in FLOWING and self.window.next_index < self.window.num_granted
+
+    def _orphan_limit_s(self) -> float:
+        return self.facts.take_over_s if self.facts.take_over_s > 0 else self.timers.stream_timeout_s
+
+    def _ack(self) -> Ack:
+        window = self.window
+        self._acked = window.next_index
+        kept = window.next_index if self.facts.is_admitted else 0
+        return Ack(**self._ids(), serial=window.serial, next_index=window.next_index, kept_index=kept)

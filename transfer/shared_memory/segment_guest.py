@@ -1,0 +1,201 @@
+"""SegmentGuest: the segments of receivers on this host that one sender has mapped.
+
+A receiver's invitation names its segment and where to get it. Getting it may wait for another process, so a thread of
+its own does that; everything else runs on the service's I/O thread. A segment is kept for the streams to come, until
+its receiver hangs up or its connection is given up. Where it cannot be had, the next streams to that receiver do not
+ask again for a while: their payload goes over the wire.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from transfer.buffers import PlaneBuffers
+from transfer.config import TransferConfig
+from transfer.endpoints.connection import Connection
+from transfer.errors import EndpointClosed, RemoteProtocolError, TransferError
+from transfer.protocol.messages import Body
+from transfer.protocol.negotiate import Offer
+from transfer.protocol.ticket import Ticket
+from transfer.shared_memory.segment_passing import FetchedSegment, fetch, is_lifeline_over
+from transfer.shared_memory.segments import Segment, SegmentLayout, attach, is_supported
+from transfer.streams.service import Service
+
+RETRY_S = 30.0  # how long a receiver whose segment could not be had is not asked again
+MAX_PATH_CHARS = 108
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class MappedSegment:
+    """A receiver's segment in this process; kept by whoever uses it."""
+
+    segment: Segment
+    buffers: PlaneBuffers
+    has_checksums: bool
+    lifeline: socket.socket
+
+    @property
+    def generation(self) -> int:
+        """The segment's."""
+        return self.segment.generation
+
+    def close(self) -> None:
+        """Hang up. The memory stays for the streams that still hold this."""
+        self.lifeline.close()
+
+
+OnAnswer: TypeAlias = Callable[[MappedSegment | None], None]
+Fetch: TypeAlias = Callable[[str, Ticket, int], FetchedSegment]
+
+
+class SegmentGuest:
+    """Mapped segments by connection. `run(job)` runs a job that may wait; `fetch` gets a segment."""
+
+    def __init__(
+        self,
+        service: Service,
+        *,
+        is_on: bool,
+        fetch: Fetch = fetch,
+        run: Callable[[Callable[[], None]], None] | None = None,
+    ) -> None:
+        self._service = service
+        self._is_on = is_on
+        self._fetch = fetch
+        self._run_job = run or _run_in_thread
+        self._mapped: dict[Connection, MappedSegment] = {}
+        self._waiting: dict[tuple[Connection, int], list[OnAnswer]] = {}
+        self._not_before: dict[Connection, float] = {}
+
+    def payload(self, connection: Connection) -> tuple[str, ...]:
+        """The ways that payload can take to a receiver; from any thread."""
+        if not self._is_on or self._service.now() < self._not_before.get(connection, 0.0):
+            return ("wire",)
+        return "shm", "wire"
+
+    def accept(self, connection: Connection, ticket: Ticket, body: Body, offer: Offer, on_answer: OnAnswer) -> None:
+        """An invitation came: `on_answer(mapped or None)`, at once where that is known. RemoteProtocolError."""
+        path, generation, layout, has_checksums = _read_invitation(body, offer)
+        mapped = self._mapped.get(connection)
+        if mapped is not None and mapped.generation == generation:
+            on_answer(mapped)
+            return
+        waiting = self._waiting.setdefault((connection, generation), [])
+        waiting.append(on_answer)
+        if len(waiting) > 1:
+            return  # another stream is getting it
+
+        def job() -> None:
+            found = self._get(path, ticket, generation, layout, has_checksums)
+            try:
+                self._service.post(lambda: self._answer(connection, generation, found))
+            except EndpointClosed:
+                if found is not None:
+                    found.close()
+
+        self._run_job(job)
+
+    def tick(self) -> None:
+        """Let go of the segments whose receiver hung up."""
+        for connection, mapped in tuple(self._mapped.items()):
+            if is_lifeline_over(mapped.lifeline):
+                self.forget(connection)
+
+    def forget(self, connection: Connection) -> None:
+        """The connection was given up, or its segment."""
+        self._not_before.pop(connection, None)
+        mapped = self._mapped.pop(connection, None)
+        if mapped is not None:
+            mapped.close()
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self._is_on = False
+        for connection in tuple(self._mapped):
+            self.forget(connection)
+
+    @property
+    def num_mapped(self) -> int:
+        """Segments of receivers that are mapped here."""
+        return len(self._mapped)
+
+    def _get(
+        self, path: str, ticket: Ticket, generation: int, layout: SegmentLayout, has_checksums: bool
+    ) -> MappedSegment | None:
+        try:
+            fetched = self._fetch(path, ticket, generation)
+            try:
+                segment = attach(fetched.fd, layout, generation)
+            except BaseException:
+                fetched.lifeline.close()
+                raise
+            finally:
+                os.close(fetched.fd)
+        except TransferError as error:
+            logger.info("payload of stream %s goes over the wire: %s", ticket.stream_id, error)
+            return None
+        buffers = PlaneBuffers.over(
+            segment.memory, layout.plane_offsets, layout.num_slots, layout.block_size, layout.planes
+        )
+        return MappedSegment(segment, buffers, has_checksums, fetched.lifeline)
+
+    def _answer(self, connection: Connection, generation: int, found: MappedSegment | None) -> None:
+        waiting = self._waiting.pop((connection, generation), [])
+        if found is None:
+            self._not_before[connection] = self._service.now() + RETRY_S
+        elif not self._is_on:
+            found.close()
+            found = None
+        else:
+            earlier = self._mapped.pop(connection, None)
+            if earlier is not None:
+                earlier.close()
+            self._mapped[connection] = found
+        for on_answer in waiting:
+            on_answer(found)
+
+
+def _read_invitation(body: Body, offer: Offer) -> tuple[str, int, SegmentLayout, bool]:
+    path, generation, num_slots, checksum = (body.get(key) for key in ("path", "generation", "num_slots", "checksum"))
+    if (
+        not isinstance(path, str)
+        or not path.startswith("/")
+        or len(path) > MAX_PATH_CHARS
+        or "\0" in path
+        or type(generation) is not int
+        or not 0 < generation < 1 << 63
+        or type(num_slots) is not int
+        or type(checksum) is not bool
+        or len(body) != 4
+    ):
+        raise RemoteProtocolError("the receiver's invitation to its segment makes no sense: run equal versions")
+    try:
+        layout = SegmentLayout(num_slots=num_slots, block_size=offer.block_size, planes=offer.planes)
+    except TransferError as error:
+        raise RemoteProtocolError(f"the receiver's segment cannot be: {error}") from error
+    return path, generation, layout, checksum
+
+
+def _run_in_thread(job: Callable[[], None]) -> None:
+    thread = threading.Thread(target=_quietly, args=(job,), name="fetch segment", daemon=True)
+    thread.start()
+
+
+def _quietly(job: Callable[[], None]) -> None:
+    with contextlib.suppress(EndpointClosed):
+        job()
+
+
+def guest_for(service: Service, config: TransferConfig) -> SegmentGuest:
+    """The guest of a sender: on where receivers can be on the same host and shared memory is wanted."""
+    is_on = config.shared_memory and is_supported() and service.endpoint.address.startswith(("ipc://", "tcp://"))
+    return SegmentGuest(service, is_on=is_on)

@@ -1,0 +1,185 @@
+"""SlotWriter: one stream's rows on their way into the slots of its receiver's segment.
+
+Rows that the producer wrote elsewhere are copied once; rows that it computed in their slots are not. A slot that was
+sealed is never written again: what was lost on the way is only told again, as it was told before. `reserve` and
+`commit` are for the producer's thread; everything else runs on the service's I/O thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+
+from transfer.buffers import RowQueue, Tensor, is_same_memory
+from transfer.errors import RemoteProtocolError
+from transfer.protocol.actions import SendFilled
+from transfer.protocol.messages import Filled, Revoked
+from transfer.protocol.ticket import Ticket
+from transfer.shared_memory.segment_area import with_checksums
+from transfer.shared_memory.segment_guest import MappedSegment
+from transfer.shared_memory.segments import Filling, runs
+
+
+class SlotWriter:
+    """The slots that one epoch of a stream is granted in a mapped segment.
+
+    `settle` is called (from any thread) when the producer is done with what it had reserved.
+    """
+
+    def __init__(
+        self, mapped: MappedSegment, ticket: Ticket, block_size: int, settle: Callable[[], None] = lambda: None
+    ) -> None:
+        self.settle = settle
+        self._mapped = mapped
+        self._ticket = ticket
+        self._block_size = block_size
+        self._filled: dict[int, tuple[int, int]] = {}  # index -> (slot, serial), for what may be told again
+        self._lock = threading.Lock()
+        self._granted: dict[int, int] = {}  # index -> slot
+        self._reserved: tuple[int, Mapping[str, Tensor]] | None = None  # first row, views that the producer writes
+        self._placed: set[int] = set()  # whole blocks that were computed in their slots
+        self._placed_end = 0  # no row from here on was
+        self._serial = 0  # of the last revocation that was confirmed
+        self._is_over = False
+
+    # -- the producer's thread ------------------------------------------------------------------------------------
+
+    def reserve(self, first_row: int, num_rows: int) -> dict[str, Tensor] | None:
+        """Views of granted slots for up to `num_rows` rows from `first_row` on, or None; see OutgoingStream."""
+        index, offset = divmod(first_row, self._block_size)
+        if offset or num_rows < 1:
+            return None
+        with self._lock:
+            if self._is_over or self._reserved is not None:
+                return None
+            slot = self._granted.get(index)
+            if slot is None:
+                return None
+            count = 1
+            while count * self._block_size < num_rows and self._granted.get(index + count) == slot + count:
+                count += 1
+            views = self._mapped.buffers.rows(slot, min(num_rows, count * self._block_size))
+            self._reserved = first_row, views
+            return views
+
+    def commit(self, first_row: int, planes: Mapping[str, Tensor] | None) -> bool | None:
+        """The producer is done with what it reserved (None: nothing); whether `planes` are just that, in place."""
+        with self._lock:
+            reserved, self._reserved = self._reserved, None
+            if reserved is None:
+                return None
+            if planes is None or reserved[0] != first_row:
+                return False
+            return all(is_same_memory(planes[name], view) for name, view in reserved[1].items() if name in planes)
+
+    # -- the I/O thread -------------------------------------------------------------------------------------------
+
+    def granted(self, first_index: int, slots: Sequence[int]) -> None:
+        """The stream may fill these. RemoteProtocolError for slots that the segment does not have."""
+        if max(slots) >= self._mapped.segment.layout.num_slots:
+            raise RemoteProtocolError(
+                f"slot {max(slots)} granted in a segment of {self._mapped.segment.layout.num_slots}"
+            )
+        self._mapped.segment.populate_soon(max(slots) + 1)
+        with self._lock:
+            self._granted.update(enumerate(slots, first_index))
+
+    def gives_back(self, revoked: Revoked, rows: RowQueue) -> bool:
+        """A revocation is to be confirmed: whether nobody writes its slots any more, so that it may be.
+
+        Rows that were computed in them are copied out, for they are to be sent again.
+        """
+        if revoked.serial <= self._serial:
+            return True  # confirmed before; since then the same indexes may have been granted anew
+        with self._lock:
+            self._granted = {index: slot for index, slot in self._granted.items() if index < revoked.first_index}
+            if self._reserved is not None:
+                return False  # the producer writes somewhere: its commit comes
+        self._serial = revoked.serial
+        self._filled = {index: told for index, told in self._filled.items() if index < revoked.first_index}
+        self._placed = {index for index in self._placed if index < revoked.first_index}
+        if revoked.first_index * self._block_size < self._placed_end:
+            rows.own(revoked.first_index * self._block_size)
+        return True
+
+    def placed(self, first_row: int, end_row: int) -> None:
+        """The producer computed these rows in their slots, and the queue of rows refers to them there."""
+        self._placed.update(range(first_row // self._block_size, end_row // self._block_size))
+        self._placed_end = max(self._placed_end, end_row)
+
+    def placed_until(self, index: int) -> int:
+        """The end of the run of whole blocks from `index` on that lie in their slots already."""
+        while index in self._placed:
+            index += 1
+        return index
+
+    def fill(self, action: SendFilled, rows: RowQueue) -> list[Filled]:
+        """Write what is not written yet, seal it, and what to tell the receiver."""
+        told: list[tuple[int, int, int]] = []  # index, slot, serial
+        fresh: list[int] = []
+        for index, slot in enumerate(action.block_ids, action.first_index):
+            before = self._filled.get(index)
+            if before is not None and before[0] == slot:
+                told.append((index, slot, before[1]))
+                continue
+            fresh.append(index)
+            told.append((index, slot, action.serial))
+            if index not in self._placed:
+                first_row = index * self._block_size
+                num_rows = min(self._block_size, action.first_row + action.num_rows - first_row)
+                self._mapped.buffers.place(slot, rows.frames(first_row, num_rows))
+        for first_index, count in runs(fresh):
+            self._seal(action, first_index, count)
+        return self._messages(told)
+
+    def release(self, before_row: int) -> None:
+        """Rows below are stored for good."""
+        before = before_row // self._block_size
+        if self._filled and min(self._filled) < before:
+            self._filled = {index: told for index, told in self._filled.items() if index >= before}
+        if self._placed and min(self._placed) < before:
+            self._placed = {index for index in self._placed if index >= before}
+
+    def end(self) -> bool:
+        """The stream is over; whether nobody writes its slots any more."""
+        with self._lock:
+            self._is_over = True
+            self._granted.clear()
+            return self._reserved is None
+
+    # -- helpers --------------------------------------------------------------------------------------------------
+
+    def _seal(self, action: SendFilled, first_index: int, count: int) -> None:
+        offset = first_index - action.first_index
+        slots = action.block_ids[offset : offset + count]
+        left = action.num_rows - offset * self._block_size
+        filling = Filling(
+            stream_id=self._ticket.stream_id,
+            epoch=self._ticket.epoch,
+            first_index=first_index,
+            serial=action.serial,
+            num_rows=min(count * self._block_size, left),
+        )
+        if self._mapped.has_checksums:
+            filling = with_checksums(filling, self._ticket, slots, self._mapped.buffers, self._block_size)
+        self._mapped.segment.seal(slots, filling)
+        self._filled.update((first_index + i, (slot, action.serial)) for i, slot in enumerate(slots))
+
+    def _messages(self, told: Sequence[tuple[int, int, int]]) -> list[Filled]:
+        messages: list[Filled] = []
+        start = 0
+        for end in range(1, len(told) + 1):
+            if end < len(told) and told[end][2] == told[start][2]:
+                continue
+            part = told[start:end]
+            messages.append(
+                Filled(
+                    stream_id=self._ticket.stream_id,
+                    epoch=self._ticket.epoch,
+                    first_index=part[0][0],
+                    block_ids=tuple(slot for _, slot, _ in part),
+                    serial=part[0][2],
+                )
+            )
+            start = end
+        return messages

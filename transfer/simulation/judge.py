@@ -1,0 +1,254 @@
+"""Judge: decides after every step of a run whether each promise still holds, by bookkeeping of its own.
+
+It never asks the code under test what it holds, sent or counted. The first breach ends the run; its text names what
+was promised, what happened instead, and to which stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from transfer.buffers import Tensor
+from transfer.config import TransferConfig
+from transfer.errors import AlignmentError, TransferError
+from transfer.protocol.actions import StreamStats
+from transfer.protocol.messages import Block, Body, Grant
+from transfer.simulation.books import Breach, SenderBook, StreamBook
+from transfer.simulation.content import Content
+from transfer.simulation.memory import BlockWatch
+from transfer.simulation.story import Story
+from transfer.simulation.timeline import Process
+
+
+class Judge:
+    """The books of a run, and `breach`: the first promise found broken."""
+
+    def __init__(self, config: TransferConfig, story: Story, now: Callable[[], float]) -> None:
+        self.breach: Breach | None = None
+        self.streams: dict[str, StreamBook] = {}  # the latest life of each stream id
+        self.watches: dict[Process, BlockWatch] = {}
+        self.contents: list[Content] = []
+        self.incoming: tuple[Block, Sequence[bytes]] | None = None  # the Block being handled
+        self.num_exhausted = 0
+        self.story = story
+        self._size = config.block_size
+        self._num_blocks = config.num_pool_blocks
+        self._now = now
+        self._granted: list[tuple[StreamBook, Grant]] = []  # in the step that runs, to streams not admitted
+        self._announced: list[StreamBook] = []  # in the step that runs
+        self.falsified: list[tuple[StreamBook, SenderBook]] = []  # got a misaligned grant in the step that runs
+        self._starving: set[str] = set()  # streams that wait for a block while there is none
+
+    def complain(self, promise: str, number: int | None, text: str) -> None:
+        """A promise is broken. Only the first counts."""
+        if self.breach is None:
+            self.breach = Breach(promise=promise, text=text, number=number, time_s=self._now())
+            self.story.tell(self._now(), "judge", number, str(self.breach))
+
+    def watch(self, process: Process) -> BlockWatch:
+        """The account of the pool of a receiving process."""
+
+        def complain(promise: str, stream_id: str | None, text: str) -> None:
+            book = self.streams.get(stream_id or "")
+            self.complain(promise, None if book is None else book.number, text)
+
+        self.watches[process] = BlockWatch(complain, self._placed, self._gave)
+        return self.watches[process]
+
+    # -- after every step -----------------------------------------------------------------------------------------
+
+    def stepped(self, process: Process) -> None:
+        """See timeline.Watcher."""
+        self.settle()
+        self.incoming = None
+        if self.falsified:
+            self._check_falsified()
+        watch = self.watches.get(process)
+        if watch is not None:
+            watch.writing = None
+            self._check_shares(process, watch)
+
+    def escaped(self, process: Process, error: Exception) -> None:
+        """See timeline.Watcher."""
+        self.complain("6: no error escapes a handler", None, f"{process}: {type(error).__name__}: {error}")
+
+    def granted(self, book: StreamBook, grant: Grant) -> None:
+        """Blocks were granted for the first time."""
+        if not book.is_admitted:
+            self._granted.append((book, grant))
+
+    def receiving(self, process: Process, block: Block, frames: Sequence[bytes]) -> None:
+        """A Block came, and is handled next."""
+        self.incoming = (block, frames)
+        if process in self.watches:
+            self.watches[process].writing = (block.stream_id, block.block_id)
+
+    def _check_falsified(self) -> None:
+        falsified, self.falsified = self.falsified, []
+        for book, sender in falsified:
+            if not isinstance(sender.outcome, AlignmentError):
+                self.complain(
+                    "1: a misaligned grant is a typed error", book.number, f"its outcome is {sender.outcome!r}"
+                )
+
+    def _check_surplus(self, watch: BlockWatch) -> None:
+        announced, self._announced = self._announced, []
+        held = watch.num_held()
+        for book in announced:
+            most = -(-(book.total_rows or 0) // self._size)
+            if held[book.stream_id] > most and not book.is_ended:
+                self.complain("5: the surplus comes back", book.number, f"{held[book.stream_id]} blocks for {most}")
+
+    def _check_shares(self, process: Process, watch: BlockWatch) -> None:
+        """Promise 5: who is not admitted holds one block, and more only while nobody else wants it."""
+        if self._announced:
+            self._check_surplus(watch)
+        granted, self._granted = self._granted, []
+        num_free = self._num_blocks - len(watch.owners)
+        if num_free and not granted:
+            self._starving = set()
+            return
+        books = [book for book in self.streams.values() if book.process is process and book.is_live]
+        held = watch.num_held()
+        empty = [book for book in books if book.stream_id not in held and book.needs_more]
+        for book, grant in granted:
+            if len(grant.block_ids) > 1 and num_free < len(empty):
+                self.complain(
+                    "5: a block is kept for every other stream",
+                    book.number,
+                    f"it was granted {len(grant.block_ids)} blocks; {num_free} are left for {len(empty)} who hold none",
+                )
+        waiting = {book.stream_id for book in empty if book.is_opened and not book.is_revoking}
+        if waiting and not num_free:
+            self.num_exhausted += len(waiting - self._starving)
+            for book in books:
+                if not book.is_admitted and held.get(book.stream_id, 0) > 1:
+                    self.complain(
+                        "5: who is not admitted holds one block when others want it",
+                        book.number,
+                        f"it holds {held[book.stream_id]} while {len(waiting)} streams wait for their first",
+                    )
+        self._starving = waiting
+
+    # -- memory ---------------------------------------------------------------------------------------------------
+
+    def _placed(self, stream_id: str, block_id: int) -> None:
+        book = self.streams[stream_id]
+        if self.incoming is None:
+            return self.complain("4: only Blocks are stored", book.number, f"block {block_id} was written out of turn")
+        block, frames = self.incoming
+        if block.epoch != book.epoch:
+            self.complain("4: an old epoch is fenced", book.number, f"{block} was stored; the epoch is {book.epoch}")
+        sender = book.senders.get(block.epoch)
+        first_row = block.index * self._size
+        if sender is None or list(frames) != sender.content.frames(first_row, block.num_rows):
+            self.complain(
+                "4: damaged or foreign bytes are dropped", book.number, f"{block} was stored, with other bytes"
+            )
+        if block.index in book.stored:
+            self.complain("4: a duplicate is dropped", book.number, f"{block} was stored again")
+        self._store(book, block)
+
+    def settle(self) -> None:
+        """A sealed Block is opened into its place: it counts as stored once the right rows lie there."""
+        if self.incoming is None:
+            return
+        block, _ = self.incoming
+        book = self.streams.get(block.stream_id)
+        if block.tag or book is None or block.epoch != book.epoch or block.index in book.stored:
+            return
+        watch, sender = self.watches[book.process], book.senders.get(block.epoch)
+        if sender is None or watch.buffers is None or watch.owners.get(block.block_id) != book.stream_id:
+            return
+        expected = sender.content.frames(block.index * self._size, block.num_rows)
+        if watch.buffers.content(block.block_id, block.num_rows) == expected:
+            self._store(book, block)
+
+    def _store(self, book: StreamBook, block: Block) -> None:
+        book.stored.add(block.index)
+        book.index_of[block.block_id] = block.index
+        while book.next_stored in book.stored:
+            book.next_stored += 1
+
+    def _gave(self, stream_id: str, block_id: int) -> None:
+        book = self.streams.get(stream_id)
+        index = None if book is None else book.index_of.pop(block_id, None)
+        if book is None or index is None or index * self._size < book.num_delivered or book.is_ended:
+            return
+        book.stored.discard(index)
+        book.next_stored = min(book.next_stored, index)
+        if index < book.kept and book.opened_epoch == book.epoch:
+            self.complain(
+                "3: kept means kept", book.number, f"block {index} was dropped, kept are those below {book.kept}"
+            )
+
+    # -- consumers and producers ----------------------------------------------------------------------------------
+
+    def reissued(self, book: StreamBook, epoch: int) -> None:
+        """The receiver gave a ticket of a later epoch: the one before it is over."""
+        book.epoch, book.kept, book.acked, book.revocation = epoch, 0, 0, (epoch, 0)
+        book.is_revoking = False
+
+    def announced(self, book: StreamBook, total_rows: int, items: Sequence[Body]) -> None:
+        """A consumer learns the totals."""
+        sender = book.senders[book.opened_epoch]
+        if book.is_ended:
+            self.complain("3: a stream ends once", book.number, "its totals were announced after its end")
+        if book.total_rows is not None:
+            self.complain("3: totals are said once per start", book.number, f"{total_rows} after {book.total_rows}")
+        if total_rows != sender.content.num_rows or list(items) != [{"key": sender.content.key}]:
+            self.complain("2: the totals are the producer's", book.number, f"{total_rows} rows, items {items}")
+        book.total_rows, book.delivering = total_rows, sender
+        self._announced.append(book)
+
+    def restarted(self, book: StreamBook) -> None:
+        """A consumer is told to forget everything."""
+        before, sender = book.delivering, book.senders[book.opened_epoch]
+        if before is not None and sender.key and before.key == sender.key:
+            self.complain(
+                "3: the same content goes on", book.number, f"it starts over with the same key {sender.key!r}"
+            )
+        if book.is_ended:
+            self.complain("3: a stream ends once", book.number, "it starts over after its end")
+        book.start_over()
+
+    def delivered(self, book: StreamBook, first_row: int, planes: Mapping[str, Tensor]) -> None:
+        """A consumer gets rows."""
+        self.settle()
+        num_rows = len(next(iter(planes.values())))
+        if book.delivering is None or not book.is_admitted:
+            return self.complain("2: rows come after admission", book.number, f"row {first_row} came before")
+        if book.is_ended or first_row != book.num_delivered:
+            self.complain(
+                "3: rows come in order, each once",
+                book.number,
+                f"rows {first_row} to {first_row + num_rows - 1} after {book.num_delivered}, ended: {book.is_ended}",
+            )
+        content = book.delivering.content
+        difference = content.difference(first_row, planes)
+        if difference is not None:
+            others = [c.key for c in self.contents if c is not content and c.num_rows and c.holds(planes)]
+            self.complain("4: never another request's bytes", book.number, f"{difference}; such rows have {others}")
+        book.num_delivered += num_rows
+
+    def completed(self, book: StreamBook, stats: StreamStats) -> None:
+        """A consumer hears that it has everything."""
+        if book.is_ended or book.num_delivered != book.total_rows:
+            self.complain("3: complete means every row", book.number, f"{book.num_delivered} of {book.total_rows} rows")
+        book.is_ended = True
+
+    def failed(self, book: StreamBook, error: TransferError) -> None:
+        """A consumer hears of a failure."""
+        if book.is_ended:
+            self.complain("3: a stream ends once", book.number, f"after its end it failed with {error}")
+        book.is_ended = True
+
+    def sender_ended(self, book: StreamBook, sender: SenderBook, outcome: StreamStats | TransferError) -> None:
+        """A producer hears the end."""
+        if sender.outcome is not None:
+            self.complain("3: a stream ends once", book.number, f"{outcome} after {sender.outcome}")
+        sender.outcome = outcome
+        if isinstance(outcome, StreamStats) and not (book.is_ended and book.num_delivered == book.total_rows):
+            self.complain(
+                "3: done means delivered", book.number, f"its sender is done, {book.num_delivered} rows arrived"
+            )
