@@ -23,6 +23,14 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
+def rms_norm_heads(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`rms_norm` of every head of x [T, H, D] with its own row of weight [H, D], same floating dtype; any strides.
+
+    Takes the torch path on every device. Returns a new tensor like `x`.
+    """
+    return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
+
+
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

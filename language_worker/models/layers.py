@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.activation import swiglu
-from kernels.norm import add_rms_norm, rms_norm
+from kernels.norm import add_rms_norm, rms_norm, rms_norm_heads
 from kernels.paged_attention import AttentionBatch, paged_attention
 from kernels.pages import write_pages
 from kernels.rotary import (
@@ -102,7 +102,7 @@ class DecoderBlock:
         qkv = F.linear(normed, self.qkv, self.qkv_bias).view(num_tokens, heads + 2 * kv_heads, shape.head_dim)
         qk = qkv[:, : heads + kv_heads]
         if self.qk_norm is not None:
-            qk = F.rms_norm(qk, (shape.head_dim,), None, shape.eps) * self.qk_norm
+            qk = rms_norm_heads(qk, self.qk_norm, shape.eps)
         qk = rotate(qk, rotary)
         write_pages(cache[0], cache[1], qk[:, heads:], qkv[:, heads + kv_heads :], slots)
         mixed = paged_attention(qk[:, :heads], cache[0], cache[1], attention)

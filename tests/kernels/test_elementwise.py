@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kernels.activation import gelu, gelu_tanh, swiglu
 from kernels.dispatch import Path, forced
-from kernels.norm import add_rms_norm, layer_norm, rms_norm
+from kernels.norm import add_rms_norm, layer_norm, rms_norm, rms_norm_heads
 from tests import oracles
 from tests.kernels.paths import PATHS, paths
 from tests.tolerances import assert_matches
@@ -50,6 +50,21 @@ def test_rms_norm_takes_statistics_in_float32(path: Path) -> None:
     weight = torch.ones(4096, dtype=torch.float16)
     with forced(path):
         assert_matches(rms_norm(x, weight, 1e-6), oracles.rms_norm(x, weight, 1e-6))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(shape=shapes, dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
+def test_every_head_is_normalised_with_its_own_weight(
+    shape: tuple[int, int, int], dtype: torch.dtype, seed: int
+) -> None:
+    tokens, heads, width = shape
+    x, weight = (
+        _draw(seed, tokens, heads + 2, width, dtype=dtype)[:, :heads],
+        _draw(seed + 1, heads, width, dtype=dtype),
+    )
+    normed = rms_norm_heads(x, weight, 1e-6)
+    for head in range(heads):
+        assert_matches(normed[:, head], oracles.rms_norm(x[:, head], weight[head], 1e-6))
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
