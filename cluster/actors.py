@@ -29,10 +29,10 @@ from language_worker.errors import EngineError
 from language_worker.worker import LanguageWorker
 from transfer.config import TransferConfig
 from transfer.endpoints.allocator import tune_allocator
-from transfer.endpoints.connection import Endpoint
+from transfer.endpoints.contract import Endpoint
 from transfer.endpoints.endpoint import open_endpoint
 from transfer.errors import TransferError
-from transfer.streams.service import Service
+from transfer.service.service import Service
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from tests.e2e.serving import Serving, ask_demo_question, eventually
 from tests.transfer.test_endpoints import WAIT_S, Answers
 from transfer.config import TransferConfig
 from transfer.endpoints.endpoint import open_endpoint
-from transfer.streams.service import Service
+from transfer.service.service import Service
 
 pytestmark = pytest.mark.ray
 CONFIG = TransferConfig(ping_interval_s=0.2, peer_timeout_s=1.0, tick_s=0.01)

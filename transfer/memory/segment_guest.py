@@ -17,16 +17,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from transfer.buffers import PlaneBuffers
 from transfer.config import TransferConfig
-from transfer.endpoints.connection import Connection
+from transfer.connection import Connection
 from transfer.errors import EndpointClosed, RemoteProtocolError, TransferError
+from transfer.memory.buffers import PlaneBuffers
+from transfer.memory.segment_passing import FetchedSegment, fetch, is_lifeline_over
+from transfer.memory.segments import Segment, SegmentLayout, attach, is_supported
 from transfer.protocol.messages import Body
 from transfer.protocol.negotiate import Offer
 from transfer.protocol.ticket import Ticket
-from transfer.shared_memory.segment_passing import FetchedSegment, fetch, is_lifeline_over
-from transfer.shared_memory.segments import Segment, SegmentLayout, attach, is_supported
-from transfer.streams.service import Service
+from transfer.service.service import Service
 
 RETRY_S = 30.0  # how long a receiver whose segment could not be had is not asked again
 MAX_PATH_CHARS = 108

@@ -22,8 +22,7 @@ from pathlib import Path
 
 from transfer.endpoints.addresses import prepare_ipc
 from transfer.errors import ConfigError
-from transfer.protocol.ticket import Ticket
-from transfer.shared_memory.segment_passing import (
+from transfer.memory.segment_passing import (
     ANSWER,
     CHALLENGE,
     HANDSHAKE_S,
@@ -34,6 +33,7 @@ from transfer.shared_memory.segment_passing import (
     is_same_user,
     request_proof,
 )
+from transfer.protocol.ticket import Ticket
 
 SOCKET_PREFIX = "segments-"
 MAX_HANDSHAKES = 64
