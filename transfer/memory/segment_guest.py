@@ -95,14 +95,22 @@ class SegmentGuest:
             return  # another stream is getting it
 
         def job() -> None:
-            found = self._get(path, ticket, generation, layout, has_checksums)
+            found: MappedSegment | None = None
+            try:
+                found = self._get(path, ticket, generation, layout, has_checksums)
+            except Exception as error:  # whatever it is: those who wait get an answer
+                logger.warning("payload for %s goes over the wire: %s", connection.peer, error)
             try:
                 self._service.post(lambda: self._answer(connection, generation, found))
             except EndpointClosed:
                 if found is not None:
                     found.close()
 
-        self._run_job(job)
+        try:
+            self._run_job(job)
+        except RuntimeError as error:
+            logger.warning("payload for %s goes over the wire: %s", connection.peer, error)
+            self._answer(connection, generation, None)
 
     def tick(self) -> None:
         """Let go of the segments whose receiver hung up."""
@@ -140,7 +148,7 @@ class SegmentGuest:
                 raise
             finally:
                 os.close(fetched.fd)
-        except TransferError as error:
+        except (TransferError, OSError) as error:
             logger.info("payload of stream %s goes over the wire: %s", ticket.stream_id, error)
             return None
         buffers = PlaneBuffers.over(

@@ -87,7 +87,7 @@ class SegmentHost:
                 if len(self._peers) >= MAX_SEGMENTS:
                     return None
                 area = SegmentArea(self._layout, has_checksums=self._config.shm_checksum)
-        except TransferError as error:
+        except (TransferError, OSError, RuntimeError) as error:  # no descriptors, no threads
             logger.warning("payload goes over the wire, for shared memory does not work here: %s", error)
             self._is_off = True
             return None

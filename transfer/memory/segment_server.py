@@ -76,10 +76,15 @@ class SegmentServer:
         self._visitors: dict[int, _Visitor] = {}
         self._hang_ups: list[int] = []  # generations whose lifelines are to end; guarded by the lock
         self._closing = False
-        self._listener, self.path = _listen(Path(folder))
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
+        try:
+            self._listener, self.path = _listen(Path(folder))
+        except BaseException:
+            self._wake_read.close()
+            self._wake_write.close()
+            raise
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._wake_read, selectors.EVENT_READ)
