@@ -22,7 +22,7 @@ test: $(VENV)/.development ## lint, types and the whole test suite
 	$(BIN)/python -m pytest
 
 soak: $(VENV)/.development ## the suite with its full counts (long)
-	TANDEM_TEST_PROFILE=soak $(BIN)/python -m pytest
+	TANDEM_TEST_PROFILE=soak $(BIN)/python -m pytest --timeout 7200 -o faulthandler_timeout=7000
 
 lint: $(VENV)/.development ## format and repair what can be repaired
 	$(BIN)/ruff format .

@@ -29,10 +29,10 @@ from language_worker.errors import EngineError
 from language_worker.worker import LanguageWorker
 from transfer.config import TransferConfig
 from transfer.endpoints.allocator import tune_allocator
-from transfer.endpoints.connection import Endpoint
+from transfer.endpoints.contract import Endpoint
 from transfer.endpoints.endpoint import open_endpoint
 from transfer.errors import TransferError
-from transfer.streams.service import Service
+from transfer.service.service import Service
 
 logger = logging.getLogger(__name__)
 
@@ -187,10 +187,11 @@ def _build(
 
 
 def _open(name: str, transfer: TransferConfig, socket_dir: str) -> Endpoint:
-    """A fresh endpoint of this incarnation: a socket file on one host, the node's own address between hosts."""
+    """A fresh endpoint of this incarnation: a socket file on one host, else a port of `transfer.host`."""
     if transfer.transport == "ipc":
         return open_endpoint(f"ipc://{socket_dir}/{name}-{uuid.uuid4().hex[:8]}.sock", transfer)
-    return open_endpoint(f"tcp://{ray.util.get_node_ip_address()}:0", transfer, curve=True)
+    host = ray.util.get_node_ip_address() if transfer.host == "auto" else transfer.host
+    return open_endpoint(f"tcp://{host}:0", transfer, curve=True)
 
 
 def _node_id() -> str:

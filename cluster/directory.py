@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cluster.router import WorkerKind, WorkerView
-from transfer.endpoints.connection import Connection
-from transfer.streams.service import Service
+from transfer.connection import Connection
+from transfer.service.service import Service
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

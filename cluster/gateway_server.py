@@ -28,7 +28,7 @@ from cluster.model_info import ModelInfo
 from cluster.monitor import WorkerMonitor
 from transfer.endpoints.addresses import is_loopback
 from transfer.errors import RemoteFailure
-from transfer.streams.service import Service
+from transfer.service.service import Service
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from cluster.router import choose_embedding, choose_language
 from cluster.served import RequestStats, RunningRequest, ServedRequest, Sink
 from language_worker.api import TokenChunk
 from transfer.errors import RemoteFailure, TransferError
-from transfer.streams.service import Service
+from transfer.service.service import Service
 
 logger = logging.getLogger(__name__)
 

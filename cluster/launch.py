@@ -258,12 +258,14 @@ class RayCluster:
 
 
 def _with_transport(config: ClusterConfig) -> ClusterConfig:
-    """ "auto" becomes ipc where the whole cluster is this one host, else tcp."""
+    """ "auto" becomes ipc where the whole cluster is this one host, else tcp. ConfigError for what cannot work here."""
     if config.transfer.transport not in ("auto", "ipc", "tcp"):
         raise ConfigError(f"transfer.transport {config.transfer.transport!r} joins no processes; use auto, ipc or tcp")
+    num_nodes = sum(node["Alive"] for node in ray.nodes())
+    if num_nodes > 1 and config.transfer.host != "auto":
+        raise ConfigError(f"transfer.host {config.transfer.host} cannot be the address of {num_nodes} nodes: use auto")
     if config.transfer.transport != "auto":
         return config
-    num_nodes = sum(node["Alive"] for node in ray.nodes())
     transport = "ipc" if num_nodes == 1 else "tcp"
     return dataclasses.replace(config, transfer=dataclasses.replace(config.transfer, transport=transport))
 

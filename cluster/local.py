@@ -15,7 +15,7 @@ from cluster.model_info import ModelInfo
 from embedding_worker.worker import EmbeddingWorker
 from language_worker.worker import LanguageWorker
 from transfer.endpoints.endpoint import Endpoint, open_endpoint
-from transfer.streams.service import Service
+from transfer.service.service import Service
 
 
 class LocalWorkers:

@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.directory import WorkerAddress, WorkerDirectory
 from transfer.errors import EndpointClosed, RemoteFailure
-from transfer.streams.service import Service
+from transfer.service.service import Service
 
 logger = logging.getLogger(__name__)
 

@@ -24,11 +24,11 @@ from embedding_worker.errors import EmbedError, InvalidEmbedRequest, TooManyImag
 from embedding_worker.pipeline import EmbedPipeline
 from embedding_worker.runner import VisionRunner
 from transfer.config import TransferConfig
-from transfer.endpoints.connection import Endpoint
+from transfer.endpoints.contract import Endpoint
 from transfer.errors import TransferError, error_code
 from transfer.protocol.actions import StreamStats
-from transfer.streams.calls import IncomingCall
-from transfer.streams.service import Service
+from transfer.service.calls import IncomingCall
+from transfer.service.service import Service
 from transfer.streams.stream_sender import OutgoingStream, StreamSender
 from transfer.tensors import PlaneSpec
 

@@ -14,9 +14,9 @@ import torch
 from language_worker.api import RequestDone, RequestFailed, TokenChunk
 from language_worker.media_stream import MediaStreams
 from language_worker.outputs import MediaAdmitted, Output, PromptLogits
-from transfer.buffers import tensor_bytes
-from transfer.streams.calls import IncomingCall
-from transfer.streams.service import Service
+from transfer.memory.buffers import tensor_bytes
+from transfer.service.calls import IncomingCall
+from transfer.service.service import Service
 
 PROMPT_LOGPROBS_PER_PART = 2048  # a prompt's may be longer than a message: with 20 alternatives each, 600 KiB
 

@@ -16,11 +16,11 @@ import torch
 
 from language_worker.engine import Engine
 from language_worker.errors import EngineError, MediaFailed
-from transfer.buffers import dtype_name
 from transfer.config import TransferConfig
 from transfer.errors import EndpointClosed, TransferError, error_code
+from transfer.memory.buffers import dtype_name
 from transfer.protocol.ticket import Ticket
-from transfer.streams.service import Service
+from transfer.service.service import Service
 from transfer.streams.stream_receiver import StreamReceiver
 from transfer.tensors import PlaneSpec
 

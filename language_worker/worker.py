@@ -20,11 +20,11 @@ from language_worker.engine_builder import build_engine
 from language_worker.errors import EngineError, EngineStopped, InvalidRequest
 from language_worker.media_stream import MediaStreams
 from transfer.config import TransferConfig
-from transfer.endpoints.connection import Endpoint
+from transfer.endpoints.contract import Endpoint
 from transfer.errors import TransferError, error_code
 from transfer.protocol.ticket import Ticket
-from transfer.streams.calls import IncomingCall
-from transfer.streams.service import Service
+from transfer.service.calls import IncomingCall
+from transfer.service.service import Service
 
 logger = logging.getLogger(__name__)
 

@@ -23,6 +23,9 @@ ARROWS: dict[str, set[str]] = {
     "language_worker": {"kernels", "transfer"},
     "cluster": {"kernels", "transfer", "embedding_worker", "language_worker"},
 }
+# Within transfer, whose parts stand on each other in this order; modules outside a part are below all of them.
+TRANSFER_PARTS = ("", "protocol", "endpoints", "service", "memory", "streams")
+TRANSFER_TOOLS = {"chaos", "simulation"}  # on top, beside each other
 # Third party -> where alone it may be imported: files, or folders with a slash at the end. What is not here is refused.
 THIRD_PARTIES: dict[str, tuple[str, ...]] = {
     "fastapi": ("cluster/gateway/", "cluster/gateway_server.py"),
@@ -50,15 +53,15 @@ THIRD_PARTIES: dict[str, tuple[str, ...]] = {
     "numpy": (
         "embedding_worker/",
         "language_worker/",
-        "transfer/buffers.py",
-        "transfer/shared_memory/segments.py",
+        "transfer/memory/buffers.py",
+        "transfer/memory/segments.py",
         "kernels/",
     ),
     "torch": (
         "kernels/",
         "embedding_worker/",
         "language_worker/",
-        "transfer/buffers.py",
+        "transfer/memory/buffers.py",
         "transfer/checkpoint.py",
         "transfer/checkpoint_rules.py",
         "transfer/simulation/content.py",  # the rows that simulated producers write
@@ -113,6 +116,26 @@ def test_packages_point_only_downwards() -> None:
         for line, module in _imports(_tree(path))
         if (owner := _name(path).split("/")[0]) != (top := module.split(".")[0])
         and (top in {*ARROWS, "examples", "benchmarks", "tests"} - ARROWS[owner])
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_parts_of_transfer_stand_on_each_other() -> None:
+    def part(module: str) -> str:
+        names = module.split(".")
+        return names[1] if (ROOT / "/".join(names[:2])).is_dir() else ""
+
+    assert {p.parent.name for p in ROOT.glob("transfer/*/__init__.py")} == {*TRANSFER_PARTS[1:], *TRANSFER_TOOLS}
+    wrong = [
+        f"{_name(path)}:{line} imports {module}"
+        for path in _files("transfer")
+        for line, module in _imports(_tree(path))
+        if module.startswith("transfer.")
+        and (owner := part(_name(path).removesuffix(".py").replace("/", "."))) != (other := part(module))
+        and (
+            other in TRANSFER_TOOLS
+            or (owner not in TRANSFER_TOOLS and TRANSFER_PARTS.index(other) > TRANSFER_PARTS.index(owner))
+        )
     ]
     assert not wrong, "\n".join(wrong)
 

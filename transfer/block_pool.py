@@ -129,3 +129,14 @@ class BlockPool:
     def num_in_use(self) -> int:
         """Blocks somebody holds."""
         return self.num_blocks - len(self._free)
+
+
+def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """(first, length) of the runs of consecutive integers in `numbers`, in their order."""
+    found: list[tuple[int, int]] = []
+    for number in numbers:
+        if found and number == sum(found[-1]):
+            found[-1] = (found[-1][0], found[-1][1] + 1)
+        else:
+            found.append((number, 1))
+    return found

@@ -23,6 +23,11 @@ class TransferConfig:
     pool_tokens              rows the receive pool holds (rounded up to whole blocks)
     input_buffer_tokens      rows the consumer can reserve for announced streams
     credit_window_blocks     blocks a sender may have unacknowledged
+    transport                ipc: socket files on one host; tcp: with CURVE; auto: tcp where there are several
+    host                     the address that workers bind for tcp; auto: their node's own
+    max_streams, max_calls   streams and calls that one worker has open at most
+    ping_interval_s          how often a peer with open calls is asked whether it lives
+    tick_s                   how often what is due is looked for
     max_message_bytes        cap of one frame; a message may have many (see max_outbound_bytes)
     max_outbound_messages/bytes  cap of what may wait for one peer; max_outbound_bytes so also caps a whole message
     idle_timeout_s           silence of a stream's peer that ends the stream; disuse that closes a streams' connection
@@ -44,7 +49,7 @@ class TransferConfig:
     max_streams: int = 4096
     max_calls: int = 16384
     transport: str = "auto"
-    host: str = "127.0.0.1"
+    host: str = "auto"
     stream_timeout_s: float = 120.0
     idle_timeout_s: float = 30.0
     admit_timeout_s: float = 600.0

@@ -14,8 +14,8 @@ from cluster.router import WorkerKind
 from language_worker.api import TokenChunk
 from transfer.config import TransferConfig
 from transfer.endpoints.endpoint import open_endpoint
-from transfer.streams.calls import IncomingCall
-from transfer.streams.service import Service
+from transfer.service.calls import IncomingCall
+from transfer.service.service import Service
 
 WAIT_S = 20.0
 

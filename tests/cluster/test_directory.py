@@ -11,7 +11,7 @@ from cluster.directory import WorkerAddress, WorkerDirectory
 from tests.cluster.fake_workers import FakeWorker, Names
 from transfer.endpoints.endpoint import open_endpoint
 from transfer.errors import RemoteFailure
-from transfer.streams.service import Service
+from transfer.service.service import Service
 
 WAIT_S = 20.0
 

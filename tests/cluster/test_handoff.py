@@ -20,12 +20,12 @@ from cluster.served import RequestStats, RunningRequest, ServedRequest
 from language_worker.api import SamplingParams, TokenChunk
 from tests.cluster.fake_workers import FakeWorker, Names, end_generate, send_tokens
 from transfer.config import TransferConfig
-from transfer.endpoints.connection import Connection
+from transfer.connection import Connection
 from transfer.endpoints.endpoint import open_endpoint
 from transfer.errors import ConfigError, EndpointClosed, RemoteFailure
 from transfer.protocol.ticket import Ticket
-from transfer.streams.calls import IncomingCall
-from transfer.streams.service import Service
+from transfer.service.calls import IncomingCall
+from transfer.service.service import Service
 
 WAIT_S = 20.0
 IMAGES = (b"first image", b"second image")

@@ -15,7 +15,7 @@ from cluster.errors import WorkerLost
 from tests.cluster.fake_workers import FakeWorker, send_tokens
 from tests.cluster.test_handoff import EMBEDDED, IMAGES, WAIT_S, MakeRig, Outcome, Rig, _serve, make_rig
 from transfer.protocol.ticket import Ticket
-from transfer.streams.calls import IncomingCall
+from transfer.service.calls import IncomingCall
 
 __all__ = ["make_rig"]  # the fixture
 

@@ -14,7 +14,7 @@ from cluster.served import RequestStats, RunningRequest, ServedRequest
 from language_worker.api import TokenChunk
 from transfer.config import TransferConfig
 from transfer.endpoints.endpoint import open_endpoint
-from transfer.streams.service import Service
+from transfer.service.service import Service
 
 WAIT_S = 60.0
 

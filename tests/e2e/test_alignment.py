@@ -27,7 +27,7 @@ from language_worker.worker import LanguageWorker
 from tests.e2e.front import Front
 from tests.e2e.serving import LEDGER, NO_SPECIAL_TOKENS, eventually
 from transfer.config import TransferConfig
-from transfer.endpoints.connection import Connection
+from transfer.connection import Connection
 from transfer.endpoints.endpoint import open_endpoint
 from transfer.errors import AlignmentError, IncompatibleBlocks, RemoteFailure, TransferError, error_from_code
 from transfer.protocol.integrity import block_tag, tag_seed

@@ -14,16 +14,17 @@ from tests.e2e.serving import Serving, ask_demo_question, eventually
 from tests.transfer.test_endpoints import WAIT_S, Answers
 from transfer.config import TransferConfig
 from transfer.endpoints.endpoint import open_endpoint
-from transfer.streams.service import Service
+from transfer.service.service import Service
 
 pytestmark = pytest.mark.ray
+HOST = "127.0.0.3"  # of this machine too, and no default of anything
 CONFIG = TransferConfig(ping_interval_s=0.2, peer_timeout_s=1.0, tick_s=0.01)
 
 
 @pytest.fixture(scope="module")
 def tcp_cluster(ray_cluster: RayCluster) -> Iterator[RayCluster]:
     tree = cluster_tree()
-    tree["transfer"]["transport"] = "tcp"
+    tree["transfer"] |= {"transport": "tcp", "host": HOST}
     with RayCluster(build_config(tree).resolve()) as cluster:
         yield cluster
 
@@ -34,7 +35,7 @@ def test_workers_between_hosts_know_each_other_by_their_keys_and_nobody_else(tcp
         addresses = [health.address for health in tcp_cluster.workers.values()]
         keys = {worker.public_key for worker in addresses}
         assert len(keys) == 2 and all(key and len(key) == 40 for key in keys)
-        assert all(worker.address.startswith("tcp://") for worker in addresses)
+        assert all(worker.address.startswith(f"tcp://{HOST}:") for worker in addresses)
         assert {values["refused_keys"] for values in serving.metrics().values()} == {0}
 
         stranger = Service(open_endpoint("tcp://127.0.0.1:0", CONFIG, curve=True), CONFIG)

@@ -21,7 +21,7 @@ from embedding_worker.worker import EmbeddingWorker
 from language_worker.config import EngineConfig
 from language_worker.worker import LanguageWorker
 from transfer.config import TransferConfig
-from transfer.endpoints.connection import Endpoint
+from transfer.endpoints.contract import Endpoint
 from transfer.endpoints.endpoint import open_endpoint
 
 ROOT = Path(__file__).parents[2]

@@ -25,7 +25,7 @@ from transfer.config import TransferConfig
 from transfer.endpoints.endpoint import open_endpoint
 from transfer.errors import RemoteFailure, TransferError
 from transfer.protocol.ticket import Ticket
-from transfer.streams.service import Service
+from transfer.service.service import Service
 from transfer.streams.stream_receiver import StreamReceiver
 from transfer.streams.stream_sender import StreamSender
 from transfer.tensors import PlaneSpec

@@ -14,10 +14,10 @@ import torch
 from language_worker.worker import LanguageWorker
 from tests.language_worker.helpers import GREEDY, Media, drive, make_engine, request
 from tests.language_worker.test_worker import ENGINE, NAMES, PAD, WAIT_S, Answer, Client
-from transfer.buffers import plane_of
 from transfer.config import TransferConfig
 from transfer.endpoints.endpoint import open_endpoint
 from transfer.errors import TransferError
+from transfer.memory.buffers import plane_of
 from transfer.protocol.ticket import Ticket
 
 ROWS, BLOCK = 100, 16

@@ -18,12 +18,12 @@ from language_worker.delivery import logit_frames
 from language_worker.worker import LanguageWorker
 from tests.language_worker.helpers import GREEDY, Media, drive, make_engine, prompt, request
 from tests.tiny_tokenizer import TOKEN_IDS
-from transfer.buffers import plane_of
 from transfer.config import TransferConfig
 from transfer.endpoints.endpoint import open_endpoint
 from transfer.errors import RemoteFailure, TransferError
+from transfer.memory.buffers import plane_of
 from transfer.protocol.ticket import Ticket
-from transfer.streams.service import Service
+from transfer.service.service import Service
 from transfer.streams.stream_sender import StreamSender
 
 PAD = TOKEN_IDS["<|image_pad|>"]

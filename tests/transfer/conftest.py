@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.transfer.virtual import Pair
-from transfer.shared_memory.segments import is_supported
+from transfer.memory.segments import is_supported
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ import msgpack
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from transfer.memory.segment_passing import ANSWER, CHALLENGE, MAGIC, NONCE_BYTES, REQUEST
+from transfer.memory.segment_server import SOCKET_PREFIX
 from transfer.protocol.messages import Abort, Call, Close, End, Message
 from transfer.protocol.wire import MAX_HEADER_BYTES, WIRE_VERSION, decode_header, encode_header, frame_header
-from transfer.shared_memory.segment_passing import ANSWER, CHALLENGE, MAGIC, NONCE_BYTES, REQUEST
-from transfer.shared_memory.segment_server import SOCKET_PREFIX
 
 WAIT_MS = 20_000
 LISTENING_TCP, LISTENING_UNIX, STREAM, PACKETS = "0A", "00010000", "0001", "0005"

@@ -10,10 +10,10 @@ import os
 import sys
 
 from tests.transfer.segment_values import LAYOUT, TICKET_ID, fill, first_bytes
+from transfer.memory.segment_passing import fetch
+from transfer.memory.segment_server import SegmentOffer, SegmentServer
+from transfer.memory.segments import OwnedSegment, Segment, attach
 from transfer.protocol.ticket import Ticket
-from transfer.shared_memory.segment_passing import fetch
-from transfer.shared_memory.segment_server import SegmentOffer, SegmentServer
-from transfer.shared_memory.segments import OwnedSegment, Segment, attach
 
 
 def main() -> None:

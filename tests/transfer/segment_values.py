@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from transfer.memory.segments import Filling, Segment, SegmentLayout
 from transfer.protocol.ticket import Ticket
-from transfer.shared_memory.segments import Filling, Segment, SegmentLayout
 from transfer.tensors import PlaneSpec
 
 LAYOUT = SegmentLayout(

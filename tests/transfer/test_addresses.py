@@ -173,3 +173,14 @@ def test_addresses_for_sealed_payloads() -> None:
         with pytest.raises(ConfigError, match="is no address") as caught:
             split_sealed(wrong)
         assert token not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["file", "dangling link", "file above"])
+def test_a_folder_that_cannot_be_one_is_a_config_error(kind: str, tmp_path: Path) -> None:
+    folder = tmp_path / "taken"
+    if kind == "dangling link":
+        folder.symlink_to(tmp_path / "nowhere" / "at" / "all")
+    else:
+        folder.write_text("no folder")
+    with pytest.raises(ConfigError, match="cannot be used for sockets"):
+        prepare_ipc(f"ipc://{folder / 'below' if kind == 'file above' else folder}/name.sock")

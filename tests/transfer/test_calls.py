@@ -6,11 +6,11 @@ import contextlib
 import threading
 from collections.abc import Callable, Sequence
 
-from transfer.endpoints.connection import Connection, Frame
+from transfer.connection import Connection, Frame
 from transfer.errors import RemoteFailure
 from transfer.protocol.messages import Body, Call, Fail, Message, Part, Parts
 from transfer.protocol.wire import MAX_HEADER_BYTES, encode_header
-from transfer.streams.calls import IncomingCall, IncomingCalls, OnEnd, OutgoingCall, OutgoingCalls
+from transfer.service.calls import IncomingCall, IncomingCalls, OnEnd, OutgoingCall, OutgoingCalls
 
 PEER = Connection(endpoint="here", peer="there", key=b"1", outgoing=False)
 HUGE = {"text": "x" * MAX_HEADER_BYTES}

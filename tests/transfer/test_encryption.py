@@ -14,8 +14,8 @@ from transfer.endpoints.addresses import is_loopback, tcp_host
 from transfer.endpoints.endpoint import open_endpoint
 from transfer.errors import ConfigError, TransferError
 from transfer.protocol.ticket import Ticket
-from transfer.streams.calls import IncomingCall
-from transfer.streams.service import Service
+from transfer.service.calls import IncomingCall
+from transfer.service.service import Service
 from transfer.streams.stream_receiver import StreamReceiver
 from transfer.streams.stream_sender import StreamSender
 

@@ -20,14 +20,15 @@ import zmq
 
 from tests.transfer.virtual import PLANES, Consumer, assert_rows_equal, make_rows
 from transfer.config import TransferConfig
-from transfer.endpoints.connection import Connection, Endpoint
+from transfer.connection import Connection
+from transfer.endpoints.contract import Endpoint
 from transfer.endpoints.endpoint import open_endpoint
 from transfer.endpoints.zmq_endpoint import ZmqEndpoint
 from transfer.errors import ConfigError, EndpointClosed, LocalProtocolError, MessageTooLarge, RemoteFailure
 from transfer.protocol.messages import Call
 from transfer.protocol.ticket import Ticket
-from transfer.streams.calls import IncomingCall
-from transfer.streams.service import Service
+from transfer.service.calls import IncomingCall
+from transfer.service.service import Service
 from transfer.streams.stream_receiver import StreamReceiver
 from transfer.streams.stream_sender import OutgoingStream, StreamSender
 
@@ -778,7 +779,7 @@ def test_inproc_needs_neither_zmq_nor_msgpack() -> None:
 
     code = (
         "import sys; sys.modules['zmq'] = sys.modules['msgpack'] = sys.modules['pydantic'] = sys.modules['ray'] = None;"
-        "from transfer.endpoints.endpoint import open_endpoint; from transfer.streams.service import Service;"
+        "from transfer.endpoints.endpoint import open_endpoint; from transfer.service.service import Service;"
         "from transfer.streams.stream_receiver import StreamReceiver;"
         "from transfer.streams.stream_sender import StreamSender;"
         "open_endpoint('inproc://x').close()"

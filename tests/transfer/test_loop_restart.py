@@ -13,7 +13,7 @@ from tests.transfer.test_streams import configure
 from tests.transfer.virtual import PLANES, Consumer, make_rows
 from transfer.endpoints.endpoint import open_endpoint
 from transfer.protocol.ticket import Ticket
-from transfer.streams.service import Service
+from transfer.service.service import Service
 from transfer.streams.stream_receiver import StreamReceiver
 from transfer.streams.stream_sender import StreamSender
 

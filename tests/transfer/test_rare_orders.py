@@ -10,7 +10,7 @@ import pytest
 from tests.transfer.test_sessions import TICKET
 from tests.transfer.test_streams import configure
 from tests.transfer.virtual import PLANES, Pair, VirtualEndpoint, assert_rows_equal, make_rows
-from transfer.endpoints.connection import Connection
+from transfer.connection import Connection
 from transfer.protocol.messages import Announce, Message, Open, Revoke
 from transfer.protocol.negotiate import Offer
 from transfer.protocol.strays import Strays

@@ -18,15 +18,15 @@ from tests.transfer.test_encryption import RecordingProxy
 from tests.transfer.test_endpoints import WAIT_S, Answers, Bomb, CuttingProxy, wait_for
 from tests.transfer.virtual import PLANES, Consumer, assert_rows_equal, make_rows
 from transfer.config import TransferConfig
+from transfer.connection import Connection
 from transfer.endpoints.addresses import SEALED_DOMAIN, sealed_address, split_sealed
-from transfer.endpoints.connection import Connection
 from transfer.endpoints.endpoint import open_endpoint
 from transfer.errors import ConfigError, Incompatible, LocalProtocolError
 from transfer.protocol.messages import Abort, Ack, Block, Call, Close, Message, Open, Probe
 from transfer.protocol.negotiate import SEALED, Offer
 from transfer.protocol.ticket import Ticket
 from transfer.protocol.wire import encode_header
-from transfer.streams.service import Service
+from transfer.service.service import Service
 from transfer.streams.stream_receiver import StreamReceiver
 from transfer.streams.stream_sender import OutgoingStream, StreamSender
 from transfer.tensors import SEAL_BYTES

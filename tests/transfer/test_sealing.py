@@ -312,7 +312,7 @@ def test_the_pool_of_buffers_is_bounded() -> None:
 def test_sealing_is_loaded_only_when_it_is_used() -> None:
     code = (
         "import sys; sys.modules['cryptography'] = None;"
-        "from transfer.endpoints.endpoint import open_endpoint; from transfer.streams.service import Service;"
+        "from transfer.endpoints.endpoint import open_endpoint; from transfer.service.service import Service;"
         "from transfer.streams.stream_receiver import StreamReceiver;"
         "from transfer.streams.stream_sender import StreamSender;"
         "open_endpoint('inproc://x').close(); open_endpoint('tcp://127.0.0.1:0').close();"

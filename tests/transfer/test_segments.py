@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from transfer.block_pool import runs
 from transfer.errors import (
     ConfigError,
     DoubleFree,
@@ -23,8 +24,8 @@ from transfer.errors import (
     PoolExhausted,
     RemoteProtocolError,
 )
-from transfer.shared_memory.segment_book import SegmentBook
-from transfer.shared_memory.segments import (
+from transfer.memory.segment_book import SegmentBook
+from transfer.memory.segments import (
     PAGE_BYTES,
     SEAL_BYTES,
     Filling,
@@ -32,7 +33,6 @@ from transfer.shared_memory.segments import (
     SegmentLayout,
     attach,
     is_supported,
-    runs,
 )
 from transfer.tensors import PlaneSpec
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.transfer.virtual import PLANES
-from transfer.endpoints.connection import Connection
+from transfer.connection import Connection
 from transfer.errors import AlignmentError, LocalProtocolError
 from transfer.protocol.actions import Accepted, Dropped, Failed, Send, Timers
 from transfer.protocol.grant_planner import Demand, GrantPlanner

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transfer.endpoints.connection import Connection
+from transfer.connection import Connection
 from transfer.protocol.liveness import Silence
 
 

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from tests.transfer.virtual import PLANES, make_rows
 from transfer import errors
-from transfer.buffers import PlaneBuffers, RowQueue, tensor_bytes
 from transfer.config import TransferConfig
 from transfer.endpoints.addresses import ZAP_DOMAIN, AllowList, check_bind_host, is_loopback, prepare_ipc
 from transfer.endpoints.outbox import Outbox
@@ -27,6 +26,7 @@ from transfer.errors import (
     TicketRejected,
     TransferError,
 )
+from transfer.memory.buffers import PlaneBuffers, RowQueue, tensor_bytes
 from transfer.protocol.integrity import block_tag, tag_seed
 from transfer.protocol.messages import Accept
 from transfer.protocol.negotiate import Offer

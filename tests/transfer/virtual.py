@@ -15,15 +15,16 @@ from pathlib import Path
 import torch
 
 from transfer.config import TransferConfig
-from transfer.endpoints.connection import Connection, Frame, Handler, Tick
+from transfer.connection import Connection, Frame
+from transfer.endpoints.contract import Handler, Tick
 from transfer.errors import TicketRejected
+from transfer.memory.segment_guest import SegmentGuest
+from transfer.memory.segment_host import RELEASE_S, SegmentHost
+from transfer.memory.segment_passing import FetchedSegment
+from transfer.memory.segment_server import SegmentOffer
 from transfer.protocol.messages import Block, Filled, Message, Probe
 from transfer.protocol.ticket import Ticket
-from transfer.shared_memory.segment_guest import SegmentGuest
-from transfer.shared_memory.segment_host import RELEASE_S, SegmentHost
-from transfer.shared_memory.segment_passing import FetchedSegment
-from transfer.shared_memory.segment_server import SegmentOffer
-from transfer.streams.service import Service
+from transfer.service.service import Service
 from transfer.streams.stream_receiver import StreamReceiver
 from transfer.streams.stream_sender import OutgoingStream, StreamSender
 from transfer.tensors import PlaneSpec

@@ -85,8 +85,11 @@ def prepare_ipc(address: str) -> None:
     if not path.is_absolute() or len(os.fsencode(path)) > MAX_IPC_PATH:
         raise ConfigError(f"{address!r}: an ipc path is absolute and at most {MAX_IPC_PATH} bytes")
     folder = path.parent
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    info = folder.stat()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        info = folder.stat()
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be used for sockets: {error.strerror}; use another folder") from error
     if info.st_uid != os.geteuid() or stat.S_IMODE(info.st_mode) & 0o077:
         raise ConfigError(f"{folder} must be this user's with rights 0700, or others could connect: use a new folder")
     if path.exists():

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import cast
 
 from transfer.config import TransferConfig
-from transfer.endpoints.connection import Connection, Endpoint, Frame, Handler, Tick
+from transfer.connection import Connection, Frame
+from transfer.endpoints.contract import Endpoint, Handler, Tick
 from transfer.errors import ConfigError
 
 __all__ = ["Connection", "Endpoint", "Frame", "Handler", "Tick", "open_endpoint"]

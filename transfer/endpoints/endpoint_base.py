@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from transfer.config import TransferConfig
-from transfer.endpoints.connection import Connection, Handler, Tick
+from transfer.connection import Connection
+from transfer.endpoints.contract import Handler, Tick
 from transfer.errors import EndpointClosed, LocalProtocolError
 from transfer.protocol.messages import Message
 

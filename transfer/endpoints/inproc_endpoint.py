@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
 from transfer.config import TransferConfig
-from transfer.endpoints.connection import Connection, Frame
+from transfer.connection import Connection, Frame
 from transfer.endpoints.endpoint_base import EndpointBase
 from transfer.errors import ConfigError, EndpointClosed, MessageTooLarge, Overloaded, PeerLost
 from transfer.protocol.messages import Message

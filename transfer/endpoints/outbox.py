@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 
-from transfer.endpoints.connection import Frame
+from transfer.connection import Frame
 from transfer.errors import MessageTooLarge, Overloaded
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import secrets
 
+from transfer.connection import Connection
 from transfer.endpoints.addresses import is_loopback, raw_key, split_sealed, tcp_host
-from transfer.endpoints.connection import Connection
 from transfer.errors import ConfigError, Overloaded
 
 MAX_PEERS = 4096

@@ -19,6 +19,7 @@ from typing import Any
 import zmq
 
 from transfer.config import TransferConfig
+from transfer.connection import Connection, Frame
 from transfer.endpoints.addresses import (
     AllowList,
     check_bind_host,
@@ -28,7 +29,6 @@ from transfer.endpoints.addresses import (
     sealed_address,
     tcp_host,
 )
-from transfer.endpoints.connection import Connection, Frame
 from transfer.endpoints.endpoint_base import EndpointBase
 from transfer.endpoints.outbox import Outbox
 from transfer.endpoints.peer_book import MAX_PEERS, PeerBook, check_peer

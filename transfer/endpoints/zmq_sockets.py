@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import zmq
 
 from transfer.config import TransferConfig
+from transfer.connection import Connection, Frame
 from transfer.endpoints.addresses import ZAP_DOMAIN
-from transfer.endpoints.connection import Connection, Frame
 from transfer.errors import MalformedMessage, MessageTooLarge
 from transfer.protocol.wire import MAX_FRAMES, MAX_HEADER_BYTES
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from transfer.endpoints.connection import Connection
+from transfer.connection import Connection
 
 
 class Liveness:

@@ -14,12 +14,12 @@ from transfer.errors import StreamAborted, StreamTimeout, TicketRejected, Transf
 from transfer.protocol.actions import Failed, FreeBlocks, ReceiverAction, Send, Timers
 from transfer.protocol.messages import Abort, Ack
 from transfer.protocol.negotiate import Offer
+from transfer.protocol.payload import IncomingPayload, TaggedPayload
 from transfer.protocol.receiver_window import ReceiverWindow
 from transfer.protocol.state import RECEIVER_TABLE, TERMINAL, ReceiverEvent, ReceiverState, apply
 from transfer.protocol.stream_record import StreamFacts, StreamRecord
 from transfer.protocol.take_over import orphaned_by
 from transfer.protocol.ticket import Ticket
-from transfer.streams.payload import IncomingPayload, TaggedPayload
 
 FLOWING = (ReceiverState.HELD, ReceiverState.ADMITTED)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
+from transfer.block_pool import runs
 from transfer.errors import (
     LOSS_CODES,
     AlignmentError,
@@ -51,7 +52,6 @@ from transfer.protocol.state import ReceiverEvent, ReceiverState
 from transfer.protocol.stream_record import StreamRecord
 from transfer.protocol.take_over import accept_of, opened_by
 from transfer.protocol.ticket import open_is_proven
-from transfer.shared_memory.segments import runs
 
 IsFilled: TypeAlias = Callable[[Filled, int, int, int], bool]
 """Whether the slots of a message, from its n-th on and so many of them, are sealed for it with so many rows."""

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from transfer.endpoints.connection import Frame
+from transfer.connection import Frame
 from transfer.errors import LocalProtocolError
 from transfer.protocol.ticket import Ticket
 from transfer.tensors import SEAL_BYTES

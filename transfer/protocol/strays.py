@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
 
-from transfer.endpoints.connection import Connection
+from transfer.connection import Connection
 from transfer.protocol.messages import Abort, Close, Open, Probe, StreamMessage
 from transfer.protocol.receiver_session import refusal_of
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 
-from transfer.buffers import Tensor
 from transfer.errors import TransferError
+from transfer.memory.buffers import Tensor
 from transfer.protocol.actions import StreamStats
 from transfer.protocol.messages import Body
 from transfer.simulation.books import StreamBook

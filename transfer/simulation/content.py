@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from transfer.buffers import tensor_bytes
+from transfer.memory.buffers import tensor_bytes
 from transfer.tensors import PlaneSpec
 
 _DTYPES = {

@@ -6,12 +6,12 @@ import random
 from dataclasses import replace
 
 from transfer.protocol.ticket import SECRET_BYTES, Ticket
+from transfer.service.service import Service
 from transfer.simulation.judge import Judge
 from transfer.simulation.memory import WatchedBuffers, WatchedPool
 from transfer.simulation.network import VirtualEndpoint, VirtualNetwork
 from transfer.simulation.scenario import Scenario
 from transfer.simulation.timeline import Process
-from transfer.streams.service import Service
 from transfer.streams.stream_receiver import StreamReceiver
 from transfer.streams.stream_sender import StreamSender
 

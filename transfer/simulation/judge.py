@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from transfer.buffers import Tensor
 from transfer.config import TransferConfig
 from transfer.errors import AlignmentError, TransferError
+from transfer.memory.buffers import Tensor
 from transfer.protocol.actions import StreamStats
 from transfer.protocol.messages import Block, Body, Grant
 from transfer.simulation.books import Breach, SenderBook, StreamBook

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 from transfer.block_pool import Allocation, BlockPool
-from transfer.buffers import PlaneBuffers, Tensor, tensor_bytes
+from transfer.memory.buffers import PlaneBuffers, Tensor, tensor_bytes
 from transfer.tensors import PlaneSpec
 
 POISON = 0xA5

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from transfer.config import TransferConfig
-from transfer.endpoints.connection import Connection, Frame, Handler, Tick
+from transfer.connection import Connection, Frame
+from transfer.endpoints.contract import Handler, Tick
 from transfer.errors import EndpointClosed, MalformedMessage, Overloaded, PeerLost
 from transfer.protocol.messages import Block, Message, Probe
 from transfer.protocol.wire import decode_header, encode_header

@@ -1,4 +1,4 @@
-"""What workers call: streams of rows out of one process and into the blocks of another, and calls beside them.
+"""What workers call: streams of rows out of one process and into the blocks of another.
 
-Sessions of `protocol` run here over an endpoint of `endpoints`, with rows in the pool or in `shared_memory`.
+Sessions of `protocol` run here over a service, with rows in the pool or the segments of `memory`.
 """

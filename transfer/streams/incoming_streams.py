@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from transfer.buffers import Tensor
-from transfer.endpoints.connection import Connection
+from transfer.connection import Connection
 from transfer.errors import StreamAborted, TransferError
+from transfer.memory.buffers import Tensor
+from transfer.memory.receive_area import ReceiveArea
+from transfer.memory.segment_area import SegmentArea
 from transfer.protocol.actions import (
     Announced,
     Deliver,
@@ -35,9 +37,7 @@ from transfer.protocol.schedule import Schedule
 from transfer.protocol.state import TERMINAL, ReceiverState
 from transfer.protocol.strays import Strays
 from transfer.protocol.stream_record import StreamRecord
-from transfer.shared_memory.segment_area import SegmentArea
-from transfer.streams.receive_area import ReceiveArea
-from transfer.streams.service import Service
+from transfer.service.service import Service
 
 logger = logging.getLogger(__name__)
 

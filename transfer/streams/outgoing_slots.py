@@ -10,13 +10,13 @@ import contextlib
 from collections.abc import Callable, Sequence
 
 from transfer.errors import EndpointClosed, TransferError
+from transfer.memory.segment_guest import MappedSegment, SegmentGuest
+from transfer.memory.slot_writer import SlotWriter
 from transfer.protocol.actions import Accepted, SenderAction, SendFilled
 from transfer.protocol.messages import Released, Revoked, StreamMessage
 from transfer.protocol.state import TERMINAL
-from transfer.shared_memory.segment_guest import MappedSegment, SegmentGuest
-from transfer.shared_memory.slot_writer import SlotWriter
+from transfer.service.service import Service
 from transfer.streams.outgoing_stream import OutgoingStream
-from transfer.streams.service import Service
 
 
 class OutgoingSlots:

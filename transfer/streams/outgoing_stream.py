@@ -11,14 +11,14 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from transfer.buffers import RowQueue, Tensor
-from transfer.endpoints.connection import Connection
+from transfer.connection import Connection
 from transfer.errors import EndpointClosed, LocalProtocolError, StreamAborted, StreamTimeout, TransferError
+from transfer.memory.buffers import RowQueue, Tensor
+from transfer.memory.slot_writer import SlotWriter
 from transfer.protocol.actions import Accepted, SenderAction, StreamStats
 from transfer.protocol.messages import Body, Revoked
+from transfer.protocol.payload import OutgoingPayload
 from transfer.protocol.sender_session import SenderSession
-from transfer.shared_memory.slot_writer import SlotWriter
-from transfer.streams.payload import OutgoingPayload
 
 logger = logging.getLogger(__name__)
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from transfer.endpoints.connection import Connection
+from transfer.connection import Connection
 from transfer.errors import PeerLost
+from transfer.memory.receive_area import ReceiveArea
+from transfer.memory.segment_area import SegmentArea
+from transfer.memory.segment_host import SegmentHost
 from transfer.protocol.messages import Attached, Body, Filled, Open, Released
 from transfer.protocol.ticket import open_is_proven
-from transfer.shared_memory.segment_area import SegmentArea
-from transfer.shared_memory.segment_host import SegmentHost
 from transfer.streams.incoming_streams import IncomingStream, IncomingStreams
-from transfer.streams.receive_area import ReceiveArea
 
 NO_SEGMENT = PeerLost("the memory shared with the sender is lost: its process ended, or let go of it")
 

@@ -12,8 +12,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from transfer.config import TransferConfig
-from transfer.endpoints.connection import Connection
+from transfer.connection import Connection
 from transfer.errors import EndpointClosed, LocalProtocolError, Overloaded, PeerLost, StreamAborted, TransferError
+from transfer.memory.receive_area import ReceiveArea
+from transfer.memory.segment_area import SegmentArea
+from transfer.memory.segment_host import SegmentHost, host_for
 from transfer.protocol.actions import Failed, Timers
 from transfer.protocol.messages import (
     Abort,
@@ -28,16 +31,13 @@ from transfer.protocol.messages import (
     StreamMessage,
 )
 from transfer.protocol.negotiate import SEALED, Offer
+from transfer.protocol.payload import incoming_payload, integrity_offered
 from transfer.protocol.receiver_session import ReceiverSession, refusal_of
 from transfer.protocol.state import TERMINAL, ReceiverState
 from transfer.protocol.ticket import Ticket
-from transfer.shared_memory.segment_area import SegmentArea
-from transfer.shared_memory.segment_host import SegmentHost, host_for
+from transfer.service.service import Service
 from transfer.streams.incoming_streams import IncomingStream, IncomingStreams, NobodyListens, StreamListener
-from transfer.streams.payload import incoming_payload, integrity_offered
-from transfer.streams.receive_area import ReceiveArea
 from transfer.streams.receive_areas import ReceiveAreas
-from transfer.streams.service import Service
 from transfer.tensors import SEAL_BYTES, PlaneSpec, check_block_bytes
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class StreamReceiver:
         next_ticket: Callable[[Ticket], Ticket] = Ticket.next_epoch,
         segments: SegmentHost | None = None,
     ) -> None:
-        integrity = integrity_offered(service.endpoint, config)
+        integrity = integrity_offered(is_encrypted=service.endpoint.public_key is not None, config=config)
         seal_bytes = SEAL_BYTES if SEALED in integrity else 0
         check_block_bytes(planes, config, seal_bytes)
         self._service = service

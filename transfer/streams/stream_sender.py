@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from transfer.config import TransferConfig
-from transfer.endpoints.connection import Connection, Frame
+from transfer.connection import Connection, Frame
 from transfer.errors import (
     EndpointClosed,
     LocalProtocolError,
@@ -24,6 +24,7 @@ from transfer.errors import (
     TicketRejected,
     TransferError,
 )
+from transfer.memory.segment_guest import SegmentGuest, guest_for
 from transfer.protocol.actions import (
     Accepted,
     Dropped,
@@ -50,16 +51,15 @@ from transfer.protocol.messages import (
     StreamMessage,
 )
 from transfer.protocol.negotiate import SEALED, Offer
+from transfer.protocol.payload import integrity_offered, outgoing_payload
 from transfer.protocol.schedule import Schedule
 from transfer.protocol.sender_session import SenderSession
 from transfer.protocol.state import TERMINAL
 from transfer.protocol.ticket import Ticket
-from transfer.shared_memory.segment_guest import SegmentGuest, guest_for
-from transfer.streams.connection_use import ConnectionUse
+from transfer.service.connection_use import ConnectionUse
+from transfer.service.service import Service
 from transfer.streams.outgoing_slots import OutgoingSlots
 from transfer.streams.outgoing_stream import OutgoingStream
-from transfer.streams.payload import integrity_offered, outgoing_payload
-from transfer.streams.service import Service
 from transfer.tensors import SEAL_BYTES, PlaneSpec, check_block_bytes
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class StreamSender:
         self._config = config
         self._token_bytes = token_bytes
         self._timers = Timers.of(config)
-        self._integrity = integrity_offered(service.endpoint, config)
+        self._integrity = integrity_offered(is_encrypted=service.endpoint.public_key is not None, config=config)
         self._buffers: SealBuffers | None = None  # what is sealed lies here until it is sent
         self._streams: dict[str, OutgoingStream] = {}
         self._use = ConnectionUse()  # guarded by the lock

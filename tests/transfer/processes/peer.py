@@ -24,7 +24,7 @@ from transfer.endpoints.endpoint import open_endpoint
 from transfer.errors import TransferError, error_code
 from transfer.protocol.actions import StreamStats
 from transfer.protocol.ticket import Ticket
-from transfer.streams.service import Service
+from transfer.service.service import Service
 from transfer.streams.stream_receiver import StreamReceiver
 from transfer.streams.stream_sender import OutgoingStream, StreamSender
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
+from transfer.memory import receive_area
 from transfer.protocol import take_over
 from transfer.protocol.actions import FreeBlocks, ReceiverAction, ReleaseRows, Restarted, SendBlock, SenderAction
 from transfer.protocol.grant_planner import Demand
@@ -23,7 +24,6 @@ from transfer.protocol.sender_grants import SenderGrants
 from transfer.protocol.sender_session import SenderSession
 from transfer.protocol.state import ReceiverState, SenderState
 from transfer.protocol.strays import Strays
-from transfer.streams import receive_area
 from transfer.streams.stream_receiver import StreamReceiver
 
 Planted = Callable[[], AbstractContextManager[Any]]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 
 from transfer.config import TransferConfig
-from transfer.endpoints.connection import Connection
+from transfer.connection import Connection
 from transfer.errors import DoubleFree, EndpointClosed, Overloaded, PeerLost
 from transfer.protocol.messages import Ack, Message
 from transfer.simulation.faults import MESSAGE_KINDS, Rates, corrupted, truncated

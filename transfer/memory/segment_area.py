@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transfer.buffers import PlaneBuffers
+from transfer.memory.buffers import PlaneBuffers
+from transfer.memory.receive_area import ReceiveArea
+from transfer.memory.segment_book import SegmentBook
+from transfer.memory.segments import Filling, OwnedSegment, SegmentLayout
 from transfer.protocol.integrity import block_tag, tag_seed
 from transfer.protocol.messages import Filled
 from transfer.protocol.ticket import Ticket
-from transfer.shared_memory.segment_book import SegmentBook
-from transfer.shared_memory.segments import Filling, OwnedSegment, SegmentLayout
-from transfer.streams.receive_area import ReceiveArea
 
 
 class SegmentArea(ReceiveArea):

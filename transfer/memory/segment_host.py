@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Protocol
 
 from transfer.config import TransferConfig
-from transfer.endpoints.connection import Connection
+from transfer.connection import Connection
 from transfer.errors import EndpointClosed, TransferError
+from transfer.memory.segment_area import SegmentArea
+from transfer.memory.segment_server import SegmentOffer, SegmentServer
+from transfer.memory.segments import SegmentLayout, is_supported
 from transfer.protocol.messages import Body
 from transfer.protocol.ticket import Ticket
-from transfer.shared_memory.segment_area import SegmentArea
-from transfer.shared_memory.segment_server import SegmentOffer, SegmentServer
-from transfer.shared_memory.segments import SegmentLayout, is_supported
-from transfer.streams.service import Service
+from transfer.service.service import Service
 from transfer.tensors import PlaneSpec
 
 MAX_SEGMENTS = 256
@@ -87,7 +87,7 @@ class SegmentHost:
                 if len(self._peers) >= MAX_SEGMENTS:
                     return None
                 area = SegmentArea(self._layout, has_checksums=self._config.shm_checksum)
-        except TransferError as error:
+        except (TransferError, OSError, RuntimeError) as error:  # no descriptors, no threads
             logger.warning("payload goes over the wire, for shared memory does not work here: %s", error)
             self._is_off = True
             return None

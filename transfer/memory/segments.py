@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import functools
 import mmap
 import os
 import secrets
@@ -154,7 +155,7 @@ class Segment:
             start, end = self.layout.slot_range(plane, slot, num_slots)
             for at in range(start - start % PAGE_BYTES, end, POPULATE_STEP_BYTES):
                 length = min(POPULATE_STEP_BYTES, _page_up(end) - at)
-                if not self.is_open or _libc.madvise(base + at, length, MADV_POPULATE_WRITE):
+                if not self.is_open or _libc().madvise(base + at, length, MADV_POPULATE_WRITE):
                     return  # closed meanwhile, or a kernel without it: pages then come when they are first touched
 
     def populate_soon(self, end: int) -> None:
@@ -233,17 +234,6 @@ def attach(fd: int, layout: SegmentLayout, generation: int) -> Segment:
     return Segment(memory, layout, generation)
 
 
-def runs(slots: Sequence[int]) -> list[tuple[int, int]]:
-    """(first slot, number of slots) of the runs of consecutive numbers in `slots`, in their order."""
-    found: list[tuple[int, int]] = []
-    for slot in slots:
-        if found and slot == sum(found[-1]):
-            found[-1] = (found[-1][0], found[-1][1] + 1)
-        else:
-            found.append((slot, 1))
-    return found
-
-
 def _page_up(num_bytes: int) -> int:
     return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
 
@@ -254,6 +244,11 @@ def _advise_huge(memory: mmap.mmap) -> None:
         memory.madvise(mmap.MADV_HUGEPAGE)
 
 
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return libc
+
+
 _SIZE_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW if is_supported() else 0
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)

@@ -10,14 +10,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
-from transfer.buffers import RowQueue, Tensor, is_same_memory
+from transfer.block_pool import runs
 from transfer.errors import RemoteProtocolError
+from transfer.memory.buffers import RowQueue, Tensor, is_same_memory
+from transfer.memory.segment_area import with_checksums
+from transfer.memory.segment_guest import MappedSegment
+from transfer.memory.segments import Filling
 from transfer.protocol.actions import SendFilled
 from transfer.protocol.messages import Filled, Revoked
 from transfer.protocol.ticket import Ticket
-from transfer.shared_memory.segment_area import with_checksums
-from transfer.shared_memory.segment_guest import MappedSegment
-from transfer.shared_memory.segments import Filling, runs
 
 
 class SlotWriter:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from transfer.block_pool import BlockPool
-from transfer.buffers import PlaneBuffers, Tensor
+from transfer.memory.buffers import PlaneBuffers, Tensor
+from transfer.memory.segment_book import SegmentBook
 from transfer.protocol.grant_planner import Demand, GrantPlanner, Plan
 from transfer.protocol.receiver_session import ReceiverSession
 from transfer.protocol.state import ReceiverState
-from transfer.shared_memory.segment_book import SegmentBook
 from transfer.tensors import PlaneSpec
 
 _NOT_ADMITTED = (ReceiverState.GRANTED, ReceiverState.HELD, ReceiverState.ORPHANED)

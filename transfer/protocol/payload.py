@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from transfer.config import TransferConfig
-from transfer.endpoints.connection import Endpoint, Frame
+from transfer.connection import Frame
 from transfer.errors import ConfigError
 from transfer.protocol.actions import SendBlock
 from transfer.protocol.integrity import NO_TAG, block_tag, tag_seed
@@ -28,12 +28,12 @@ Targets = Callable[[int, int], Sequence[memoryview]]
 """(block id, number of rows) -> the memory of that many rows, one view per plane."""
 
 
-def integrity_offered(endpoint: Endpoint, config: TransferConfig) -> tuple[str, ...]:
+def integrity_offered(*, is_encrypted: bool, config: TransferConfig) -> tuple[str, ...]:
     """What an end offers: sealed payloads where connections are encrypted, and only these where `config.seal` says so.
 
     ConfigError when sealing is called for and the package that does it is missing.
     """
-    if not config.seal and endpoint.public_key is None:
+    if not config.seal and not is_encrypted:
         return (TAGGED,)
     try:
         import transfer.protocol.sealing  # noqa: F401 (now, so that the first stream need not wait for it)

@@ -22,8 +22,7 @@ from pathlib import Path
 
 from transfer.endpoints.addresses import prepare_ipc
 from transfer.errors import ConfigError
-from transfer.protocol.ticket import Ticket
-from transfer.shared_memory.segment_passing import (
+from transfer.memory.segment_passing import (
     ANSWER,
     CHALLENGE,
     HANDSHAKE_S,
@@ -34,6 +33,7 @@ from transfer.shared_memory.segment_passing import (
     is_same_user,
     request_proof,
 )
+from transfer.protocol.ticket import Ticket
 
 SOCKET_PREFIX = "segments-"
 MAX_HANDSHAKES = 64
@@ -76,10 +76,15 @@ class SegmentServer:
         self._visitors: dict[int, _Visitor] = {}
         self._hang_ups: list[int] = []  # generations whose lifelines are to end; guarded by the lock
         self._closing = False
-        self._listener, self.path = _listen(Path(folder))
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
+        try:
+            self._listener, self.path = _listen(Path(folder))
+        except BaseException:
+            self._wake_read.close()
+            self._wake_write.close()
+            raise
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._wake_read, selectors.EVENT_READ)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from transfer.endpoints.connection import Connection
+from transfer.connection import Connection
 
 
 class ConnectionUse:

@@ -17,16 +17,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from transfer.buffers import PlaneBuffers
 from transfer.config import TransferConfig
-from transfer.endpoints.connection import Connection
+from transfer.connection import Connection
 from transfer.errors import EndpointClosed, RemoteProtocolError, TransferError
+from transfer.memory.buffers import PlaneBuffers
+from transfer.memory.segment_passing import FetchedSegment, fetch, is_lifeline_over
+from transfer.memory.segments import Segment, SegmentLayout, attach, is_supported
 from transfer.protocol.messages import Body
 from transfer.protocol.negotiate import Offer
 from transfer.protocol.ticket import Ticket
-from transfer.shared_memory.segment_passing import FetchedSegment, fetch, is_lifeline_over
-from transfer.shared_memory.segments import Segment, SegmentLayout, attach, is_supported
-from transfer.streams.service import Service
+from transfer.service.service import Service
 
 RETRY_S = 30.0  # how long a receiver whose segment could not be had is not asked again
 MAX_PATH_CHARS = 108
@@ -95,14 +95,22 @@ class SegmentGuest:
             return  # another stream is getting it
 
         def job() -> None:
-            found = self._get(path, ticket, generation, layout, has_checksums)
+            found: MappedSegment | None = None
+            try:
+                found = self._get(path, ticket, generation, layout, has_checksums)
+            except Exception as error:  # whatever it is: those who wait get an answer
+                logger.warning("payload for %s goes over the wire: %s", connection.peer, error)
             try:
                 self._service.post(lambda: self._answer(connection, generation, found))
             except EndpointClosed:
                 if found is not None:
                     found.close()
 
-        self._run_job(job)
+        try:
+            self._run_job(job)
+        except RuntimeError as error:
+            logger.warning("payload for %s goes over the wire: %s", connection.peer, error)
+            self._answer(connection, generation, None)
 
     def tick(self) -> None:
         """Let go of the segments whose receiver hung up."""
@@ -140,7 +148,7 @@ class SegmentGuest:
                 raise
             finally:
                 os.close(fetched.fd)
-        except TransferError as error:
+        except (TransferError, OSError) as error:
             logger.info("payload of stream %s goes over the wire: %s", ticket.stream_id, error)
             return None
         buffers = PlaneBuffers.over(

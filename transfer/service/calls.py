@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias
 
-from transfer.endpoints.connection import Connection, Frame
+from transfer.connection import Connection, Frame
 from transfer.errors import LocalProtocolError, Overloaded, RemoteFailure, TransferError, error_code
 from transfer.protocol.messages import Body, Call, Cancel, End, Fail, Message, Part, Parts
 

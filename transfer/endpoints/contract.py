@@ -1,4 +1,4 @@
-"""The Endpoint contract that every transport keeps, and the handle of one peer.
+"""The Endpoint contract that every transport keeps.
 
 An endpoint has one address and ONE I/O thread. Handlers, ticks and posted callbacks run on that thread and must not
 block. Everything else may be called from any thread and never blocks.
@@ -7,31 +7,10 @@ block. Everything else may be called from any thread and never blocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+from transfer.connection import Connection, Frame
 from transfer.protocol.messages import Message
-
-Frame: TypeAlias = bytes | memoryview
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Connection:
-    """One peer, as one endpoint sees it. `outgoing`: we connected to it; else it connected to us.
-
-    `is_sealed_path`: goes one way and carries sealed Blocks and Probes only; whose they are, their seals must tell.
-    """
-
-    endpoint: str
-    peer: str
-    key: bytes
-    outgoing: bool
-    is_sealed_path: bool = False
-
-    def __hash__(self) -> int:
-        """Of the key alone, which is different for every peer: connections are looked up for every message."""
-        return hash(self.key)
-
 
 Handler: TypeAlias = Callable[[Connection, Message, Sequence[memoryview]], None]
 Tick: TypeAlias = Callable[[float], None]

@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from transfer.config import TransferConfig
-from transfer.endpoints.connection import Connection, Endpoint, Frame
+from transfer.connection import Connection, Frame
+from transfer.endpoints.contract import Endpoint
 from transfer.errors import EndpointClosed, LocalProtocolError, Overloaded, PeerLost, TransferError
 from transfer.protocol.liveness import Liveness
 from transfer.protocol.messages import Body, Call, Cancel, End, Fail, Message, Part, Parts
-from transfer.streams.calls import IncomingCall, IncomingCalls, OnEnd, OnPart, OutgoingCall, OutgoingCalls
+from transfer.service.calls import IncomingCall, IncomingCalls, OnEnd, OnPart, OutgoingCall, OutgoingCalls
 
 logger = logging.getLogger(__name__)
 

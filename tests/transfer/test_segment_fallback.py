@@ -1,0 +1,93 @@
+"""Whatever keeps a pair from sharing memory, its rows go over the wire, and nobody waits for what will not come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from tests.transfer.test_streams import configure
+from tests.transfer.virtual import Pair, assert_rows_equal, make_rows
+from transfer.errors import PeerLost
+from transfer.memory.segment_guest import SegmentGuest
+from transfer.memory.segment_host import SegmentHost
+from transfer.memory.segment_server import SegmentServer
+from transfer.memory.segments import is_supported
+from transfer.protocol.messages import Block
+from transfer.protocol.ticket import Ticket
+
+pytestmark = pytest.mark.skipif(not is_supported(), reason="this system has no sealed memory files")
+
+
+class BrokenPair(Pair):
+    """A pair that would share memory if `fail` did not happen at `where`."""
+
+    has_segments = True
+
+    def __init__(self, where: str, fail: Callable[..., NoReturn]) -> None:
+        self.where, self.fail = where, fail
+        self.num_failures = 0
+        super().__init__(configure(16, 64, 8))
+
+    def broken(self, *arguments: object) -> NoReturn:
+        self.num_failures += 1
+        self.fail(*arguments)
+
+    def _host(self, config: object) -> SegmentHost | None:
+        host = super()._host(config)  # type: ignore[arg-type]
+        if host is not None and self.where == "server":
+            host._open_server = self.broken
+        return host
+
+    def _guest(self, service: object) -> SegmentGuest:
+        fetch = self.broken if self.where == "fetch" else self.passing.fetch
+        run = self.broken if self.where == "thread" else lambda job: job()
+        return SegmentGuest(service, is_on=True, fetch=fetch, run=run)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("server", OSError(24, "too many open files")),
+        ("server", RuntimeError("can't start new thread")),
+        ("fetch", OSError(24, "too many open files")),
+        ("fetch", PeerLost("nobody there")),
+        ("fetch", ValueError("whatever it is")),
+        ("thread", RuntimeError("can't start new thread")),
+    ],
+)
+def test_what_cannot_be_shared_goes_over_the_wire(where: str, error: Exception) -> None:
+    def fail(*arguments: object) -> NoReturn:
+        raise error
+
+    pair = BrokenPair(where, fail)
+    data = make_rows(100)
+    for _ in range(2):
+        ticket = Ticket.issue("test")
+        consumer, stream = pair.listen(ticket), pair.send(ticket)
+        stream.announce(100)
+        stream.write(0, data)
+        pair.network.run_until(lambda consumer=consumer: bool(consumer.ends))  # type: ignore[misc]
+        assert_rows_equal(consumer, data)
+    assert pair.num_failures >= 1, "nothing failed"
+    assert any(isinstance(message, Block) for _, _, message, _ in pair.network.log)
+    assert not pair.receiver.stats()["transfer_streams_open"]
+
+
+def test_a_folder_that_is_a_file_costs_no_stream(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("no folder")
+
+    def fail(folder: Path) -> NoReturn:
+        SegmentServer(tmp_path / "taken")
+        raise AssertionError("a server in a file")
+
+    pair = BrokenPair("server", fail)
+    ticket, data = Ticket.issue("test"), make_rows(40)
+    consumer, stream = pair.listen(ticket), pair.send(ticket)
+    stream.announce(40)
+    stream.write(0, data)
+    pair.network.run_until(lambda: bool(consumer.ends))
+    assert_rows_equal(consumer, data)
+    assert pair.num_failures == 1
