@@ -25,7 +25,7 @@ examples:
   tandem chaos --listen 127.0.0.1:9000 --upstream 127.0.0.1:8000 --delay 50 --jitter 20
       a slow network before the gateway: ask http://127.0.0.1:9000 instead
   tandem chaos --listen 127.0.0.1:9001 --upstream 127.0.0.1:7001 --cut-every 4M --seed 7
-      a link between two workers that breaks after every 4 MiB
+      a link to a process with a known port that breaks after every 4 MiB
   tandem chaos --listen 127.0.0.1:9001 --upstream 127.0.0.1:7001 --cut-after 10M --half-open
       a peer that vanishes without a word: both ends must notice by silence
 """

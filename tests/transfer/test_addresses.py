@@ -134,16 +134,19 @@ def assert_refused(allowed: AllowList, requests: list[list[bytes]]) -> None:
 def test_the_allow_list_lets_in_listed_curve_keys_only() -> None:
     allowed, key, other = AllowList(), b"k" * 32, b"o" * 32
     assert_refused(allowed, [_zap(key)])  # nobody is listed at the start
-    allowed.add(key)
+    allowed.replace([key])
     assert allowed.answer(_zap(key)) == [b"1.0", b"7", b"200", b"OK", b"peer", b""]
     odd = [_zap(other), _zap(b""), _zap(), _zap(key[:-1]), _zap(key, key), []]
     changed = [{"mechanism": b"NULL"}, {"mechanism": b"PLAIN"}, {"domain": b""}, {"domain": SEALED_DOMAIN}]
     assert_refused(allowed, [*odd, *(_zap(key, **change) for change in (*changed, {"version": b"2.0"}))])
+    allowed.replace([other])
+    assert allowed.answer(_zap(other))[2] == b"200"
+    assert_refused(allowed, [_zap(key)])  # who is no longer listed may not come back
 
 
 def test_the_token_opens_the_socket_for_sealed_payloads_only() -> None:
     allowed, key = AllowList(), b"k" * 32
-    allowed.add(key)
+    allowed.replace([key])
     token = allowed.token.encode()
     sealed = {"domain": SEALED_DOMAIN, "mechanism": b"PLAIN"}
     right = (SEALED_DOMAIN, token)

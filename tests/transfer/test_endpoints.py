@@ -80,11 +80,10 @@ class Workers:
 
     def service(self, config: TransferConfig = CONFIG) -> Service:
         service = Service(self.endpoint(config), config)
-        for other in self.made:
-            for one, two in ((service, other), (other, service)):
-                if two.endpoint.public_key is not None:
-                    one.endpoint.allow([two.endpoint.public_key])
         self.made.append(service)
+        keys = [one.endpoint.public_key for one in self.made]
+        for one in self.made:
+            one.endpoint.allow([key for key in keys if key is not None])
         return service
 
     def connect(self, source: Service, target: Service) -> Connection:

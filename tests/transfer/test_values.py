@@ -242,7 +242,7 @@ def test_the_allow_list_lets_in_listed_keys_only() -> None:
     allow = AllowList()
     request = [b"1.0", b"id", ZAP_DOMAIN, b"10.0.0.1", b"", b"CURVE", b"k" * 32]
     assert allow.answer(request)[2] == b"400"
-    allow.add(b"k" * 32)
+    allow.replace([b"k" * 32])
     assert allow.answer(request) == [b"1.0", b"id", b"200", b"OK", b"peer", b""]
     for position, value in ((0, b"2.0"), (2, b"other"), (5, b"NULL"), (5, b"PLAIN"), (6, b"x" * 32)):
         changed = list(request)

@@ -14,7 +14,7 @@ import re
 import secrets
 import socket
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from transfer.errors import ConfigError
@@ -116,13 +116,13 @@ class AllowList:
     """
 
     def __init__(self) -> None:
-        self._keys: set[bytes] = set()
+        self._keys: frozenset[bytes] = frozenset()
         self.token = secrets.token_hex(TOKEN_CHARS // 2)
         self.num_refused = 0
 
-    def add(self, key: bytes) -> None:
-        """Let `key` in from now on."""
-        self._keys.add(key)
+    def replace(self, keys: Iterable[bytes]) -> None:
+        """Let these keys in from now on, and no others."""
+        self._keys = frozenset(keys)
 
     def answer(self, request: Sequence[bytes]) -> list[bytes]:
         """The ZAP reply to a ZAP request: 200 for a listed CURVE key or the token, each at its own socket, else 400."""

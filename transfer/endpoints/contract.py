@@ -54,7 +54,7 @@ class Endpoint(Protocol):
         """Run `callback` on the I/O thread, in order. Raises EndpointClosed."""
 
     def allow(self, public_keys: Iterable[str]) -> None:
-        """Let peers with these CURVE keys in (nothing to do where CURVE is off)."""
+        """Let peers with these CURVE keys in, and no others; who is in stays. Nothing to do where CURVE is off."""
 
     def disconnect(self, connection: Connection) -> None:
         """Forget a peer and whatever waits for it."""

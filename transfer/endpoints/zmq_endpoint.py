@@ -174,9 +174,8 @@ class ZmqEndpoint(EndpointBase):
             raise PeerLost(f"{connection.peer} was disconnected")
 
     def allow(self, public_keys: Iterable[str]) -> None:
-        """Let these CURVE keys in. ConfigError for a malformed key."""
-        for key in public_keys:
-            self._allow_list.add(raw_key(key))
+        """Let these CURVE keys in, and no others. ConfigError for a malformed key; then nothing changes."""
+        self._allow_list.replace([raw_key(key) for key in public_keys])
 
     def disconnect(self, connection: Connection) -> None:
         """Forget a peer; its socket closes on the I/O thread."""

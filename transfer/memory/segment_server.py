@@ -8,6 +8,7 @@ offered the segment. The socket file is removed at close; files of processes tha
 from __future__ import annotations
 
 import contextlib
+import errno
 import hmac
 import logging
 import os
@@ -35,6 +36,7 @@ from transfer.memory.segment_passing import (
 )
 from transfer.protocol.ticket import Ticket
 
+PAUSE_S = 0.1  # without a descriptor for a visitor
 SOCKET_PREFIX = "segments-"
 MAX_HANDSHAKES = 64
 MAX_LIFELINES = 4096
@@ -157,6 +159,8 @@ class SegmentServer:
             sock, _ = self._listener.accept()
         except OSError as error:  # it went away meanwhile, or no descriptor is left for it
             logger.debug("a visitor of %s was not taken: %s", self.path, error)
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                time.sleep(PAUSE_S)  # the visitor still stands at the door, and would be announced at once again
             return
         sock.setblocking(False)
         visitor = _Visitor(sock, secrets.token_bytes(NONCE_BYTES), time.monotonic() + HANDSHAKE_S)
