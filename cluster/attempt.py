@@ -21,7 +21,7 @@ from cluster.served import RequestStats, ServedRequest
 from language_worker.api import TokenChunk
 from transfer.errors import RemoteFailure, TransferError, error_code
 from transfer.protocol.ticket import Ticket
-from transfer.service.calls import OutgoingCall
+from transfer.service.outgoing_calls import OutgoingCall
 from transfer.service.service import Service
 
 logger = logging.getLogger(__name__)

@@ -122,11 +122,24 @@ class _Run:
         logger.warning("request %s: worker %s was lost, trying another", self._request.request_id, worker)
         self._excluded.add(worker)
         try:
-            self.start()
+            self._start_again(worker, failure)
         except NoWorker:
             self._sink.on_error(_lost(worker, failure, False))
         except (TransferError, RequestTimeout) as error:
             self._sink.on_error(error)
+
+    def _start_again(self, worker: str, failure: RemoteFailure) -> None:
+        """At another worker; or, where there is no other language worker, at the one to which only the link broke."""
+        try:
+            self.start()
+        except NoWorker:
+            lost = next((view for view in self._directory.views() if view.name == worker), None)
+            if lost is None or not lost.is_alive or lost.kind != "language" or failure.code != "PeerLost":
+                raise
+            if self._num_attempts >= MAX_ATTEMPTS:
+                raise
+            self._excluded.discard(worker)
+            self.start()
 
 
 def _lost(worker: str, failure: RemoteFailure, was_answering: bool) -> WorkerLost:

@@ -6,7 +6,7 @@ Nothing here waits for time to pass: a lost worker is one whose peer is dropped,
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -22,7 +22,9 @@ from tests.cluster.fake_workers import FakeWorker, Names, end_generate, send_tok
 from transfer.config import TransferConfig
 from transfer.connection import Connection
 from transfer.endpoints.endpoint import open_endpoint
+from transfer.endpoints.inproc_endpoint import PROCESS_NETWORK, Parcel
 from transfer.errors import ConfigError, EndpointClosed, RemoteFailure
+from transfer.protocol.messages import Call, End, Message, Parts
 from transfer.protocol.ticket import Ticket
 from transfer.service.calls import IncomingCall
 from transfer.service.service import Service
@@ -91,10 +93,10 @@ class HookedDirectory(WorkerDirectory):
 class Rig:
     """A front and its fake workers."""
 
-    def __init__(self, num_language: int, num_embedding: int) -> None:
+    def __init__(self, num_language: int, num_embedding: int, config: TransferConfig) -> None:
         self.language = [FakeWorker("language", f"language-{i}") for i in range(num_language)]
         self.embedding = [FakeWorker("embedding", f"embedding-{i}") for i in range(num_embedding)]
-        self.service = Service(open_endpoint(f"inproc://{Names.fresh('front')}"), TransferConfig())
+        self.service = Service(open_endpoint(f"inproc://{Names.fresh('front')}"), config)
         self.service.start()
         self.directory = HookedDirectory(self.service)
         self.directory.replace([worker.entry for worker in self.language + self.embedding])
@@ -136,8 +138,8 @@ class Rig:
 def make_rig() -> Iterator[Callable[..., Rig]]:
     rigs: list[Rig] = []
 
-    def make(num_language: int = 2, num_embedding: int = 2) -> Rig:
-        rigs.append(Rig(num_language, num_embedding))
+    def make(num_language: int = 2, num_embedding: int = 2, config: TransferConfig | None = None) -> Rig:
+        rigs.append(Rig(num_language, num_embedding, config or TransferConfig()))
         return rigs[-1]
 
     yield make
@@ -372,6 +374,77 @@ def test_every_attempt_lives_under_the_one_deadline(make_rig: MakeRig, monkeypat
     assert not rig.language[2].has_calls()
     with pytest.raises(RequestTimeout):
         rig.submit(timeout_s=0)
+
+
+# -- links that lose messages -----------------------------------------------------------------------------------------
+
+
+class Loss:
+    """Takes messages of one kind away, from the `first`th to the last of the next `count`; is there while it is set."""
+
+    def __init__(self, kind: type[Message], first: int = 0, count: int = 1) -> None:
+        self.kind, self.wanted = kind, range(first, first + count)
+        self.num_seen = self.num_lost = 0
+
+    def __call__(self, source: str, target: str, message: Message, frames: Sequence[memoryview]) -> list[Parcel]:
+        if not isinstance(message, self.kind) or getattr(message, "method", "generate") != "generate":
+            return [(message, frames)]
+        is_lost = self.num_seen in self.wanted
+        self.num_seen += 1
+        self.num_lost += is_lost
+        return [] if is_lost else [(message, frames)]
+
+
+@pytest.fixture
+def lose(monkeypatch: pytest.MonkeyPatch) -> Callable[[Loss], Loss]:
+    def switch_on(loss: Loss) -> Loss:
+        monkeypatch.setattr(PROCESS_NETWORK, "fault", loss)
+        return loss
+
+    return switch_on
+
+
+QUICK = TransferConfig(ping_interval_s=0.1)
+
+
+@pytest.mark.parametrize("lost", [Call, Parts, End])
+@pytest.mark.parametrize("num_language", [1, 2])
+def test_a_request_whose_messages_were_lost_before_the_first_token_begins_anew(
+    make_rig: MakeRig, lose: Callable[[Loss], Loss], lost: type[Message], num_language: int
+) -> None:
+    rig = make_rig(num_language=num_language, config=QUICK)
+    loss = lose(Loss(lost))
+    outcome, _ = rig.submit()
+    if lost is not Call:
+        first = rig.language[0].take("generate")
+        if lost is Parts:
+            send_tokens(first, 4)
+            send_tokens(first, 5)
+            assert rig.language[0].was_cancelled(first), "it would work on for nobody"
+        else:
+            end_generate(first, 0)
+    second = rig.language[-1].take("generate")  # the same one, where there is no other: only the link to it broke
+    _serve(second, 6, 7)
+    assert outcome.wait().error is None and outcome.tokens == [6, 7]
+    assert loss.num_lost == 1
+
+
+@pytest.mark.parametrize(("lost", "first"), [(Parts, 1), (Parts, 3), (End, 0)])
+def test_an_answer_that_lost_a_message_after_its_first_token_ends_with_an_error(
+    make_rig: MakeRig, lose: Callable[[Loss], Loss], lost: type[Message], first: int
+) -> None:
+    rig = make_rig(config=QUICK)
+    loss = lose(Loss(lost, first))
+    outcome, _ = rig.submit()
+    call = rig.language[0].take("generate")
+    send_tokens(call, 4)
+    assert outcome.started.wait(WAIT_S)
+    _serve(call, 5, 6, 7)
+    error = outcome.wait().error
+    assert isinstance(error, WorkerLost) and "language-0 was lost while it was answering (PeerLost)" in str(error)
+    assert loss.num_lost == 1
+    assert outcome.tokens == [4, 5, 6, 7][: first if lost is Parts else 4], "a part of the answer, without a hole"
+    assert not rig.language[1].has_calls()
 
 
 # -- blame ------------------------------------------------------------------------------------------------------------

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 
 from transfer.connection import Connection, Frame
 from transfer.errors import RemoteFailure
-from transfer.protocol.messages import Body, Call, Fail, Message, Part, Parts
+from transfer.protocol.messages import Body, Call, Fail, Message, Parts
 from transfer.protocol.wire import MAX_HEADER_BYTES, encode_header
-from transfer.service.calls import IncomingCall, IncomingCalls, OnEnd, OutgoingCall, OutgoingCalls
+from transfer.service.calls import IncomingCall, IncomingCalls
+from transfer.service.outgoing_calls import OnEnd, OutgoingCall, OutgoingCalls
 
 PEER = Connection(endpoint="here", peer="there", key=b"1", outgoing=False)
 HUGE = {"text": "x" * MAX_HEADER_BYTES}
@@ -53,7 +54,7 @@ def test_a_part_too_large_for_any_message_fails_its_own_call_only() -> None:
     wire = Wire()
     table, calls = open_calls(wire, 4)
     bodies: list[Body] = [{"n": 0}, HUGE, {"n": 2}, {"n": {3}}]  # the last one cannot travel at all
-    table.send_parts(PEER, [(c, Part(call_id=c.call_id, body=b)) for c, b in zip(calls, bodies, strict=True)])
+    table.send_parts(PEER, [(call, body, 0) for call, body in zip(calls, bodies, strict=True)])
     assert wire.parts() == {1: [({"n": 0}, [])], 3: [({"n": 2}, [])]}
     assert wire.failures() == {2: "MessageTooLarge", 4: "LocalProtocolError"}
     assert [call.cancelled for call in calls] == [False, True, False, True]
@@ -65,7 +66,7 @@ def test_parts_that_are_too_large_together_go_one_by_one_with_their_frames() -> 
     table, calls = open_calls(wire, 3)
     half = {"text": "x" * (MAX_HEADER_BYTES // 2)}
     counts = (2, 0, 1)
-    parts = [(c, Part(call_id=c.call_id, body=half, num_frames=n)) for c, n in zip(calls, counts, strict=True)]
+    parts = [(call, half, count) for call, count in zip(calls, counts, strict=True)]
     table.send_parts(PEER, parts, [b"a", b"b", b"c"])
     assert wire.parts() == {1: [(half, [b"a", b"b"])], 2: [(half, [])], 3: [(half, [b"c"])]}
     assert not wire.failures() and len(table) == 3
@@ -89,7 +90,7 @@ def test_a_call_that_two_threads_end_ends_once() -> None:
             self.__dict__["callback"] = callback
 
     ends: list[RemoteFailure | None] = []
-    call = Watched(OutgoingCalls(Wire(), 10), 1, PEER, None, lambda body, failure: ends.append(failure))
+    call = Watched(OutgoingCalls(Wire(), 10), PEER, "method", None, lambda body, failure: ends.append(failure))
     failure = RemoteFailure("EndpointClosed", "closed")
     threads = [threading.Thread(target=call.finish, args=(None, failure)) for _ in range(2)]
     for thread in threads:

@@ -24,7 +24,15 @@ from transfer.connection import Connection
 from transfer.endpoints.contract import Endpoint
 from transfer.endpoints.endpoint import open_endpoint
 from transfer.endpoints.zmq_endpoint import ZmqEndpoint
-from transfer.errors import ConfigError, EndpointClosed, LocalProtocolError, MessageTooLarge, RemoteFailure
+from transfer.errors import (
+    ConfigError,
+    EndpointClosed,
+    LocalProtocolError,
+    MessageTooLarge,
+    RemoteFailure,
+    StreamAborted,
+    TransferError,
+)
 from transfer.protocol.messages import Call
 from transfer.protocol.ticket import Ticket
 from transfer.service.calls import IncomingCall
@@ -409,6 +417,102 @@ def test_streams_both_ways_at_once(workers: Workers) -> None:
         assert senders[service].stats()["transfer_streams_sending"] == 0
         assert senders[service].stats()["transfer_segments_mapped"] == workers.has_segments, "rows took the other path"
         wait_for(lambda s=service: receivers[s].stats()["transfer_segments_open"] == 0)  # type: ignore[misc]
+
+
+class InPlace:
+    """A producer on its own thread that computes its rows in the receiver's slots where it can, else elsewhere."""
+
+    def __init__(self, stream: OutgoingStream, data: dict[str, torch.Tensor]) -> None:
+        self.stream, self.data = stream, data
+        self.num_in_place = 0
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
+
+    def run(self) -> None:
+        try:
+            self.stream.wait_accepted(WAIT_S)
+            row, total = 0, len(self.data["token_ids"])
+            while row < total:
+                views = self.stream.slot_rows(row, 40)
+                if views is None:
+                    end = min(total, row + 7)
+                    self.stream.write(row, {name: rows[row:end].clone() for name, rows in self.data.items()})
+                else:
+                    end = row + len(views["token_ids"])
+                    for name, view in views.items():
+                        view.copy_(self.data[name][row:end])
+                    self.stream.write(row, views)
+                    self.num_in_place += 1
+                row = end
+        except TransferError as error:
+            self.error = error
+        finally:
+            self.stream.drop_slots()
+
+
+def test_rows_computed_where_the_receiver_wants_them(workers: Workers) -> None:
+    one, two = workers.service(workers.config), workers.service(workers.config)
+    receiver, sender = StreamReceiver(two, workers.config, PLANES), StreamSender(one, workers.config)
+    one.start()
+    two.start()
+
+    def send(num_rows: int) -> tuple[OutgoingStream, Consumer, dict[str, torch.Tensor]]:
+        ticket, data = Ticket.issue("test"), make_rows(num_rows, num_rows)
+        consumer = Consumer(receiver, ticket.stream_id)
+        receiver.open(ticket, consumer)
+        stream = sender.open(ticket, two.endpoint.address, two.endpoint.public_key, PLANES)
+        return stream, consumer, data
+
+    first, consumer, data = send(64)
+    if workers.has_segments:
+        wait_for(lambda: first.slot_rows(0, 16) is not None)
+        first.drop_slots()
+    first.announce(64)
+    producer = InPlace(first, data)
+    running = [(producer, consumer)]
+    for number in range(1, 9):
+        stream, consumer, data = send(29 * number)
+        stream.announce(29 * number)
+        running.append((InPlace(stream, data), consumer))
+    for producer, consumer in running:
+        producer.thread.join(WAIT_S)
+        assert producer.error is None
+        producer.stream.result(WAIT_S)
+        wait_for(lambda c=consumer: bool(c.ends))  # type: ignore[misc]
+        assert_rows_equal(consumer, producer.data)
+    assert bool(running[0][0].num_in_place) == workers.has_segments
+    wait_for(lambda: receiver.stats()["transfer_segments_open"] == 0)
+    assert receiver.stats()["transfer_blocks_in_use"] == 0
+
+
+def test_streams_may_end_under_producers_that_compute_in_slots(workers: Workers) -> None:
+    one, two = workers.service(workers.config), workers.service(workers.config)
+    receiver, sender = StreamReceiver(two, workers.config, PLANES), StreamSender(one, workers.config)
+    one.start()
+    two.start()
+    ended: list[tuple[InPlace, Consumer]] = []
+    for number in range(40):
+        ticket, data = Ticket.issue("test"), make_rows(64, number)
+        consumer = Consumer(receiver, ticket.stream_id)
+        receiver.open(ticket, consumer)
+        stream = sender.open(ticket, two.endpoint.address, two.endpoint.public_key, PLANES)
+        stream.announce(64)
+        ended.append((InPlace(stream, data), consumer))
+        if number % 4 == 1:
+            receiver.close(ticket.stream_id)
+        elif number % 4 == 3:
+            stream.abort("Cancelled", "not wanted")
+    for number, (producer, consumer) in enumerate(ended):
+        producer.thread.join(WAIT_S)
+        assert isinstance(producer.error, StreamAborted | None), producer.error
+        if number % 2 == 0:
+            producer.stream.result(WAIT_S)
+            wait_for(lambda c=consumer: bool(c.ends))  # type: ignore[misc]
+            assert_rows_equal(consumer, producer.data)
+    wait_for(lambda: receiver.stats()["transfer_streams_open"] == 0)
+    wait_for(lambda: receiver.stats()["transfer_segments_open"] == 0)
+    assert receiver.stats()["transfer_blocks_in_use"] == 0
 
 
 def test_many_threads_may_send(workers: Workers) -> None:

@@ -13,6 +13,7 @@ import pytest
 from tests.transfer.test_hostile import *  # noqa: F403
 from tests.transfer.test_resume import *  # noqa: F403
 from tests.transfer.test_revocation import *  # noqa: F403
+from tests.transfer.test_slow_producers import *  # noqa: F403
 from tests.transfer.test_streams import *  # noqa: F403
 from tests.transfer.test_streams import configure
 from tests.transfer.test_take_over import *  # noqa: F403

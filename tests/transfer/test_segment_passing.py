@@ -128,7 +128,8 @@ def test_the_holder_of_the_ticket_gets_the_memory(host: Host) -> None:
     assert first_bytes(host.segment) == [1, 2, 3, 4, 5]
     assert host.segment.is_sealed(range(5), filling_of(host.ticket))
     assert not is_lifeline_over(fetched.lifeline)
-    assert host.server.stats()["lifelines"] == 1 and host.num_lost == 0
+    wait_until(lambda: host.server.stats()["lifelines"] == 1, "the server to note the lifeline it just made")
+    assert host.num_lost == 0
     fetched.close()
     peer.close()
     wait_until(lambda: host.num_lost == 1, "the end of the lifeline")

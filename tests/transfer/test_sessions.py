@@ -95,37 +95,45 @@ def test_probes_back_off_and_repeat_the_open() -> None:
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(
-    demands=st.lists(st.tuples(st.booleans(), st.integers(0, 9), st.booleans()), max_size=12),
+    demands=st.lists(
+        st.tuples(st.booleans(), st.integers(0, 9), st.integers(1, 9), st.booleans(), st.booleans()), max_size=12
+    ),
     num_free=st.integers(0, 40),
 )
 def test_a_plan_gives_each_empty_stream_one_block_and_the_rest_to_the_first(
-    demands: list[tuple[bool, int, bool]], num_free: int
+    demands: list[tuple[bool, int, int, bool, bool]], num_free: int
 ) -> None:
     planner = GrantPlanner()
-    for age, (admitted, wanted, empty) in enumerate(demands):
-        planner.update(str(age), Demand(rank=(not admitted, age), wanted=wanted, empty=empty))
+    for turn, (admitted, wanted, window, empty, yielded) in enumerate(demands):
+        urgent = min(wanted, window) if admitted else 0
+        rank = (not admitted or yielded, turn)
+        planner.update(
+            str(turn), Demand(rank=rank, wanted=wanted, urgent=urgent, empty=empty, admitted=admitted, returning=99)
+        )
     plan = planner.plan(num_free)
     assert plan == (naive_plan(demands, num_free), {})
     assert planner.plan(0) == ({}, {})
 
 
-def naive_plan(demands: list[tuple[bool, int, bool]], num_free: int) -> dict[str, int]:
-    order = sorted(range(len(demands)), key=lambda age: (not demands[age][0], age))
-    empty = {age for age in order if demands[age][2]}
+def naive_plan(demands: list[tuple[bool, int, int, bool, bool]], num_free: int) -> dict[str, int]:
+    """First blocks go by turn; the rest to who moves, then by turn, and a window at most while some hold none."""
+    empty = {turn for turn, demand in enumerate(demands) if demand[3]}
     given_out: dict[int, int] = {}
-    for age in order:
-        if demands[age][1] and age in empty and num_free:
-            given_out[age] = 1
-            empty.remove(age)
+    for turn, (_, wanted, _, _, _) in enumerate(demands):
+        if wanted and turn in empty and num_free:
+            given_out[turn] = 1
+            empty.remove(turn)
             num_free -= 1
-    for age in order:
-        if age in empty:
+    for turn in sorted(range(len(demands)), key=lambda turn: (not demands[turn][0] or demands[turn][4], turn)):
+        admitted, wanted, window, _, _ = demands[turn]
+        if turn in empty:
             continue
-        count = min(demands[age][1] - given_out.get(age, 0), num_free - len(empty))
+        left = wanted - given_out.get(turn, 0)
+        count = min(left, window if admitted and empty else left, num_free - len(empty))
         if count > 0:
-            given_out[age] = given_out.get(age, 0) + count
+            given_out[turn] = given_out.get(turn, 0) + count
             num_free -= count
-    return {str(age): count for age, count in given_out.items()}
+    return {str(turn): count for turn, count in given_out.items()}
 
 
 def test_liveness_pings_the_silent_and_loses_the_dead() -> None:

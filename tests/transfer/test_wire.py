@@ -17,6 +17,7 @@ from transfer.protocol.messages import (
     Accept,
     Ack,
     Announce,
+    Awaiting,
     Block,
     Call,
     Cancel,
@@ -32,6 +33,8 @@ from transfer.protocol.messages import (
     Resume,
     Revoke,
     Revoked,
+    Serving,
+    Unknown,
 )
 from transfer.protocol.negotiate import Offer
 from transfer.protocol.wire import (
@@ -97,10 +100,13 @@ messages = st.one_of(
     st.builds(Abort, **stream, code=st.text(max_size=128), message=st.text(max_size=200)),
     st.builds(Call, call_id=call_ids, method=st.text(max_size=128), body=bodies),
     st.builds(Parts, parts=st.lists(
-        st.builds(Part, call_id=call_ids, body=bodies, num_frames=st.integers(0, 3)), max_size=4).map(tuple)),
-    st.builds(End, call_id=call_ids, body=bodies),
+        st.builds(Part, call_id=call_ids, serial=call_ids, body=bodies, num_frames=st.integers(0, 3)),
+        max_size=4).map(tuple)),
+    st.builds(End, call_id=call_ids, num_parts=call_ids, body=bodies),
     st.builds(Fail, call_id=call_ids, code=st.text(max_size=128), message=st.text(max_size=200)),
     st.builds(Cancel, call_id=call_ids),
+    *(st.builds(kind, call_ids=st.lists(call_ids, max_size=20).map(tuple)) for kind in (Awaiting, Unknown)),
+    st.builds(Serving, calls=st.lists(st.tuples(call_ids, call_ids), max_size=20).map(tuple)),
 )  # fmt: skip
 
 
@@ -196,8 +202,11 @@ def nested(depth: int) -> object:
         packed({**CALL, "body": {1: 2}}),
         packed({**CALL, "body": {"x": {1: 2}}}),
         packed({**CALL, "method": "m" * 200}),
-        packed({"type": "parts", "parts": [[1, {}, 1]]}),
-        packed({"type": "parts", "parts": [[1, {}]]}),
+        packed({"type": "parts", "parts": [[1, 0, {}, 1]]}),
+        packed({"type": "parts", "parts": [[1, {}, 0]]}),
+        packed({"type": "parts", "parts": [[1, -1, {}, 0]]}),
+        packed({"type": "serving", "calls": [[1]]}),
+        packed({"type": "serving", "calls": [1]}),
         frame_header(b"\x91" * 100_000),
         frame_header(b"\xdf\xff\xff\xff\xff"),
         frame_header(b"\xdd\xff\xff\xff\xff"),

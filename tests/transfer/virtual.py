@@ -271,6 +271,14 @@ class VirtualPassing:
     def __init__(self) -> None:
         self.offers: dict[str, SegmentOffer] = {}
         self.lifelines: dict[int, list[VirtualLifeline]] = {}
+        self.on_lost: dict[int, Callable[[], None]] = {}
+
+    def lose(self, number: int) -> None:
+        """The lifelines of some segment end as if a process had."""
+        generation = list(self.lifelines)[number % len(self.lifelines)]
+        for lifeline in self.lifelines.pop(generation):
+            lifeline.close()
+        self.on_lost[generation]()
 
     def offer(self, offer: SegmentOffer) -> None:
         self.offers[offer.ticket.stream_id] = offer
@@ -296,6 +304,7 @@ class VirtualPassing:
             raise TicketRejected("no such segment")
         lifeline = VirtualLifeline()
         self.lifelines.setdefault(generation, []).append(lifeline)
+        self.on_lost[generation] = offer.on_lost
         return FetchedSegment(os.dup(offer.fd), offer.num_bytes, lifeline)  # type: ignore[arg-type]
 
 

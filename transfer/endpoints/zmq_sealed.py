@@ -14,7 +14,8 @@ from transfer.endpoints.addresses import SEALED_DOMAIN, split_sealed, tcp_host
 from transfer.endpoints.zmq_sockets import HIGH_WATER_MARK, new_socket
 from transfer.errors import ConfigError, MalformedMessage
 from transfer.protocol.messages import Block, Message, Probe
-from transfer.protocol.wire import MAX_PLANES, decode_header
+from transfer.protocol.wire import decode_header
+from transfer.protocol.wire_fields import MAX_PLANES
 
 MAX_SEALED_HEADER_BYTES = 1024  # Blocks and Probes have short ones
 ON_SEALED_PATH = (Block, Probe)

@@ -13,7 +13,8 @@ from transfer.config import TransferConfig
 from transfer.connection import Connection, Frame
 from transfer.endpoints.addresses import ZAP_DOMAIN
 from transfer.errors import MalformedMessage, MessageTooLarge
-from transfer.protocol.wire import MAX_FRAMES, MAX_HEADER_BYTES
+from transfer.protocol.wire import MAX_HEADER_BYTES
+from transfer.protocol.wire_fields import MAX_FRAMES
 
 HIGH_WATER_MARK = 256  # messages inside ZeroMQ per peer; the rest waits in our own, byte-bounded outboxes
 COPY_BYTES = 65536  # larger frames are sent from where they lie; smaller ones are cheaper to copy than to keep

@@ -49,6 +49,10 @@ def tensor_bytes(rows: Tensor) -> memoryview:
     return rows.reshape(-1).view(torch.uint8).numpy().data
 
 
+def _memory_of(rows: Tensor) -> range:
+    return range(rows.data_ptr(), rows.data_ptr() + rows.numel() * rows.element_size())
+
+
 def is_same_memory(rows: Tensor, other: Tensor) -> bool:
     """Whether two tensors are the same bytes in the same shape."""
     return rows.data_ptr() == other.data_ptr() and rows.shape == other.shape and rows.dtype == other.dtype
@@ -86,6 +90,7 @@ class PlaneBuffers:
         self._block_size = block_size
         self._tensors = {name: tensor.flatten(0, 1) for name, tensor in tensors.items()}
         self._bytes = [t.view(t.shape[0], -1).view(torch.uint8).numpy() for t in tensors.values()]
+        self._memory = [_memory_of(tensor) for tensor in tensors.values()]
         self._whole: dict[int, dict[str, Tensor]] = {}  # views of whole blocks that were handed out before
 
     def place(self, block_id: int, frames: Sequence[memoryview]) -> None:
@@ -103,6 +108,13 @@ class PlaneBuffers:
             whole = {name: tensor[first : first + num_rows] for name, tensor in self._tensors.items()}
             self._whole[block_id] = whole
         return whole.copy()
+
+    def overlaps(self, rows: Tensor) -> bool:
+        """Whether any byte of a contiguous tensor lies in these blocks."""
+        if rows.device.type != "cpu" or not rows.numel():
+            return False
+        memory = _memory_of(rows)
+        return any(memory.start < own.stop and own.start < memory.stop for own in self._memory)
 
     def frames(self, block_id: int, num_rows: int) -> list[memoryview]:
         """The bytes of the first rows of a block, one frame per plane."""

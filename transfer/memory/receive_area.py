@@ -15,8 +15,6 @@ from transfer.protocol.receiver_session import ReceiverSession
 from transfer.protocol.state import ReceiverState
 from transfer.tensors import PlaneSpec
 
-_NOT_ADMITTED = (ReceiverState.GRANTED, ReceiverState.HELD, ReceiverState.ORPHANED)
-
 
 class ReceiveArea:
     """`num_blocks` blocks of `block_size` rows of `planes`, shared by streams."""
@@ -67,37 +65,39 @@ class ReceiveArea:
         if held:
             self.free(stream_id, held, fenced=True)
 
-    def update(self, session: ReceiverSession, age: int) -> None:
+    def update(self, session: ReceiverSession, turn: int) -> None:
         """What a stream wants and can give may have changed."""
-        self._planner.update(session.ticket.stream_id, demand_of(session, age))
+        self._planner.update(session.ticket.stream_id, demand_of(session, turn))
 
     def plan(self) -> Plan:
         """Who gets what is free, and who gives something back."""
         return self._planner.plan(self.pool.num_free)
 
 
-def demand_of(session: ReceiverSession, age: int) -> Demand:
-    """What a stream wants and can give: its default once opened, the rest once admitted, all but that back."""
+def demand_of(session: ReceiverSession, turn: int) -> Demand:
+    """What a stream wants and can give: its default once opened, the rest once admitted and while it moves."""
     facts, window = session.facts, session.window
     state, admitted, pending = facts.state, facts.is_admitted, window.pending
-    num_held = len(window.held)
+    ahead = window.num_granted - window.next_index
     wanted = urgent = 0
     if state is ReceiverState.OPENED:
         wanted = session.default_blocks
     elif state is ReceiverState.HELD and window.num_rounds == 0:
         wanted = min(1, session.num_blocks)  # a sender that took over needs a grant to announce
     elif state is ReceiverState.ADMITTED and pending is None:
-        ahead = window.num_granted - window.next_index
-        if ahead <= session.credit // 2:  # else it has enough to go on with: fewer and larger grants
+        waits = ahead > 0 and (session.is_stalled or session.has_yielded)  # for rows, not for blocks
+        if ahead <= session.credit // 2 and not waits:  # else it has enough to go on with: fewer and larger grants
             wanted = session.num_blocks - window.num_granted
             urgent = min(wanted, session.credit - ahead)
-    revocable = state in _NOT_ADMITTED and not admitted
     return Demand(
-        rank=(not admitted, age),
+        rank=(not admitted or session.has_yielded, turn),
         wanted=wanted,
         urgent=urgent,
-        empty=num_held == 0 and (facts.total_rows is None or window.num_granted < session.num_blocks),
-        held=num_held if revocable else 0,
+        empty=not window.held and (facts.total_rows is None or window.num_granted < session.num_blocks),
+        held=session.num_withdrawable,
+        surplus=max(0, ahead - session.credit) if admitted else 0,
         announced=facts.total_rows is not None,
+        admitted=admitted,
+        stalled=session.is_stalled or state is ReceiverState.ORPHANED,
         returning=0 if pending is None else len(pending.withheld),
     )

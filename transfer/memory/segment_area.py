@@ -1,12 +1,13 @@
 """SegmentArea: a segment as a place to receive into: its slots are granted like blocks, and written by the sender.
 
 Runs on the service's I/O thread. What a stream gives back while its sender may still write it stays fenced until that
-sender lets go; see `segment_book`.
+sender lets go; see `segment_book`. A sender that does not say so is asked, and how long it is silent is kept here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from transfer.memory.buffers import PlaneBuffers
 from transfer.memory.receive_area import ReceiveArea
@@ -15,6 +16,16 @@ from transfer.memory.segments import Filling, OwnedSegment, SegmentLayout
 from transfer.protocol.integrity import block_tag, tag_seed
 from transfer.protocol.messages import Filled
 from transfer.protocol.ticket import Ticket
+
+ASK_S = 0.5  # a sender that does not say that it let go is asked as often
+
+
+@dataclass(slots=True)
+class _Silence:
+    """Since when a writer whose epoch is over was not heard, and when it was last asked."""
+
+    since: float
+    asked: float
 
 
 class SegmentArea(ReceiveArea):
@@ -27,6 +38,7 @@ class SegmentArea(ReceiveArea):
         self.is_attached = False  # the peer has mapped it
         self.idle_since: float | None = None  # when its last stream left; None before the first came, and meanwhile
         self._writers: dict[str, Ticket] = {}  # the current epoch of every stream in it
+        self._silent: dict[str, _Silence] = {}  # writers of epochs that are over, with slots that are fenced
         buffers = PlaneBuffers.over(
             self.segment.memory, layout.plane_offsets, layout.num_slots, layout.block_size, layout.planes
         )
@@ -87,7 +99,32 @@ class SegmentArea(ReceiveArea):
 
     def release(self, stream_id: str, epoch: int) -> int:
         """The writer of an epoch let go of its slots; how many come free."""
-        return self.book.release(f"{stream_id}/{epoch}")
+        writer = f"{stream_id}/{epoch}"
+        self._silent.pop(writer, None)
+        return self.book.release(writer)
+
+    def unheard(self, now: float, is_over: Callable[[str, int], bool]) -> list[tuple[str, int]]:
+        """Stream and epoch of the writers to be asked, now, whether they let go: their epoch is over for a while."""
+        asked: list[tuple[str, int]] = []
+        for writer in self.book.fenced_writers:
+            stream_id, _, digits = writer.rpartition("/")
+            epoch = int(digits)
+            if not is_over(stream_id, epoch):
+                continue
+            silence = self._silent.setdefault(writer, _Silence(now, now))
+            if now - silence.asked >= ASK_S:
+                silence.asked = now
+                asked.append((stream_id, epoch))
+        return asked
+
+    def silence_s(self, now: float) -> float:
+        """For how long the writer has been silent that has been so longest."""
+        return max((now - silence.since for silence in self._silent.values()), default=0.0)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether its streams wait for slots that only silent writers can give back."""
+        return bool(self._writers) and not self.book.num_free and not self.book.num_in_use
 
     def close(self) -> None:
         """Let go of the memory; it ends with the last view of it."""

@@ -72,6 +72,11 @@ class SegmentBook:
         self._is_abandoned = True
 
     @property
+    def fenced_writers(self) -> tuple[str, ...]:
+        """Who is still to let go of slots."""
+        return tuple(self._fenced)
+
+    @property
     def is_abandoned(self) -> bool:
         """Whether nothing is granted any more."""
         return self._is_abandoned

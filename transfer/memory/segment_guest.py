@@ -2,8 +2,9 @@
 
 A receiver's invitation names its segment and where to get it. Getting it may wait for another process, so a thread of
 its own does that; everything else runs on the service's I/O thread. A segment is kept for the streams to come, until
-its receiver hangs up or its connection is given up. Where it cannot be had, the next streams to that receiver do not
-ask again for a while: their payload goes over the wire.
+its receiver hangs up or its connection is given up; a receiver may have a few, for new streams get a new one while
+slots of the old one are not let go of. Where it cannot be had, the next streams to that receiver do not ask again for
+a while: their payload goes over the wire.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from transfer.service.service import Service
 
 RETRY_S = 30.0  # how long a receiver whose segment could not be had is not asked again
 MAX_PATH_CHARS = 108
+MAX_MAPPED = 8  # of one receiver
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +74,7 @@ class SegmentGuest:
         self._is_on = is_on
         self._fetch = fetch
         self._run_job = run or _run_in_thread
-        self._mapped: dict[Connection, MappedSegment] = {}
+        self._mapped: dict[Connection, dict[int, MappedSegment]] = {}  # by generation
         self._waiting: dict[tuple[Connection, int], list[OnAnswer]] = {}
         self._not_before: dict[Connection, float] = {}
 
@@ -85,9 +87,12 @@ class SegmentGuest:
     def accept(self, connection: Connection, ticket: Ticket, body: Body, offer: Offer, on_answer: OnAnswer) -> None:
         """An invitation came: `on_answer(mapped or None)`, at once where that is known. RemoteProtocolError."""
         path, generation, layout, has_checksums = _read_invitation(body, offer)
-        mapped = self._mapped.get(connection)
-        if mapped is not None and mapped.generation == generation:
-            on_answer(mapped)
+        of_receiver = self._mapped.get(connection, {})
+        if generation in of_receiver:
+            on_answer(of_receiver[generation])
+            return
+        if len(of_receiver) >= MAX_MAPPED:
+            on_answer(None)
             return
         waiting = self._waiting.setdefault((connection, generation), [])
         waiting.append(on_answer)
@@ -114,16 +119,23 @@ class SegmentGuest:
 
     def tick(self) -> None:
         """Let go of the segments whose receiver hung up."""
-        for connection, mapped in tuple(self._mapped.items()):
-            if is_lifeline_over(mapped.lifeline):
+        for connection, of_receiver in tuple(self._mapped.items()):
+            for mapped in tuple(of_receiver.values()):
+                if is_lifeline_over(mapped.lifeline):
+                    mapped.close()
+                    del of_receiver[mapped.generation]
+            if not of_receiver:
                 self.forget(connection)
 
     def forget(self, connection: Connection) -> None:
-        """The connection was given up, or its segment."""
+        """The connection was given up."""
         self._not_before.pop(connection, None)
-        mapped = self._mapped.pop(connection, None)
-        if mapped is not None:
+        for mapped in self._mapped.pop(connection, {}).values():
             mapped.close()
+
+    def shares_memory(self, connection: Connection) -> bool:
+        """Whether a segment of that receiver is mapped."""
+        return connection in self._mapped
 
     def close(self) -> None:
         """Let go of everything."""
@@ -134,7 +146,7 @@ class SegmentGuest:
     @property
     def num_mapped(self) -> int:
         """Segments of receivers that are mapped here."""
-        return len(self._mapped)
+        return sum(map(len, self._mapped.values()))
 
     def _get(
         self, path: str, ticket: Ticket, generation: int, layout: SegmentLayout, has_checksums: bool
@@ -164,10 +176,7 @@ class SegmentGuest:
             found.close()
             found = None
         else:
-            earlier = self._mapped.pop(connection, None)
-            if earlier is not None:
-                earlier.close()
-            self._mapped[connection] = found
+            self._mapped.setdefault(connection, {})[generation] = found
         for on_answer in waiting:
             on_answer(found)
 

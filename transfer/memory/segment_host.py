@@ -1,8 +1,10 @@
 """SegmentHost: the segments of one receiver, one for each peer on this host that can map it.
 
 Runs on the service's I/O thread; only the news that a peer is gone comes from the server's. A segment is made for the
-first stream of a peer, serves all its streams, and is closed when none came for a while. It is abandoned when the peer
-is lost, or does not let go of slots after its streams ended; the next stream then gets a new one.
+first stream of a peer, serves all its streams, and is closed when none came for a while. A peer that does not say that
+it let go of the slots of streams that ended is asked again and again. While it is silent for long, its next streams get
+a new segment and those in the old one go on there; where these have no slot left to go on with, or the peer is lost,
+the segment is abandoned.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from transfer.service.service import Service
 from transfer.tensors import PlaneSpec
 
 MAX_SEGMENTS = 256
+MAX_PEER_SEGMENTS = 4  # of one peer that does not let go of slots
 RELEASE_S = 2.0  # how long the sender of streams that ended may take to let go of their slots
+STUCK_S = 10.0  # and how long where other streams can do nothing without them
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +87,9 @@ class SegmentHost:
         try:
             if self._server is None:
                 self._server = self._open_server(self._folder)
-            if area is None or not area.is_open:
-                if len(self._peers) >= MAX_SEGMENTS:
+            if area is None or not area.is_open or area.silence_s(self._service.now()) >= RELEASE_S:
+                num_of_peer = sum(peer == connection for _, peer in self._peers.values())
+                if len(self._peers) >= MAX_SEGMENTS or num_of_peer >= MAX_PEER_SEGMENTS:
                     return None
                 area = SegmentArea(self._layout, has_checksums=self._config.shm_checksum)
         except (TransferError, OSError, RuntimeError) as error:  # no descriptors, no threads
@@ -137,10 +142,17 @@ class SegmentHost:
             if peer == connection:
                 self._abandon(generation)
 
-    def tick(self, now: float) -> None:
-        """Close what was not used for a while, or is not let go of."""
-        for generation, (area, _) in tuple(self._peers.items()):
+    def tick(self, now: float, is_over: Callable[[str, int], bool]) -> list[tuple[Connection, str, int]]:
+        """Close what was not used for a while, or is not let go of. Whom to ask whether it let go: peer, stream, epoch.
+
+        `is_over(stream_id, epoch)`: the receiver ended that epoch.
+        """
+        asked: list[tuple[Connection, str, int]] = []
+        for generation, (area, connection) in tuple(self._peers.items()):
+            asked += [(connection, stream_id, epoch) for stream_id, epoch in area.unheard(now, is_over)]
             if area.num_streams:
+                if area.is_stuck and area.silence_s(now) >= STUCK_S:
+                    self._abandon(generation)
                 continue
             if area.idle_since is None:
                 area.idle_since = now
@@ -148,6 +160,7 @@ class SegmentHost:
             limit_s = RELEASE_S if area.book.num_fenced else self._config.idle_timeout_s
             if idle_s >= limit_s or not area.is_open:
                 self._close(generation)
+        return asked
 
     def close(self) -> None:
         """Let go of everything."""

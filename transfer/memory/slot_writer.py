@@ -1,8 +1,9 @@
 """SlotWriter: one stream's rows on their way into the slots of its receiver's segment.
 
 Rows that the producer wrote elsewhere are copied once; rows that it computed in their slots are not. A slot that was
-sealed is never written again: what was lost on the way is only told again, as it was told before. `reserve` and
-`commit` are for the producer's thread; everything else runs on the service's I/O thread.
+sealed is never written again: what was lost on the way is only told again, as it was told before. `reserve`, `commit`
+and `drop` are for the producer's thread; everything else runs on the service's I/O thread. From `commit` until the I/O
+thread has taken the rows in (`placed`, then `settled`) nothing is given back: it would not know what to copy out.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 
 from transfer.block_pool import runs
-from transfer.errors import RemoteProtocolError
+from transfer.errors import LocalProtocolError, RemoteProtocolError
 from transfer.memory.buffers import RowQueue, Tensor, is_same_memory
 from transfer.memory.segment_area import with_checksums
 from transfer.memory.segment_guest import MappedSegment
@@ -24,7 +25,7 @@ from transfer.protocol.ticket import Ticket
 class SlotWriter:
     """The slots that one epoch of a stream is granted in a mapped segment.
 
-    `settle` is called (from any thread) when the producer is done with what it had reserved.
+    `settle` is to be called (from any thread) after every `commit` or `drop` that was one; `settled` follows.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class SlotWriter:
         self._lock = threading.Lock()
         self._granted: dict[int, int] = {}  # index -> slot
         self._reserved: tuple[int, Mapping[str, Tensor]] | None = None  # first row, views that the producer writes
+        self._num_unsettled = 0  # reservations that the producer is done with, and this side not yet
         self._placed: set[int] = set()  # whole blocks that were computed in their slots
         self._placed_end = 0  # no row from here on was
         self._serial = 0  # of the last revocation that was confirmed
@@ -46,7 +48,10 @@ class SlotWriter:
     # -- the producer's thread ------------------------------------------------------------------------------------
 
     def reserve(self, first_row: int, num_rows: int) -> dict[str, Tensor] | None:
-        """Views of granted slots for up to `num_rows` rows from `first_row` on, or None; see OutgoingStream."""
+        """Views of granted slots for up to `num_rows` rows from `first_row` on, or None; see OutgoingStream.
+
+        The caller vouches that these rows are the next to be written, and within the announced total.
+        """
         index, offset = divmod(first_row, self._block_size)
         if offset or num_rows < 1:
             return None
@@ -63,15 +68,39 @@ class SlotWriter:
             self._reserved = first_row, views
             return views
 
-    def commit(self, first_row: int, planes: Mapping[str, Tensor] | None) -> bool | None:
-        """The producer is done with what it reserved (None: nothing); whether `planes` are just that, in place."""
+    def commit(self, first_row: int, planes: Mapping[str, Tensor]) -> bool:
+        """The producer writes `planes`: whether they are what it reserved, which it so gives up.
+
+        LocalProtocolError, and nothing happens, where they are a part of it, or other rows while it has it, or rows of
+        the receiver's memory that are not its own (any more): somebody else's rows may be there by the time they are
+        sent.
+        """
         with self._lock:
-            reserved, self._reserved = self._reserved, None
-            if reserved is None:
-                return None
-            if planes is None or reserved[0] != first_row:
+            if self._reserved is None:
+                if any(self._mapped.buffers.overlaps(rows) for rows in planes.values()):
+                    raise LocalProtocolError(
+                        f"stream {self._ticket.stream_id}: rows {first_row} ... lie in the receiver's memory and are "
+                        "not reserved (any more): write each of slot_rows once, or write copies"
+                    )
                 return False
-            return all(is_same_memory(planes[name], view) for name, view in reserved[1].items() if name in planes)
+            reserved_row, views = self._reserved
+            if first_row != reserved_row or not all(is_same_memory(planes[name], views[name]) for name in views):
+                raise LocalProtocolError(
+                    f"stream {self._ticket.stream_id}: rows {first_row} ... written while slots are reserved for row "
+                    f"{reserved_row} and those after it: write exactly these views, or call drop_slots first"
+                )
+            self._reserved = None
+            self._num_unsettled += 1
+            return True
+
+    def drop(self) -> bool:
+        """The producer gives up what it reserved; whether there was something."""
+        with self._lock:
+            if self._reserved is None:
+                return False
+            self._reserved = None
+            self._num_unsettled += 1
+            return True
 
     # -- the I/O thread -------------------------------------------------------------------------------------------
 
@@ -94,8 +123,8 @@ class SlotWriter:
             return True  # confirmed before; since then the same indexes may have been granted anew
         with self._lock:
             self._granted = {index: slot for index, slot in self._granted.items() if index < revoked.first_index}
-            if self._reserved is not None:
-                return False  # the producer writes somewhere: its commit comes
+            if self._num_unsettled or self._reserved_end() > revoked.first_index * self._block_size:
+                return False  # the producer writes there, or did a moment ago: `settled` comes
         self._serial = revoked.serial
         self._filled = {index: told for index, told in self._filled.items() if index < revoked.first_index}
         self._placed = {index for index in self._placed if index < revoked.first_index}
@@ -105,8 +134,14 @@ class SlotWriter:
 
     def placed(self, first_row: int, end_row: int) -> None:
         """The producer computed these rows in their slots, and the queue of rows refers to them there."""
-        self._placed.update(range(first_row // self._block_size, end_row // self._block_size))
+        whole = range(first_row // self._block_size, end_row // self._block_size)
+        self._placed.update(index for index in whole if index in self._granted)  # the others are being given back
         self._placed_end = max(self._placed_end, end_row)
+
+    def settled(self) -> None:
+        """What a `commit` or `drop` was about was taken in, or is not wanted any more."""
+        with self._lock:
+            self._num_unsettled -= 1
 
     def placed_until(self, index: int) -> int:
         """The end of the run of whole blocks from `index` on that lie in their slots already."""
@@ -146,9 +181,15 @@ class SlotWriter:
         with self._lock:
             self._is_over = True
             self._granted.clear()
-            return self._reserved is None
+            return self._reserved is None and not self._num_unsettled
 
     # -- helpers --------------------------------------------------------------------------------------------------
+
+    def _reserved_end(self) -> int:
+        if self._reserved is None:
+            return 0
+        first_row, views = self._reserved
+        return first_row + len(next(iter(views.values())))
 
     def _seal(self, action: SendFilled, first_index: int, count: int) -> None:
         offset = first_index - action.first_index

@@ -205,7 +205,7 @@ class Abort:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Call:
-    """Caller to callee. call_id 0 is the keep-alive ping, whose answer nobody waits for."""
+    """Caller to callee; ids rise from call to call. 0 is the keep-alive ping, whose answer nobody waits for."""
 
     call_id: int
     method: str
@@ -214,9 +214,12 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """One partial answer inside `Parts`; its frames follow those of the parts before it."""
+    """One partial answer inside `Parts`, the `serial`th (from 0) of its call; its frames follow those of the parts
+    before it.
+    """
 
     call_id: int
+    serial: int = 0
     body: Body
     num_frames: int = 0
 
@@ -230,9 +233,10 @@ class Parts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class End:
-    """Callee to caller: the call is over and went well."""
+    """Callee to caller: the call is over and went well, after `num_parts` partial answers."""
 
     call_id: int
+    num_parts: int = 0
     body: Body
 
 
@@ -252,9 +256,32 @@ class Cancel:
     call_id: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Awaiting:
+    """Caller to callee: I wait for the ends of these calls. Those that are not open there are answered in `Unknown`."""
+
+    call_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unknown:
+    """Callee to caller: none of these calls is open here. What still waits for one of them lost messages."""
+
+    call_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Serving:
+    """Callee to caller: I work on these calls (id, number of parts sent). Those that nobody waits for, or that lost
+    parts, are answered with `Cancel`.
+    """
+
+    calls: tuple[tuple[int, int], ...]
+
+
 StreamMessage: TypeAlias = (
     Open | Accept | Attached | Grant | Revoke | Revoked | Announce | Block | Filled | Released | Ack | Probe | Resume
     | Close | Abort
 )  # fmt: skip
-ServiceMessage: TypeAlias = Call | Parts | End | Fail | Cancel
+ServiceMessage: TypeAlias = Call | Parts | End | Fail | Cancel | Awaiting | Unknown | Serving
 Message: TypeAlias = StreamMessage | ServiceMessage

@@ -22,6 +22,9 @@ from transfer.protocol.take_over import orphaned_by
 from transfer.protocol.ticket import Ticket
 
 FLOWING = (ReceiverState.HELD, ReceiverState.ADMITTED)
+MAY_STALL = (ReceiverState.GRANTED, *FLOWING)
+WAITING = (ReceiverState.GRANTED, ReceiverState.HELD, ReceiverState.ORPHANED)
+TURN_S = 0.5  # with blocks and without filling one: then others may have them
 
 
 class ReceiverLife:
@@ -56,6 +59,10 @@ class ReceiverLife:
         self._payload: IncomingPayload | None = None
         self._acked = 0
         self._heard = self._progressed = now
+        self.is_stalled = False  # it held blocks for a turn and filled none
+        self.has_yielded = False  # admitted, it gave its last block to another stream, and filled none since
+        self._turn_s = TURN_S
+        self._late_serial = 0  # of the last revocation that a block on its way did not survive
 
     def record(self) -> StreamRecord:
         """All that a restart must not lose."""
@@ -69,7 +76,8 @@ class ReceiverLife:
         if record.facts.terms is not None:
             self._payload = self._payload_of(record.facts)
         self._acked = 0
-        self._heard = self._progressed = now
+        self._heard = now
+        self._move(now)
 
     # -- what the shell asks --------------------------------------------------------------------------------------
 
@@ -102,7 +110,20 @@ class ReceiverLife:
     def wants_nothing(self) -> bool:
         """Whether every block it needs was granted, for good: its demand stays what it is while only blocks come."""
         facts = self.facts
+        if self.is_stalled or self.has_yielded:
+            return False
         return facts.state is ReceiverState.ADMITTED and self.window.num_granted >= self.num_blocks
+
+    @property
+    def num_withdrawable(self) -> int:
+        """Blocks that others may get, but for the last one, which it keeps while it moves.
+
+        A stream that is admitted gives what is not filled yet, any other one whatever it holds.
+        """
+        window, state = self.window, self.facts.state
+        if self.facts.is_admitted:
+            return window.num_granted - window.next_index if state is ReceiverState.ADMITTED else 0
+        return len(window.held) if state in WAITING else 0
 
     @property
     def needs_sender(self) -> bool:
@@ -165,6 +186,8 @@ class ReceiverLife:
             due = self._heard + timers.idle_timeout_s if self.needs_sender else math.inf
             if not self._sender_owes():
                 due = min(due, self._progressed + timers.admit_timeout_s)
+        if self._may_stall():
+            due = min(due, self._progressed + self._turn_s)
         return due if facts.deadline is None else min(due, facts.deadline)
 
     def tick(self, now: float) -> list[ReceiverAction]:
@@ -177,6 +200,8 @@ class ReceiverLife:
             return []
         if facts.deadline is not None and now >= facts.deadline:
             return self.fail(StreamTimeout("the stream's deadline passed"))
+        if now - self._progressed >= self._turn_s and self._may_stall():
+            self.is_stalled = True
         if state is ReceiverState.REGISTERED:
             if now - self._progressed >= timers.stream_timeout_s:
                 return self.fail(StreamTimeout(f"no sender opened the stream for {timers.stream_timeout_s:g} s"))
@@ -201,6 +226,28 @@ class ReceiverLife:
     def _ids(self) -> dict[str, Any]:
         ticket = self.facts.ticket
         return {"stream_id": ticket.stream_id, "epoch": ticket.epoch}
+
+    def _move(self, now: float) -> None:
+        """Something went on: a turn begins anew."""
+        self._progressed = now
+        self.is_stalled = False
+
+    def _may_stall(self) -> bool:
+        return not self.is_stalled and self.facts.state in MAY_STALL and bool(self.window.held)
+
+    def _filled_some(self, now: float) -> None:
+        """Its sender has rows: it moves again."""
+        self._heard = now
+        self._move(now)
+        self.has_yielded = False
+        self._turn_s = max(TURN_S, self._turn_s / 2)
+
+    def _came_late(self) -> None:
+        """A block was on its way when the last one was withdrawn: the next turn is to be long enough for it."""
+        serial = self.window.serial
+        if self.has_yielded and self._late_serial != serial:
+            self._late_serial = serial
+            self._turn_s = min(2 * self._turn_s, self.timers.idle_timeout_s)
 
     def _sender_owes(self) -> bool:
         if self.state is ReceiverState.GRANTED:

@@ -48,6 +48,7 @@ from transfer.protocol.messages import (
     Revoked,
 )
 from transfer.protocol.receiver_life import ReceiverLife
+from transfer.protocol.refusals import refusal_of
 from transfer.protocol.state import ReceiverEvent, ReceiverState
 from transfer.protocol.stream_record import StreamRecord
 from transfer.protocol.take_over import accept_of, opened_by
@@ -90,7 +91,8 @@ class ReceiverSession(ReceiverLife):
         assert facts.terms is not None
         self._payload = self._payload_of(self.facts)
         self._acked = self.window.next_index
-        self._progressed = now
+        self._late_serial = 0
+        self._move(now)
         return [*actions, Send(accept)]
 
     def grant(self, block_ids: Sequence[int], now: float) -> list[ReceiverAction]:
@@ -109,18 +111,27 @@ class ReceiverSession(ReceiverLife):
             credit=self.credit,
         )
         window.grant(grant)
-        self._progressed = now
+        self._move(now)
         return [Send(grant)]
 
     def revoke(self, count: int, now: float) -> list[ReceiverAction]:
-        """Somebody else needs `count` blocks of this stream, which is not admitted; the last ones go."""
-        window, state = self.window, self.state
-        if self.facts.is_admitted:
-            raise LocalProtocolError(f"stream {self.ticket.stream_id} cannot give blocks back now")
+        """Somebody else needs `count` blocks of this stream; the last ones go, as far as it can spare them by now.
+
+        Of an admitted stream nothing goes that is stored in a row, and not all while it moves. So at most what is on
+        its way is sent again.
+        """
+        window, state, admitted = self.window, self.state, self.facts.is_admitted
+        if admitted:
+            count = min(count, self.num_withdrawable - (not self.is_stalled))
+        if count <= 0:
+            return []  # it was filled meanwhile
         self._apply(ReceiverEvent.REVOKE)
         first_index = max(0, window.num_granted - count)
         if state is ReceiverState.ORPHANED:  # nobody to tell
             return [FreeBlocks(window.cut(first_index))]
+        if admitted and first_index == window.next_index:
+            self.has_yielded = True
+            self._move(now)
         revoke = Revoke(**self._ids(), serial=window.serial + 1, round=window.num_rounds, first_index=first_index)
         terms = self.facts.terms
         freed = window.revoke(revoke, withhold=terms is not None and terms.payload != "wire")
@@ -157,18 +168,20 @@ class ReceiverSession(ReceiverLife):
         if facts.total_rows is None:
             self.facts = replace(facts, total_rows=message.total_rows, is_announced=True)
             self._apply(ReceiverEvent.ANNOUNCE)
-            self._progressed = now
-            surplus = window.cut(self.num_blocks)
+            self._move(now)
+            surplus = window.num_granted - self.num_blocks
             actions: list[ReceiverAction] = [Announced(message.total_rows, message.items), Send(self._ack())]
-            if surplus:
-                actions.append(FreeBlocks(surplus))
+            if surplus > 0 and facts.terms is not None and facts.terms.payload != "wire":
+                actions += self.revoke(surplus, now)  # its producer may be computing there
+            elif surplus > 0:
+                actions.append(FreeBlocks(window.cut(self.num_blocks)))
             return actions + self._maybe_finish(now)
         if message.total_rows != facts.total_rows:
             text = f"total {message.total_rows} announced after {facts.total_rows}"
             return self.fail(RemoteProtocolError(text) if facts.is_announced else ResumeRejected(text))
         if not facts.is_announced:
             self.facts = replace(facts, is_announced=True)
-            self._progressed = now
+            self._move(now)
         return [Send(self._ack())]
 
     def probe(self, message: Probe, now: float) -> list[ReceiverAction]:
@@ -193,11 +206,13 @@ class ReceiverSession(ReceiverLife):
         reason = self._refusal(message, frames)
         if reason is not None:
             if reason != "duplicate":
+                if reason == "not_granted":
+                    self._came_late()
                 return [Dropped(reason)]
             self.num_repeated += 1
             return [Dropped(reason), Send(self._ack())]
         self._apply(ReceiverEvent.BLOCK)
-        self._heard = self._progressed = now
+        self._filled_some(now)
         window, payload = self.window, self._payload
         is_placed = payload is not None and payload.is_placed
         actions: list[ReceiverAction] = [Place(message.block_id, () if is_placed else frames)]
@@ -230,10 +245,12 @@ class ReceiverSession(ReceiverLife):
                 filled += range(index, index + count)
         dropped = [Dropped("not_granted")] * (len(granted) < len(wanted))
         dropped += [Dropped("bad_seal")] * (len(filled) < len(granted))
+        if len(granted) < len(wanted):
+            self._came_late()
         if not filled:
             return [*dropped]
         self._apply(ReceiverEvent.BLOCK)
-        self._heard = self._progressed = now
+        self._filled_some(now)
         for index in filled:
             window.store(index)
         actions: list[ReceiverAction] = [Placed(len(filled)), *dropped]
@@ -249,7 +266,8 @@ class ReceiverSession(ReceiverLife):
             raise LocalProtocolError(f"a receiver in state {self.state.value!r} does not allow 'admit'")
         self._apply(ReceiverEvent.ADMIT)
         self.facts = replace(self.facts, is_admitted=True)
-        self._progressed = self._heard = now
+        self._heard = now
+        self._move(now)
         actions = self._deliver() + self._maybe_finish(now)
         if self.state is ReceiverState.ADMITTED and self.window.next_index:
             actions.append(Send(self._ack()))  # stored for good now
@@ -330,9 +348,3 @@ class ReceiverSession(ReceiverLife):
         pending = self.window.pending
         actions: list[ReceiverAction] = [Send(grant) for grant in self.window.open_grants]
         return actions if pending is None else [*actions, Send(pending.revoke)]
-
-
-def refusal_of(message: Open | Probe) -> Abort:
-    """The Abort for who opens a stream without its current ticket."""
-    text = f"stream {message.stream_id}: this ticket is not valid here (wrong proof or epoch)"
-    return Abort(stream_id=message.stream_id, epoch=message.epoch, code="TicketRejected", message=text)

@@ -47,6 +47,7 @@ class SenderLife:
         self.num_acked = 0  # blocks stored at the receiver
         self.num_sent = 0  # blocks sent at least once (and not revoked since)
         self.num_resent = 0
+        self._sent_end = 0  # blocks below were sent once, under whatever grant
         self._ids: dict[str, Any] = {"stream_id": ticket.stream_id, "epoch": ticket.epoch}
         self._grants = SenderGrants(offer.block_size, 0)
         self._num_kept = 0  # blocks stored for good
@@ -131,6 +132,11 @@ class SenderLife:
     def _note_progress(self, now: float) -> None:
         self._gap = self._timers.probe_s
         self._next_probe = now + self._gap
+
+    def _note_news(self, now: float) -> None:
+        """Grants come and go: no answer to a block that waits for its Ack, so that goes on being asked for."""
+        if self.num_sent <= self.num_acked:
+            self._note_progress(now)
 
     def _num_blocks(self) -> int:
         return -(-(self.total_rows or 0) // self.block_size)

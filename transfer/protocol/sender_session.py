@@ -28,6 +28,7 @@ from transfer.protocol.sender_life import SenderLife
 from transfer.protocol.state import TERMINAL, SenderEvent, SenderState
 from transfer.protocol.ticket import accept_is_proven
 
+MESSAGES = (Accept, Grant, Revoke, Ack, Resume, Close, Abort)  # those that a sender gets
 MAX_FILL_BLOCKS = 8  # copied into slots before the receiver hears of them
 
 
@@ -105,6 +106,7 @@ class SenderSession(SenderLife):
         terms = self.terms = agree(self.offer, accept.offer)
         self._apply(SenderEvent.ACCEPT)
         first = self.first_index = self.num_acked = self.num_sent = self._num_kept = accept.first_index
+        self._sent_end = first
         self._grants = SenderGrants(self.block_size, first)
         self._credit = terms.credit
         self._waits_for_ack = accept.data_address is not None
@@ -114,18 +116,19 @@ class SenderSession(SenderLife):
         return [accepted, *self._advance(now)]
 
     def _on_grant(self, grant: Grant, now: float) -> list[SenderAction]:
-        reason = self._grants.refusal(grant)
+        num_blocks = None if self.total_rows is None else self._num_blocks()
+        reason = self._grants.refusal(grant, num_stored=self.num_acked, num_blocks=num_blocks)
         if reason is not None:
             return [Dropped(reason)]
         self._apply(SenderEvent.GRANT)
         self._grants.grant(grant)
         assert self.terms is not None
         self._credit = min(grant.credit, self.terms.credit)
-        self._note_progress(now)
+        self._note_news(now)
         return self._advance(now)
 
     def _on_revoke(self, revoke: Revoke, now: float) -> list[SenderAction]:
-        reason = self._grants.refusal(revoke)
+        reason = self._grants.refusal(revoke, num_stored=self.num_acked)
         if reason == "early":
             return [Dropped(reason)]
         answer = Revoked(**self._ids, serial=revoke.serial, first_index=revoke.first_index)
@@ -139,7 +142,7 @@ class SenderSession(SenderLife):
         self.num_acked = min(self.num_acked, revoke.first_index)
         self._num_placed = min(self._num_placed, revoke.first_index)
         self._probes.clear()
-        self._note_progress(now)
+        self._note_news(now)
         return [Send(answer)]
 
     def _on_ack(self, ack: Ack, now: float) -> list[SenderAction]:
@@ -150,9 +153,11 @@ class SenderSession(SenderLife):
 
     def _on_resume(self, resume: Resume, now: float) -> list[SenderAction]:
         sent_before = self._probes.answered(resume.nonce)
-        if sent_before is None or resume.serial != self._grants.serial:
+        if resume.serial != self._grants.serial:
             return [Dropped("stale_resume")]
         actions = self._note_stored(resume.next_index, resume.kept_index, now)
+        if sent_before is None:  # what is stored it says all the same, but not what is lost
+            return [Dropped("stale_resume"), *actions, *self._advance(now)]
         lost = range(max(resume.next_index, self.num_acked), min(sent_before, self.num_sent))
         if lost and self._is_heard:
             self._probes.clear()  # their answers may speak of the same loss
@@ -162,13 +167,13 @@ class SenderSession(SenderLife):
         return [*actions, *self._advance(now)]
 
     def _on_close(self, close: Close, now: float) -> list[SenderAction]:
-        if close.total_rows != self.total_rows or self.num_sent != self._num_blocks():
+        if close.total_rows != self.total_rows or self._sent_end != self._num_blocks():
             raise RemoteProtocolError(
                 f"the receiver closed after {close.total_rows} rows; announced: {self.total_rows}, "
-                f"blocks sent: {self.num_sent}"
+                f"blocks sent: {self._sent_end}"
             )
         self._apply(SenderEvent.CLOSE)
-        self.num_acked = self.num_sent
+        self.num_acked = self.num_sent = self._sent_end
         row_bytes = sum(plane.row_bytes for plane in self.offer.planes)
         stats = StreamStats(
             blocks=self.num_sent - self.first_index,
@@ -182,8 +187,9 @@ class SenderSession(SenderLife):
     # -- helpers --------------------------------------------------------------------------------------------------
 
     def _note_stored(self, next_index: int, kept_index: int, now: float) -> list[SenderAction]:
-        if next_index > self.num_sent or kept_index > next_index:
-            raise RemoteProtocolError(f"{next_index} blocks acknowledged ({kept_index} kept), {self.num_sent} sent")
+        if next_index > self._sent_end or kept_index > next_index:
+            raise RemoteProtocolError(f"{next_index} blocks acknowledged ({kept_index} kept), {self._sent_end} sent")
+        self.num_sent = max(self.num_sent, next_index)  # sent under a grant that was withdrawn, and stored by the next
         if next_index > self.num_acked and self.state is SenderState.SENDING:
             last = next_index == self._num_blocks()
             self._apply(SenderEvent.LAST_ACK if last else SenderEvent.ACK)
@@ -225,6 +231,7 @@ class SenderSession(SenderLife):
                 self._acked_at = now
             actions += self._blocks(self.num_sent, end)
             self.num_sent = end
+            self._sent_end = max(self._sent_end, end)
         return actions
 
     def _blocks(self, index: int, end: int) -> Sequence[SenderAction]:

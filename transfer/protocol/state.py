@@ -20,17 +20,18 @@ stored in the pool (below next_index), and for good (below kept_index: the sende
 are not expected (unknown stream, other epoch, other connection, duplicate, not granted, wrong size, wrong tag) are
 dropped and counted; they never change a state. (6) Only the sender probes, when nothing moved for a while: it repeats
 Open, or Announce, while they are unanswered, and sends Probe on the path of the Blocks. The receiver answers with
-Accept, or with Resume and every grant (and Revoke) that is still open, or, for a stream that just ended, with the
-Close or Abort it ended with. A Resume says that what was sent before its Probe and is not stored is lost: the sender
-sends that again, once; a Resume to a Probe from before it did so makes it send nothing. (7) A stream that is not
-admitted keeps what it holds only while nobody else wants it: Revoke withdraws grants from an index on (stored blocks
-among them are sent again later), Revoked says that the sender heard it; until then the stream is granted nothing, and
-blocks that the sender writes itself (shared memory) are not used again. (8) Either side may Abort at any time. A
-StreamTimeout ends a stream when its deadline passes, when the peer is silent for idle_timeout_s, when no sender opens
-it for stream_timeout_s, when a block that was sent is not acknowledged for stream_timeout_s, and when the receiver's
-own consumer or pool takes admit_timeout_s. A live sender may wait for its producer as long as the producer's owner
-allows: its probes show that it lives. (9) An Open without a valid proof is refused (Abort to whoever sent it) and
-changes nothing; an Accept without one is dropped. Offers that do not agree end the stream at both ends.
+Accept, or with Resume and every grant (and Revoke) that is still open, or, for a stream that just ended, with the Close
+or Abort it ended with. A Resume says that what was sent before its Probe and is not stored is lost: the sender sends
+that again, once; a Resume to a Probe from before it did so makes it send nothing. (7) A stream keeps blocks only while
+nobody else needs them more: Revoke withdraws grants from an index on, Revoked says that the sender heard it; until then
+the stream is granted nothing, and blocks that the sender writes itself (shared memory) are not used again. A stream
+that is not admitted may lose stored blocks, which are sent again later; an admitted one loses only what is not filled
+(what was on its way is sent again), and its last block only after a turn in which it filled none. (8) Either side may
+Abort at any time. A StreamTimeout ends a stream when its deadline passes, when the peer is silent for idle_timeout_s,
+when no sender opens it for stream_timeout_s, when a block that was sent is not acknowledged for stream_timeout_s, and
+when the receiver's own consumer or pool takes admit_timeout_s. A live sender may wait for its producer as long as the
+producer's owner allows: its probes show that it lives. (9) An Open without a valid proof is refused (Abort to whoever
+sent it) and changes nothing; an Accept without one is dropped. Offers that do not agree end the stream at both ends.
 
 Take-over. A receiver with take_over_s does not fail when its sender is lost (silent, gone, or aborted with a code of
 loss): it is ORPHANED. The old epoch ends at once: its messages are dropped, its unused grants return to the pool. A
@@ -161,6 +162,7 @@ RECEIVER_TABLE: Mapping[tuple[ReceiverState, ReceiverEvent], ReceiverState] = {
     (_R.HELD, _RE.FINISH): _R.COMPLETE,  # zero rows: nothing to admit
     (_R.HELD, _RE.ORPHAN): _R.ORPHANED,
     (_R.ADMITTED, _RE.GRANT): _R.ADMITTED,
+    (_R.ADMITTED, _RE.REVOKE): _R.ADMITTED,  # what is not filled yet
     (_R.ADMITTED, _RE.BLOCK): _R.ADMITTED,
     (_R.ADMITTED, _RE.FINISH): _R.COMPLETE,
     (_R.ADMITTED, _RE.ORPHAN): _R.ORPHANED,

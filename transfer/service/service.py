@@ -17,12 +17,15 @@ from transfer.connection import Connection, Frame
 from transfer.endpoints.contract import Endpoint
 from transfer.errors import EndpointClosed, LocalProtocolError, Overloaded, PeerLost, TransferError
 from transfer.protocol.liveness import Liveness
-from transfer.protocol.messages import Body, Call, Cancel, End, Fail, Message, Part, Parts
-from transfer.service.calls import IncomingCall, IncomingCalls, OnEnd, OnPart, OutgoingCall, OutgoingCalls
+from transfer.protocol.messages import Awaiting, Body, Call, Cancel, End, Fail, Message, Parts, Serving, Unknown
+from transfer.service.calls import Answer, IncomingCall, IncomingCalls
+from transfer.service.outgoing_calls import OnEnd, OnPart, OutgoingCall, OutgoingCalls
 
 logger = logging.getLogger(__name__)
 
 MethodHandler: TypeAlias = Callable[[IncomingCall], None]
+
+CALLS_PER_QUESTION = 8192  # calls that one Awaiting or Serving names
 
 
 class StreamSide(Protocol):
@@ -60,6 +63,7 @@ class Service:
         self._outgoing = OutgoingCalls(endpoint, self.config.max_calls)
         self._liveness = Liveness(self.config.ping_interval_s, self.config.peer_timeout_s)
         self._next_check = 0.0
+        self._next_question = 0.0
         self._called: set[Connection] = set()  # peers that calls were made to; guarded by the lock
         self._lock = threading.Lock()
         self._closed = False  # nothing more is taken; guarded by the lock
@@ -118,11 +122,11 @@ class Service:
 
     def reply_many(self, replies: Sequence[tuple[IncomingCall, Body]]) -> None:
         """One partial answer for each of many calls: one message per peer. From any thread; ended calls are skipped."""
-        by_peer: dict[Connection, list[tuple[IncomingCall, Part]]] = {}
+        by_peer: dict[Connection, list[Answer]] = {}
         for call, body in replies:
-            by_peer.setdefault(call.connection, []).append((call, Part(call_id=call.call_id, body=body)))
-        for connection, parts in by_peer.items():
-            self._incoming.send_parts(connection, parts)
+            by_peer.setdefault(call.connection, []).append((call, body, 0))
+        for connection, answers in by_peer.items():
+            self._incoming.send_parts(connection, answers)
 
     def carries_calls(self, connection: Connection) -> bool:
         """Whether a peer was called, or calls: then its connection is not a stream's alone to close."""
@@ -148,6 +152,7 @@ class Service:
         return {
             "calls_incoming": len(self._incoming),
             "calls_outgoing": len(self._outgoing),
+            "calls_broken": self._outgoing.num_broken,
             **self._counts,
             **self.endpoint.stats(),
         }
@@ -170,6 +175,13 @@ class Service:
             self._counts["dropped_stray"] += self._outgoing.receive(connection, message, frames)
         elif isinstance(message, Cancel):
             self._incoming.cancel(connection, message.call_id)
+        elif isinstance(message, Awaiting):
+            if unknown := self._incoming.unknown(connection, message.call_ids):
+                self._try_send(connection, Unknown(call_ids=unknown))
+        elif isinstance(message, Unknown):
+            self._outgoing.missing(connection, message.call_ids)
+        elif isinstance(message, Serving):
+            self._outgoing.served(connection, message.calls)
         else:
             self._counts["dropped_unrouted"] += 1
 
@@ -204,11 +216,23 @@ class Service:
         if now < self._next_check:
             return
         self._next_check = now + self.config.ping_interval_s / 4
+        if now >= self._next_question:
+            self._next_question = now + self.config.ping_interval_s
+            self._compare_calls()
         ping, lost = self._liveness.check(self._incoming.connections() | self._outgoing.connections(), now)
         for connection in ping:
             self._try_send(connection, Call(call_id=0, method="ping", body={}))
         for connection in lost:
             self._lose(connection, f"no sign of life for {self.config.peer_timeout_s:g} s")
+
+    def _compare_calls(self) -> None:
+        """Ask peers about the calls that we have shared with them for a while: a link may have lost what ends them."""
+        for connection, ids in self._outgoing.long_open().items():
+            for first in range(0, len(ids), CALLS_PER_QUESTION):
+                self._try_send(connection, Awaiting(call_ids=tuple(ids[first : first + CALLS_PER_QUESTION])))
+        for connection, calls in self._incoming.long_open().items():
+            for first in range(0, len(calls), CALLS_PER_QUESTION):
+                self._try_send(connection, Serving(calls=tuple(calls[first : first + CALLS_PER_QUESTION])))
 
     def _on_restart(self) -> None:
         if not self._is_down:

@@ -19,7 +19,7 @@ from transfer.streams.stream_sender import OutgoingStream
 
 
 class Producer:
-    """Writes the rows of `content` into an outgoing stream, in pieces, with pauses."""
+    """Writes the rows of `content` into an outgoing stream, in pieces, with pauses, and stands still when told to."""
 
     def __init__(
         self, process: Process, stream: OutgoingStream, content: Content, plan: RequestPlan, dice: random.Random
@@ -33,8 +33,26 @@ class Producer:
         self._waits = dice.random() < 0.5  # for where to go on
         self._is_announced = False
         self._is_over = False
+        self._num_holds = 0
+        self._is_due = False  # it would have gone on, had it not been told to stand still
         stream.on_done(self._stop)
         self._pause()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether rows are still to be written."""
+        return not self._is_over and (self._row < self._content.num_rows or not self._is_announced)
+
+    def hold(self) -> None:
+        """Stand still until `release`."""
+        self._num_holds += 1
+
+    def release(self) -> None:
+        """Go on, once every `hold` is over."""
+        self._num_holds -= 1
+        if not self._num_holds and self._is_due:
+            self._is_due = False
+            self._pause()
 
     def _stop(self, stream: OutgoingStream) -> None:
         self._is_over = True
@@ -44,6 +62,9 @@ class Producer:
 
     def _go_on(self) -> None:
         if self._is_over:
+            return
+        if self._num_holds:
+            self._is_due = True
             return
         if self._waits and self._stream.first_row is None:
             return self._process.after(0.05, self._go_on)
@@ -57,7 +78,7 @@ class Producer:
         if count:
             self._stream.write(self._row, self._content.tensors(self._row, count))
             self._row += count
-        if self._row < self._content.num_rows or not self._is_announced:
+        if self.is_busy:
             self._pause()
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from transfer.errors import StreamTimeout, TransferError
+from transfer.errors import StreamAborted, StreamTimeout, TransferError
 from transfer.protocol.ticket import Ticket
-from transfer.simulation.apps import Consumer
+from transfer.simulation.apps import Consumer, Producer
 from transfer.simulation.books import SenderBook, StreamBook
 from transfer.simulation.hosts import ReceiverHost, SenderHost
 from transfer.simulation.outages import Outages
@@ -27,6 +27,7 @@ class Sending:
     host: SenderHost
     book: SenderBook
     stream: OutgoingStream | None = None
+    producer: Producer | None = None
     harms: list[str] = field(default_factory=list)
 
 
@@ -84,6 +85,8 @@ def explains_receiver(request: Request, attempt: Attempt, outages: Outages, erro
     """Whether a consumer's failure has a reason that was put into the run."""
     if attempt.harms or _is_expired(request, attempt, error, now):
         return True
+    if attempt.lost_s is not None and not attempt.book.opened_epoch and isinstance(error, StreamTimeout):
+        return True  # its only sender died before it could open the stream, and nobody noticed
     waited_s = 0.0 if attempt.lost_s is None else now + attempt.host.process.leap_s - attempt.lost_s
     if attempt.lost_s is not None and not attempt.has_sender and waited_s >= request.plan.take_over_s - SLACK_S:
         return True
@@ -104,7 +107,7 @@ def explains_sender(
 
 def _is_expired(request: Request, attempt: Attempt, error: TransferError, now: float) -> bool:
     deadline_s = request.plan.deadline_s
-    if deadline_s is None or not isinstance(error, StreamTimeout):
+    if deadline_s is None or not isinstance(error, (StreamTimeout, StreamAborted)):  # aborted: the loop died meanwhile
         return False
     hosts = (attempt.host, *(sending.host for sending in attempt.sendings))
     leap_s = max(host.process.leap_s for host in hosts)

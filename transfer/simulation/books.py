@@ -37,6 +37,7 @@ class SenderBook:
     key: str  # the content key it opens with
     is_accepted: bool = False
     grants: dict[int, int] = field(default_factory=dict)  # index -> block id, of grants that arrived
+    granted_end: int = 0  # indexes below were granted, by grants that arrived
     num_rounds: int = 0
     revocation: int = 0  # serial of the last one that arrived
     acked: int = 0
@@ -58,6 +59,7 @@ class StreamBook:
     senders: dict[int, SenderBook] = field(default_factory=dict)
     is_registered: bool = False
     is_ended: bool = False
+    is_given_up: bool = False  # by its consumer, which hears nothing more from then on
     is_admitted: bool = False
     opened_epoch: int = 0  # of the last Open that came
     accepted_epoch: int = 0  # of the last Accept that left
@@ -88,6 +90,13 @@ class StreamBook:
     def needs_more(self) -> bool:
         """Whether rows are still to be delivered."""
         return self.total_rows is None or self.num_delivered < self.total_rows
+
+    @property
+    def wants_block(self) -> bool:
+        """Whether it can use a block now: one that is not admitted needs its epoch's first grant, and no other."""
+        if not self.is_opened or not self.needs_more or self.is_revoking:
+            return False
+        return self.is_admitted or not any(epoch == self.epoch for epoch, _ in self.grants)
 
     def start_over(self) -> None:
         """Another content begins at row 0."""

@@ -175,7 +175,7 @@ class Controller:
         stream.on_done(lambda stream: self._sender_ended(request, attempt, sending, stream))
         if planes is self.scenario.planes:
             dice = random.Random(f"{self.scenario.seed}/producer/{sending.ticket.stream_id}/{sending.ticket.epoch}")
-            Producer(host.process, stream, book.content, plan, dice)
+            sending.producer = Producer(host.process, stream, book.content, plan, dice)
 
     # -- ends -----------------------------------------------------------------------------------------------------
 
@@ -331,7 +331,7 @@ class Controller:
 
     def _abort(self, attempt: Attempt) -> None:
         attempt.consumer.leave()
-        attempt.book.is_ended = True
+        attempt.book.is_ended = attempt.book.is_given_up = True
         if self._dice.random() < 0.5:
             attempt.host.receiver.abort(attempt.stream_id, "Cancelled", "the consumer gives up")
         else:

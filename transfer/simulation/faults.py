@@ -22,6 +22,7 @@ HOST_KINDS = (
     "clock_jump_sender",
     "clock_jump_receiver",
 )
+PRODUCER_KINDS = ("slow_producer",)
 TAKE_OVER_KINDS = ("take_over_same_key", "take_over_other_key")
 INCIDENT_KINDS = (*LINK_KINDS, *HOST_KINDS, *TAKE_OVER_KINDS, "cancel")
 CANCEL_KINDS = (
@@ -29,7 +30,10 @@ CANCEL_KINDS = (
     *(f"cancel_by_receiver_{s.value}" for s, e in RECEIVER_TABLE if e is ReceiverEvent.FAIL),
 )
 OTHER_KINDS = ("pool_exhaustion", "deadline", "misaligned_grant", "mismatched_blocks", "long_outage")
-FAULT_KINDS = (*MESSAGE_KINDS, *LINK_KINDS, *HOST_KINDS, *TAKE_OVER_KINDS, *CANCEL_KINDS, *OTHER_KINDS)
+FAULT_KINDS = (
+    *(*MESSAGE_KINDS, *LINK_KINDS, *HOST_KINDS, *PRODUCER_KINDS),
+    *(*TAKE_OVER_KINDS, *CANCEL_KINDS, *OTHER_KINDS),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +64,7 @@ class Rates:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Incident:
-    """Something that happens to a link, a host or a stream when the run has carried `at_message` messages.
+    """Something that happens to a link, a host, a producer or a stream when the run has carried `at_message` messages.
 
     target: which link, host or request, modulo their number. seconds: how long it lasts, or how far a clock jumps.
     """

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from transfer.protocol.messages import Grant, Message
 from transfer.simulation.controller import Controller
-from transfer.simulation.faults import Incident
+from transfer.simulation.faults import PRODUCER_KINDS, Incident
 from transfer.simulation.hosts import Host, ReceiverHost, SenderHost
 from transfer.simulation.network import VirtualNetwork
 from transfer.simulation.onlooker import Onlooker
@@ -96,7 +96,8 @@ class Incidents:
         self._story.tell(now, "fault", None, f"{incident.kind} for {incident.seconds:.3f} s hits {num_hit} streams")
         if num_hit and incident.kind != "cancel":  # which is counted by the states it met
             self._fired[incident.kind] += 1
-            self._fired["long_outage"] += incident.seconds >= LONG_S
+            if incident.kind not in PRODUCER_KINDS:
+                self._fired["long_outage"] += incident.seconds >= LONG_S
 
     def _later(self, seconds: float, heal: Callable[..., None], *arguments: object) -> None:
         self.num_open += 1
@@ -213,6 +214,18 @@ class Incidents:
         self._outages.add_leap(self._network.timeline.now, incident.seconds, receiver=host.name)
         host.process.jump(incident.seconds)
         return self._num_live(None, host)
+
+    def _slow_producer(self, incident: Incident) -> int:
+        """A producer stands still for long; its host, its sender and everybody else go on."""
+        attempts = [request.attempt for request in self._controller.requests if request.outcome is None]
+        producers = [attempt.sending.producer for attempt in attempts if attempt is not None]
+        busy = [producer for producer in producers if producer is not None and producer.is_busy]
+        if not busy:
+            return 0
+        producer = busy[incident.target % len(busy)]
+        producer.hold()
+        self._later(incident.seconds, producer.release)
+        return 1
 
     def _restart_loop(self, incident: Incident) -> int:
         """A receiving loop dies and is started anew: what was on its way is lost, what it acknowledged is not."""

@@ -18,6 +18,7 @@ from transfer.simulation.content import Content
 from transfer.simulation.memory import BlockWatch
 from transfer.simulation.story import Story
 from transfer.simulation.timeline import Process
+from transfer.simulation.turns import Turns
 
 
 class Judge:
@@ -30,6 +31,7 @@ class Judge:
         self.contents: list[Content] = []
         self.incoming: tuple[Block, Sequence[bytes]] | None = None  # the Block being handled
         self.num_exhausted = 0
+        self.turns = Turns(self._complain_of, now)
         self.story = story
         self._size = config.block_size
         self._num_blocks = config.num_pool_blocks
@@ -45,14 +47,14 @@ class Judge:
             self.breach = Breach(promise=promise, text=text, number=number, time_s=self._now())
             self.story.tell(self._now(), "judge", number, str(self.breach))
 
+    def _complain_of(self, promise: str, stream_id: str | None, text: str) -> None:
+        book = self.streams.get(stream_id or "")
+        self.complain(promise, None if book is None else book.number, text)
+
     def watch(self, process: Process) -> BlockWatch:
         """The account of the pool of a receiving process."""
 
-        def complain(promise: str, stream_id: str | None, text: str) -> None:
-            book = self.streams.get(stream_id or "")
-            self.complain(promise, None if book is None else book.number, text)
-
-        self.watches[process] = BlockWatch(complain, self._placed, self._gave)
+        self.watches[process] = BlockWatch(self._complain_of, self._placed, self._gave)
         return self.watches[process]
 
     # -- after every step -----------------------------------------------------------------------------------------
@@ -67,6 +69,8 @@ class Judge:
         if watch is not None:
             watch.writing = None
             self._check_shares(process, watch)
+            num_free = self._num_blocks - len(watch.owners)
+            self.turns.check(process, watch, () if num_free else self._live_at(process), num_free=num_free)
 
     def escaped(self, process: Process, error: Exception) -> None:
         """See timeline.Watcher."""
@@ -108,7 +112,7 @@ class Judge:
         if num_free and not granted:
             self._starving = set()
             return
-        books = [book for book in self.streams.values() if book.process is process and book.is_live]
+        books = self._live_at(process)
         held = watch.num_held()
         empty = [book for book in books if book.stream_id not in held and book.needs_more]
         for book, grant in granted:
@@ -118,10 +122,10 @@ class Judge:
                     book.number,
                     f"it was granted {len(grant.block_ids)} blocks; {num_free} are left for {len(empty)} who hold none",
                 )
-        waiting = {book.stream_id for book in empty if book.is_opened and not book.is_revoking}
+        waiting = {book.stream_id for book in empty if book.wants_block}
         if waiting and not num_free:
             self.num_exhausted += len(waiting - self._starving)
-            for book in books:
+            for book in books if self.turns.waited_s(process) > 0 else ():
                 if not book.is_admitted and held.get(book.stream_id, 0) > 1:
                     self.complain(
                         "5: who is not admitted holds one block when others want it",
@@ -129,6 +133,9 @@ class Judge:
                         f"it holds {held[book.stream_id]} while {len(waiting)} streams wait for their first",
                     )
         self._starving = waiting
+
+    def _live_at(self, process: Process) -> list[StreamBook]:
+        return [book for book in self.streams.values() if book.process is process and book.is_live]
 
     # -- memory ---------------------------------------------------------------------------------------------------
 

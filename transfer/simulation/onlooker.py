@@ -88,6 +88,7 @@ class Onlooker:
     def loop_restarted(self, process: Process) -> None:
         """What was on its way into a program's I/O loop is lost."""
         self._story.tell(self._now(), process, None, "its I/O loop died and runs again")
+        self._judge.turns.begin_anew(process.host)
         self.link_disturbed(None, process.host)
 
     def link_disturbed(self, sender: str | None, receiver: str | None) -> None:
@@ -123,6 +124,7 @@ class Onlooker:
                 sender.acked = max(sender.acked, message.next_index)
             case Accept() if not sender.is_accepted:
                 sender.is_accepted, sender.acked = True, message.first_index
+                sender.granted_end = message.first_index
 
     # -- the receiver's messages ----------------------------------------------------------------------------------
 
@@ -161,7 +163,7 @@ class Onlooker:
                 book,
                 f"blocks below {ack.next_index} are acknowledged, stored are those below {book.next_stored}",
             )
-        if (ack.epoch, ack.serial) == book.revocation or not book.revocation[1]:
+        if ack.serial == (book.revocation[1] if book.revocation[0] == ack.epoch else 0):
             if ack.next_index < book.acked:
                 self._complain("3: what is acknowledged stays", book, f"{ack} after {book.acked}")
             book.acked = max(book.acked, ack.next_index)
@@ -182,7 +184,7 @@ class Onlooker:
             )
 
     def _on_close_sent(self, book: StreamBook, close: Close) -> None:
-        if close.epoch != book.epoch:
+        if close.epoch != book.epoch or book.is_given_up:
             return
         if close.total_rows != book.total_rows or book.num_delivered != close.total_rows:
             self._complain(
@@ -219,17 +221,21 @@ class Onlooker:
         sender.sent[block.index] = block.block_id
 
     def _on_grant_arriving(self, book: StreamBook, sender: SenderBook, grant: Grant) -> None:
-        if grant.round != sender.num_rounds:
+        is_next = grant.round == sender.num_rounds
+        if not is_next and not (grant.round > sender.num_rounds and grant.first_index <= sender.acked):
             return
         if grant.allocated_tokens != len(grant.block_ids) * grant.block_size:
             self._judge.falsified.append((book, sender))
             return
-        sender.num_rounds += 1
+        sender.num_rounds = grant.round + 1
         for offset, block_id in enumerate(grant.block_ids):
             sender.grants[grant.first_index + offset] = block_id
+        sender.granted_end = grant.first_index + len(grant.block_ids)
 
     def _on_revoke_arriving(self, sender: SenderBook, revoke: Revoke) -> None:
-        sender.revocation, sender.num_rounds = revoke.serial, revoke.round
+        if revoke.first_index > max(sender.granted_end, sender.acked):
+            return  # a grant before it was lost: this comes again, after that
+        sender.revocation, sender.num_rounds, sender.granted_end = revoke.serial, revoke.round, revoke.first_index
         sender.acked = min(sender.acked, revoke.first_index)
         for index in [index for index in sender.grants if index >= revoke.first_index]:
             del sender.grants[index]

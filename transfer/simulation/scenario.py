@@ -81,7 +81,7 @@ def draw_scenario(seed: int) -> Scenario:
         requests=requests,
         rates=Rates() if is_clean else _rates(dice),
         lossy_s=0.0 if is_clean else dice.choice((0.0, 2.0, 6.0)),
-        incidents=() if is_clean else _incidents(dice, requests, config),
+        incidents=() if is_clean else _incidents(dice, requests, config, _slow_producers(seed)),
     )
 
 
@@ -143,7 +143,14 @@ def _rates(dice: random.Random) -> Rates:
     return Rates(**{kind: level / len(kinds) * dice.uniform(0.5, 2) for kind in kinds})
 
 
-def _incidents(dice: random.Random, requests: tuple[RequestPlan, ...], config: TransferConfig) -> tuple[Incident, ...]:
+def _slow_producers(seed: int) -> random.Random:
+    """Dice of their own: pauses of minutes are rare, for they make long runs."""
+    return random.Random(f"{seed}/slow producers")
+
+
+def _incidents(
+    dice: random.Random, requests: tuple[RequestPlan, ...], config: TransferConfig, slow_dice: random.Random
+) -> tuple[Incident, ...]:
     num_blocks = sum(-(-plan.num_rows // config.block_size) for plan in requests)
     num_messages = 6 * len(requests) + 2 * num_blocks  # about what a run without faults carries
     incidents = []
@@ -157,6 +164,15 @@ def _incidents(dice: random.Random, requests: tuple[RequestPlan, ...], config: T
                 seconds=dice.uniform(18, 45)
                 if is_long
                 else dice.choice((0.01, dice.uniform(0, 0.5), dice.uniform(0, 8))),
+            )
+        )
+    for _ in range(slow_dice.choice((0, 0, 0, 0, 0, 1, 2, 4))):
+        incidents.append(
+            Incident(
+                kind="slow_producer",
+                at_message=slow_dice.randint(1, max(2, num_messages // 2)),
+                target=slow_dice.randrange(1000),
+                seconds=slow_dice.choice((slow_dice.uniform(5, 60), slow_dice.uniform(60, 180))),
             )
         )
     return tuple(sorted(incidents, key=lambda incident: incident.at_message))

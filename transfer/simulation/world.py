@@ -19,7 +19,7 @@ from transfer.simulation.scenario import Scenario
 from transfer.simulation.story import Story
 from transfer.simulation.timeline import Timeline
 
-PROGRESS_LIMIT_S = 400.0  # virtual seconds from the start in which every request must be over
+PROGRESS_LIMIT_S = 900.0  # virtual seconds from the start in which every request must be over
 QUIET_LIMIT_S = 60.0  # virtual seconds after that in which every end must have let go of its streams
 MAX_STEPS = 400_000
 
@@ -86,6 +86,8 @@ class World:
         limit_s = self.timeline.now + QUIET_LIMIT_S
         while not self._is_quiet() and not self._is_beyond(limit_s):
             self._step()
+            if self.incidents.num_open:  # of late: nobody can be asked to let go who is stopped
+                limit_s = self.timeline.now + QUIET_LIMIT_S
         if self.judge.breach is None:
             self._check_ledger()
         self.fired["pool_exhaustion"] += self.judge.num_exhausted

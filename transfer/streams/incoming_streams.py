@@ -10,6 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Protocol
 
 from transfer.connection import Connection
@@ -92,7 +93,7 @@ class IncomingStream:
 
     session: ReceiverSession
     listener: StreamListener
-    age: int
+    turn: int  # of those that wait for blocks, the earliest comes first
     area: ReceiveArea | None  # None while its sender may still say whether it can use a segment
     record: StreamRecord
     connection: Connection | None = None
@@ -118,6 +119,7 @@ class IncomingStreams:
         self.dropped: Counter[str] = Counter()
         self.totals: Counter[str] = Counter()
         self.strays = Strays(self.dropped)
+        self.turns = count(1)
         self._service = service
         self._on_end = on_end
         self._schedule = Schedule()
@@ -172,13 +174,16 @@ class IncomingStreams:
             if not grants and not revocations:
                 return
             now = self._service.now()
-            for stream_id, count in grants.items():
+            for stream_id, num_blocks in grants.items():
                 stream = self.by_id[stream_id]
-                self.run(stream, stream.session.grant(area.allocate(stream_id, count), now))
-            for stream_id, count in revocations.items():
+                self.run(stream, stream.session.grant(area.allocate(stream_id, num_blocks), now))
+            for stream_id, num_blocks in revocations.items():
                 stream = self.by_id[stream_id]
-                self.totals["revocations"] += 1
-                self.run(stream, stream.session.revoke(count, now))
+                actions = stream.session.revoke(num_blocks, now)
+                self.totals["revocations"] += bool(actions)
+                if stream.session.has_yielded and not stream.session.window.held:
+                    stream.turn = next(self.turns)
+                self.run(stream, actions)
             if not revocations:
                 return
 
@@ -220,7 +225,7 @@ class IncomingStreams:
         """Something about a stream changed: its record, what it wants and when it is due follow."""
         session = stream.session
         if stream.area is not None and not stream.wants_nothing:
-            stream.area.update(session, stream.age)
+            stream.area.update(session, stream.turn)
             stream.wants_nothing = session.wants_nothing
         self._schedule.at(session.facts.ticket.stream_id, session.due())
 

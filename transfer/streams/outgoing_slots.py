@@ -1,7 +1,8 @@
 """OutgoingSlots: what a sender does for streams whose payload goes through a segment: join, fill, give back, let go.
 
 Runs on the service's I/O thread. The order of things is what keeps memory safe: a slot is given back (Revoked,
-Released) only when neither this thread nor the producer writes it any more.
+Released) only when neither this thread nor the producer writes it any more. A receiver that missed the Released says
+its last word again, and gets it again.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 
+from transfer.connection import Connection
 from transfer.errors import EndpointClosed, TransferError
 from transfer.memory.segment_guest import MappedSegment, SegmentGuest
 from transfer.memory.slot_writer import SlotWriter
 from transfer.protocol.actions import Accepted, SenderAction, SendFilled
-from transfer.protocol.messages import Released, Revoked, StreamMessage
+from transfer.protocol.messages import Abort, Close, Released, Revoked, StreamMessage
 from transfer.protocol.state import TERMINAL
 from transfer.service.service import Service
 from transfer.streams.outgoing_stream import OutgoingStream
@@ -33,6 +35,7 @@ class OutgoingSlots:
         self._guest = guest
         self._run = run
         self._send = send
+        self._writing: set[tuple[str, int]] = set()  # epochs that are over, but whose producer writes slots still
 
     def join(self, stream: OutgoingStream, accepted: Accepted) -> None:
         """The receiver accepted; where it invites us to its segment, map that, or say that we cannot."""
@@ -66,15 +69,34 @@ class OutgoingSlots:
     def let_go(self, stream: OutgoingStream) -> None:
         """The stream is over: say so of its slots, once its producer does not write them."""
         slots, ticket = stream.slots, stream.session.ticket
-        if slots is None or not slots.end():
+        if slots is None:
+            return
+        epoch = ticket.stream_id, ticket.epoch
+        if not slots.end():
+            self._writing.add(epoch)
             return
         stream.slots = None
-        with contextlib.suppress(TransferError):  # then the connection is gone, and the segment with it
-            released = Released(stream_id=ticket.stream_id, epoch=ticket.epoch)
-            self._service.endpoint.send(stream.connection, released)
+        self._writing.discard(epoch)
+        self._tell_released(stream.connection, *epoch)
+
+    def last_word(self, stream: OutgoingStream | None, connection: Connection, message: Close | Abort) -> None:
+        """A receiver says that an epoch is over, which it may be here as well: it may wait to hear who let go of slots.
+
+        `stream`: what is open here under that id, whatever its epoch.
+        """
+        is_open = stream is not None and stream.session.ticket.epoch <= message.epoch
+        epoch = message.stream_id, message.epoch
+        if not is_open and epoch not in self._writing and self._guest.shares_memory(connection):
+            self._tell_released(connection, *epoch)
+
+    def _tell_released(self, connection: Connection, stream_id: str, epoch: int) -> None:
+        with contextlib.suppress(TransferError):  # as if lost on the way: the receiver asks
+            self._service.endpoint.send(connection, Released(stream_id=stream_id, epoch=epoch))
 
     def _settle_soon(self, stream: OutgoingStream) -> None:
         def step() -> None:
+            if stream.slots is not None:
+                stream.slots.settled()
             if stream.session.state in TERMINAL:
                 self.let_go(stream)
             else:

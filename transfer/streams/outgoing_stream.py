@@ -93,12 +93,11 @@ class OutgoingStream:
         """Rows first_row ... of every plane: contiguous CPU tensors [n, *row_shape], kept by reference.
 
         They must not change until the stream ends. Rows come in order; rows below `self.first_row` may be left out, and
-        are dropped where they come. Raises LocalProtocolError for rows out of order, beyond the announced total, or
-        other than the opened planes.
+        are dropped where they come. Raises LocalProtocolError for rows out of order, beyond the announced total, other
+        than the opened planes, or other than those of `slot_rows` as long as these are reserved.
         """
         num_rows, chunk = self.rows.check(planes)
-        end, slots = first_row + num_rows, self.slots
-        in_place = None if slots is None else slots.commit(first_row, planes)
+        end, slots, in_place = first_row + num_rows, self.slots, False
 
         def add(now: float) -> list[SenderAction]:
             if self.rows.num_rows < first_row:  # what is left out here is stored already
@@ -112,33 +111,42 @@ class OutgoingStream:
             return self.session.rows_written(end, now)
 
         with self._lock:
-            in_order = first_row == self._num_written or self._num_written < first_row <= (self.first_row or 0)
-            if not in_order or (self._total_rows is not None and end > self._total_rows):
+            if not self._is_next(first_row) or (self._total_rows is not None and end > self._total_rows):
                 raise LocalProtocolError(
                     f"stream {self.stream_id}: {num_rows} rows written at {first_row}; {self._num_written} are there "
                     f"and {self._total_rows} announced"
                 )
+            in_place = slots is not None and slots.commit(first_row, planes)
             self._num_written = end
             closed = self._sender.run_soon(self, add)  # under the lock: rows stay in order whoever writes them
         if closed is not None:
             self.finish(closed)
-        elif in_place is not None and slots is not None:
+        elif in_place and slots is not None:
             slots.settle()
 
     def slot_rows(self, first_row: int, num_rows: int) -> dict[str, Tensor] | None:
         """Where to compute the next rows so that they need no copy: views [n, *row_shape] of the receiver's memory.
 
-        n is at most num_rows: what lies side by side. None where there is nothing of that kind (now): compute them
-        anywhere. Hand them to `write(first_row, rows)` as they are, or give them up with `drop_slots`; nobody may
-        touch them afterwards, and until then nothing else can be reserved.
+        n is at most num_rows, and within the announced total: what lies side by side. None where there is nothing of
+        that kind (now): compute them anywhere. Hand them to `write(first_row, rows)` exactly as they are, or give them
+        up with `drop_slots`; nobody may touch them afterwards, and until then nothing else can be reserved or written.
+        LocalProtocolError unless `first_row` is the next to be written.
         """
-        return None if self.slots is None else self.slots.reserve(first_row, num_rows)
+        slots = self.slots
+        with self._lock:
+            if not self._is_next(first_row):
+                raise LocalProtocolError(
+                    f"stream {self.stream_id}: slots wanted for row {first_row}, the next one is {self._num_written}"
+                )
+            if self._total_rows is not None:
+                num_rows = min(num_rows, self._total_rows - first_row)
+            return None if slots is None else slots.reserve(first_row, num_rows)
 
     def drop_slots(self) -> None:
         """The rows of `slot_rows` are not wanted after all; nobody writes them any more."""
-        if self.slots is not None:
-            self.slots.commit(0, None)
-            self.slots.settle()
+        slots = self.slots  # the I/O thread takes it away when the stream ends
+        if slots is not None and slots.drop():
+            slots.settle()
 
     def abort(self, code: str, message: str) -> None:
         """End the stream; both ends get the error. Nothing happens when it is over."""
@@ -183,6 +191,10 @@ class OutgoingStream:
             callbacks, self._on_done = self._on_done, []
             self._on_accepted.clear()
         self._run(callbacks)
+
+    def _is_next(self, first_row: int) -> bool:
+        """Under the lock: whether rows may be written from there on."""
+        return first_row == self._num_written or self._num_written < first_row <= (self.first_row or 0)
 
     def _run(self, callbacks: Sequence[Callable[[OutgoingStream], None]]) -> None:
         for callback in callbacks:

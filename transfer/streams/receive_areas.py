@@ -115,9 +115,11 @@ class ReceiveAreas:
             self._host.drop(connection)
 
     def tick(self, now: float) -> None:
-        """Close what is not used."""
-        if self._host is not None:
-            self._host.tick(now)
+        """Close what is not used; senders that did not let go of their slots hear again that their epoch is over."""
+        if self._host is None:
+            return
+        for connection, stream_id, epoch in self._host.tick(now, self._is_over):
+            self._streams.send(connection, self._streams.strays.last_word(stream_id, epoch))
 
     def close(self) -> None:
         """Let go of every segment."""
@@ -135,6 +137,10 @@ class ReceiveAreas:
         in_use = sum(area.pool.num_in_use for area in self._all())
         segments = {"transfer_segments_open": 0} if host is None else host.stats()
         return {"transfer_blocks_in_use": in_use, **segments}
+
+    def _is_over(self, stream_id: str, epoch: int) -> bool:
+        stream = self._streams.by_id.get(stream_id)
+        return stream is None or stream.session.ticket.epoch > epoch
 
     def _use(self, stream: IncomingStream, area: ReceiveArea) -> None:
         stream.area, stream.wants_nothing = area, False

@@ -32,9 +32,10 @@ from transfer.protocol.messages import (
 )
 from transfer.protocol.negotiate import SEALED, Offer
 from transfer.protocol.payload import incoming_payload, integrity_offered
-from transfer.protocol.receiver_session import ReceiverSession, refusal_of
+from transfer.protocol.receiver_session import ReceiverSession
+from transfer.protocol.refusals import refusal_of
 from transfer.protocol.state import TERMINAL, ReceiverState
-from transfer.protocol.ticket import Ticket
+from transfer.protocol.ticket import Ticket, open_is_proven
 from transfer.service.service import Service
 from transfer.streams.incoming_streams import IncomingStream, IncomingStreams, NobodyListens, StreamListener
 from transfer.streams.receive_areas import ReceiveAreas
@@ -81,9 +82,8 @@ class StreamReceiver:
         block_bytes = max(plane.row_bytes for plane in planes) * config.block_size
         self._sealed_address = service.endpoint.listen_sealed(block_bytes + SEAL_BYTES)
         self._timers = Timers.of(config)
-        self._tickets: set[str] = set()  # streams open for their consumer; guarded by the lock
+        self._tickets: dict[str, StreamListener] = {}  # streams open for their consumer; guarded by the lock
         self._lock = threading.Lock()
-        self._ages = 0
         self._next_ticket = next_ticket
         service.attach((Open, Attached, Announce, Block, Filled, Released, Probe, Revoked, Abort), self)
 
@@ -103,10 +103,10 @@ class StreamReceiver:
                 raise LocalProtocolError(f"stream {ticket.stream_id} is open here already")
             if len(self._tickets) >= self._config.max_streams:
                 raise Overloaded(f"{len(self._tickets)} streams are open: raise max_streams, or try later")
-            self._tickets.add(ticket.stream_id)
+            self._tickets[ticket.stream_id] = listener
         deadline = None if deadline_s is None else self._service.now() + deadline_s
         try:
-            self._service.post(lambda: self._register(ticket, listener, deadline, take_over_s))
+            self._service.post(lambda: self._register(ticket, deadline, take_over_s))
         except EndpointClosed:
             self._forget_ticket(ticket.stream_id)
             raise
@@ -133,9 +133,12 @@ class StreamReceiver:
 
     def abort(self, stream_id: str, code: str, message: str) -> None:
         """End a stream; the sender gets the error, the listener is not called again. Unknown streams are ignored."""
-        stream = self._streams.by_id.get(stream_id)
-        if stream is not None:
-            stream.listener = NobodyListens()  # now, not when the callback runs
+        with self._lock:  # now, not when the callback runs
+            if stream_id in self._tickets:
+                self._tickets[stream_id] = NobodyListens()
+            stream = self._streams.by_id.get(stream_id)
+            if stream is not None:
+                stream.listener = NobodyListens()
         self._service.post(lambda: self._end_quietly(stream_id, StreamAborted(code, message)))
 
     def close(self, stream_id: str) -> None:
@@ -230,11 +233,12 @@ class StreamReceiver:
 
     # -- helpers --------------------------------------------------------------------------------------------------
 
-    def _register(self, ticket: Ticket, listener: StreamListener, deadline: float | None, take_over_s: float) -> None:
-        self._ages += 1
+    def _register(self, ticket: Ticket, deadline: float | None, take_over_s: float) -> None:
         session = self._session(ticket, deadline=deadline, take_over_s=take_over_s)
-        stream = IncomingStream(session, listener, self._ages, self._areas.wire, session.record())
-        self._streams.add(stream)
+        with self._lock:  # its consumer may have given it up already
+            listener = self._tickets.get(ticket.stream_id, NobodyListens())
+            stream = IncomingStream(session, listener, next(self._streams.turns), self._areas.wire, session.record())
+            self._streams.add(stream)
         parked = self._streams.strays.opened(ticket.stream_id)
         if parked is not None:
             connection, messages = parked
@@ -244,12 +248,14 @@ class StreamReceiver:
     def _open(self, stream: IncomingStream, connection: Connection, message: Open, now: float) -> None:
         session = stream.session
         is_first = session.facts.opened is None
+        if is_first and not open_is_proven(session.ticket, message):
+            self._streams.dropped["bad_proof"] += 1  # it takes nobody's place: the right one is still to come
+            self._streams.send(connection, refusal_of(message))
+            return
         stream.connection = connection
         segment = self._areas.invite(stream, connection, message)
         self._streams.run(stream, session.open(message, now, segment=segment, data_address=self._sealed_address))
-        if session.facts.opened is None:
-            stream.connection = None  # a stale Open: the right one is still to come
-        elif is_first and session.state not in TERMINAL:
+        if is_first and session.state not in TERMINAL:
             self._areas.opened(stream)
 
     def _session(self, ticket: Ticket, **more: Any) -> ReceiverSession:
@@ -306,7 +312,7 @@ class StreamReceiver:
 
     def _forget_ticket(self, stream_id: str) -> None:
         with self._lock:
-            self._tickets.discard(stream_id)
+            self._tickets.pop(stream_id, None)
 
 
 def _no_sender(stream: IncomingStream | None, message: StreamMessage) -> str:

@@ -21,6 +21,7 @@ from transfer.errors import (
     Overloaded,
     PeerLost,
     RemoteProtocolError,
+    StreamAborted,
     TicketRejected,
     TransferError,
 )
@@ -37,23 +38,11 @@ from transfer.protocol.actions import (
     SendFilled,
     Timers,
 )
-from transfer.protocol.messages import (
-    Abort,
-    Accept,
-    Ack,
-    Block,
-    Close,
-    Grant,
-    Probe,
-    Resume,
-    Revoke,
-    Revoked,
-    StreamMessage,
-)
+from transfer.protocol.messages import Abort, Block, Close, Grant, Probe, Revoked, StreamMessage
 from transfer.protocol.negotiate import SEALED, Offer
 from transfer.protocol.payload import integrity_offered, outgoing_payload
 from transfer.protocol.schedule import Schedule
-from transfer.protocol.sender_session import SenderSession
+from transfer.protocol.sender_session import MESSAGES, SenderSession
 from transfer.protocol.state import TERMINAL
 from transfer.protocol.ticket import Ticket
 from transfer.service.connection_use import ConnectionUse
@@ -101,7 +90,7 @@ class StreamSender:
         self._schedule = Schedule()
         self._guest = segments or guest_for(service, config)
         self._slots = OutgoingSlots(service, self._guest, self._run, self._send)
-        service.attach((Accept, Grant, Revoke, Ack, Resume, Close, Abort), self)
+        service.attach(MESSAGES, self)
 
     def open(
         self,
@@ -187,9 +176,10 @@ class StreamSender:
                 return
             try:
                 actions = event(self._service.now())
-            except TransferError as error:
-                actions = stream.session.fail(error)
-            self._run(stream, actions)
+            except Exception as error:
+                self._break(stream, error)
+            else:
+                self._run(stream, actions)
 
         try:
             self._service.post(step)
@@ -202,6 +192,8 @@ class StreamSender:
     def on_message(self, connection: Connection, message: StreamMessage, frames: Sequence[memoryview]) -> bool:
         """A message of a receiver; see service.StreamSide."""
         stream = self._streams.get(message.stream_id)
+        if isinstance(message, (Close, Abort)):
+            self._slots.last_word(stream, connection, message)
         if stream is None or stream.connection != connection:
             if not isinstance(message, Abort):
                 self._dropped["unknown_stream" if stream is None else "foreign_connection"] += 1
@@ -247,42 +239,53 @@ class StreamSender:
     # -- helpers --------------------------------------------------------------------------------------------------
 
     def _run(self, stream: OutgoingStream, actions: Sequence[SenderAction]) -> None:
-        for action in actions:
-            match action:
-                case Accepted():
-                    try:
-                        self._accept(stream, action)
-                    except TransferError as error:
-                        self._run(stream, stream.session.fail(error))
-                        return
-                    self._slots.join(stream, action)
-                case SendBlock():
-                    if stream.session.state not in TERMINAL:  # the block before it may have ended the stream
-                        self._send_block(stream, action)
-                case SendFilled():
-                    if stream.session.state not in TERMINAL:
-                        self._totals["blocks_sent"] += len(action.block_ids)
-                        self._slots.send_filled(stream, action)
-                case Send(Revoked() as message) if stream.slots is not None:
-                    self._slots.confirm(stream, message)
-                case Send(message):
-                    self._send(stream, message)
-                case ReleaseRows(before_row):
-                    stream.rows.release(before_row)
-                    if stream.slots is not None:
-                        stream.slots.release(before_row)
-                case Dropped(reason):
-                    self._dropped[reason] += 1
-                case Finished(stats):
-                    self._totals["streams_sent"] += 1
-                    self._remove(stream)
-                    stream.finish(stats)
-                case Failed(error):
-                    self._totals["streams_unsent"] += 1
-                    self._remove(stream)
-                    stream.finish(error)
+        """Do what a session asks for, in order. What cannot be done ends the stream, at both ends."""
+        try:
+            for action in actions:
+                self._execute(stream, action)
+        except Exception as error:
+            self._break(stream, error)
         if stream.session.state not in TERMINAL:
             self._schedule.at(stream.stream_id, stream.session.due())
+
+    def _execute(self, stream: OutgoingStream, action: SenderAction) -> None:
+        match action:
+            case Accepted():
+                self._accept(stream, action)
+                self._slots.join(stream, action)
+            case SendBlock():
+                if stream.session.state not in TERMINAL:  # the block before it may have ended the stream
+                    self._send_block(stream, action)
+            case SendFilled():
+                if stream.session.state not in TERMINAL:
+                    self._totals["blocks_sent"] += len(action.block_ids)
+                    self._slots.send_filled(stream, action)
+            case Send(Revoked() as message) if stream.slots is not None:
+                self._slots.confirm(stream, message)
+            case Send(message):
+                self._send(stream, message)
+            case ReleaseRows(before_row):
+                stream.rows.release(before_row)
+                if stream.slots is not None:
+                    stream.slots.release(before_row)
+            case Dropped(reason):
+                self._dropped[reason] += 1
+            case Finished(stats):
+                self._totals["streams_sent"] += 1
+                self._remove(stream)
+                stream.finish(stats)
+            case Failed(error):
+                self._totals["streams_unsent"] += 1
+                self._remove(stream)
+                stream.finish(error)
+
+    def _break(self, stream: OutgoingStream, error: Exception) -> None:
+        """Something failed while it was done: the stream ends with that, once, whatever else fails then."""
+        if not isinstance(error, TransferError):
+            logger.exception("sending stream %s failed", stream.stream_id, exc_info=error)
+            error = StreamAborted("InternalError", f"sending failed: {type(error).__name__}")
+        actions = stream.session.fail(error)
+        self._run(stream, actions or [Failed(error)])
 
     def _accept(self, stream: OutgoingStream, accepted: Accepted) -> None:
         """The two ends agreed: choose how rows travel. Raises what `connect` does."""

@@ -11,6 +11,7 @@ from transfer.protocol.messages import (
     Ack,
     Announce,
     Attached,
+    Awaiting,
     Block,
     Call,
     Cancel,
@@ -28,6 +29,8 @@ from transfer.protocol.messages import (
     Resume,
     Revoke,
     Revoked,
+    Serving,
+    Unknown,
 )
 from transfer.protocol.negotiate import Offer
 
@@ -78,8 +81,11 @@ def sample_messages() -> dict[str, tuple[Message, int]]:
         "abort": (Abort(**STREAM, code="StreamTimeout", message="é" * 40), 0),  # type: ignore[arg-type]
         "call": (Call(call_id=2**63 - 1, method="embed", body=everything), 3),
         "ping": (Call(call_id=0, method="ping", body={}), 0),
-        "parts": (Parts(parts=(Part(call_id=1, body=everything, num_frames=2), Part(call_id=2, body={}))), 2),
-        "end": (End(call_id=1, body=everything), 0),
+        "parts": (Parts(parts=(Part(call_id=1, body=everything, num_frames=2), Part(call_id=2, serial=8, body={}))), 2),
+        "end": (End(call_id=1, num_parts=2, body=everything), 0),
         "fail": (Fail(call_id=1, code="Overloaded", message="later"), 0),
         "cancel": (Cancel(call_id=1), 0),
+        "awaiting": (Awaiting(call_ids=(1, 2**63 - 1)), 0),
+        "unknown": (Unknown(call_ids=(1,)), 0),
+        "serving": (Serving(calls=((1, 0), (7, 2**63 - 1))), 0),
     }

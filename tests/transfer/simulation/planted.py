@@ -121,8 +121,8 @@ def grant_the_rest_to_everybody() -> AbstractContextManager[Any]:
     """Streams get their remaining blocks before they are admitted."""
     right = receive_area.demand_of
 
-    def wrong(session: ReceiverSession, age: int) -> Demand:
-        demand = right(session, age)
+    def wrong(session: ReceiverSession, turn: int) -> Demand:
+        demand = right(session, turn)
         if session.state is ReceiverState.HELD:
             return demand._replace(wanted=session.num_blocks - session.window.num_granted)
         return demand
@@ -132,7 +132,7 @@ def grant_the_rest_to_everybody() -> AbstractContextManager[Any]:
 
 def forget_last_words() -> AbstractContextManager[Any]:
     """A sender that missed the Close never hears it again."""
-    return patch.object(Strays, "ended", lambda self, last_word: None)
+    return patch.object(Strays, "ended", lambda self, last_word, sender: None)
 
 
 def deliver_again_after_a_restart() -> AbstractContextManager[Any]:
@@ -161,15 +161,27 @@ def lose_what_was_acknowledged() -> AbstractContextManager[Any]:
 
 def write_revoked_blocks() -> AbstractContextManager[Any]:
     """Blocks that were withdrawn are free, and their old Blocks are still taken."""
-    right = ReceiverWindow.cut
+    cut, refusal = ReceiverWindow.cut, ReceiverSession._refusal
+    withdrawn: dict[ReceiverWindow, dict[int, int]] = {}
 
-    def wrong(self: ReceiverWindow, first_index: int) -> tuple[int, ...]:
-        held = dict(self.held)
-        taken = right(self, first_index)
-        self.held = held
-        return taken
+    def wrong_cut(self: ReceiverWindow, first_index: int) -> tuple[int, ...]:
+        withdrawn[self] = {index: block_id for index, block_id in self.held.items() if index >= first_index}
+        return cut(self, first_index)
 
-    return patch.object(ReceiverWindow, "cut", wrong)
+    def wrong_refusal(self: ReceiverSession, message: Block, frames: Sequence[memoryview]) -> str | None:
+        reason = refusal(self, message, frames)
+        was_granted = withdrawn.get(self.window, {}).get(message.index) == message.block_id
+        if reason == "not_granted" and was_granted:
+            self.window.held.setdefault(message.index, message.block_id)
+            return None
+        return reason
+
+    @contextmanager
+    def planted() -> Iterator[None]:
+        with patch.object(ReceiverWindow, "cut", wrong_cut), patch.object(ReceiverSession, "_refusal", wrong_refusal):
+            yield
+
+    return planted()
 
 
 def forget_rows_too_early() -> AbstractContextManager[Any]:
@@ -241,6 +253,28 @@ def never_ask_back() -> AbstractContextManager[Any]:
     return patch("transfer.protocol.grant_planner.GrantPlanner._withdraw", lambda self: {})
 
 
+def keep_what_was_admitted() -> AbstractContextManager[Any]:
+    """A stream that is admitted gives nothing back, however long its producer takes."""
+    right = receive_area.demand_of
+
+    def wrong(session: ReceiverSession, turn: int) -> Demand:
+        demand = right(session, turn)
+        return demand._replace(held=0) if demand.admitted else demand
+
+    return patch.object(receive_area, "demand_of", wrong)
+
+
+def keep_the_last_block() -> AbstractContextManager[Any]:
+    """An admitted stream gives back all but one block, also when it stands still."""
+    right = receive_area.demand_of
+
+    def wrong(session: ReceiverSession, turn: int) -> Demand:
+        demand = right(session, turn)
+        return demand._replace(stalled=False) if demand.admitted else demand
+
+    return patch.object(receive_area, "demand_of", wrong)
+
+
 def ignore_resumes() -> AbstractContextManager[Any]:
     """Lost blocks are never sent again."""
     right = SenderSession._on_resume
@@ -272,5 +306,7 @@ BUGS: tuple[Planted, ...] = (
     hide_the_restart,
     ignore_the_deadline,
     never_ask_back,
+    keep_what_was_admitted,
+    keep_the_last_block,
     ignore_resumes,
 )

@@ -13,14 +13,44 @@ from transfer.simulation.runner import run_seed
 NUM_SEEDS = 500
 # Where each was caught last, so that the everyday profile need not search; any seed below NUM_SEEDS will do.
 CAUGHT_AT = {
-    "acknowledge_before_storing": 19,
-    "believe_every_answer": 38,
-    "divide_the_allocation": 2,
-    "go_on_one_block_too_far": 16,
-    "deliver_again_after_a_restart": 13,
+    "acknowledge_before_storing": 4,
+    "believe_every_answer": 2,
+    "divide_the_allocation": 15,
+    "go_on_one_block_too_far": 5,
+    "deliver_again_after_a_restart": 8,
     "lose_what_was_acknowledged": 27,
-    "ignore_the_deadline": 1,
-    "never_ask_back": 15,
+    "write_revoked_blocks": 1,
+    "forget_rows_too_early": 5,
+    "ignore_the_deadline": 5,
+    "never_ask_back": 1,
+    "keep_what_was_admitted": 2,
+    "keep_the_last_block": 2,
+}
+# What each breaks: the breach that is found must be of one of these promises, by its first words.
+BREAKS: dict[str, tuple[str, ...]] = {
+    "acknowledge_before_storing": ("3: acknowledged means stored",),
+    "forget_the_tag_check": ("4: damaged or foreign bytes are dropped",),
+    "divide_the_allocation": ("1: a misaligned grant is a typed error", "2: only granted blocks are sent"),
+    "fence_late": ("3: a stream outlives faults shorter than its limits", "4: an old epoch is fenced"),
+    "keep_the_surplus": ("5: the surplus comes back",),
+    "send_everything_again_per_probe": ("3: a fault costs at most one credit window",),
+    "believe_every_answer": ("3: a fault costs at most one credit window",),
+    "go_on_one_block_too_far": ("3: another sender goes on at the same offset",),
+    "grant_the_rest_to_everybody": ("2: the rest is granted once admitted",),
+    "forget_last_words": ("3: a stream outlives faults shorter than its limits", "7: nothing leaks"),
+    "deliver_again_after_a_restart": ("3: rows come in order, each once",),
+    "lose_what_was_acknowledged": ("3: what is acknowledged stays", "3: kept means kept"),
+    "write_revoked_blocks": ("4: a block is its owner's alone", "4: a freed block is never written"),
+    "forget_rows_too_early": ("3: a block holds the producer's rows",),
+    "use_a_serial_twice": ("4: a serial is used once",),
+    "ignore_the_credit": ("6: the credit bounds what is under way",),
+    "take_any_content": ("3: another sender goes on at the same offset", "4: never another request's bytes"),
+    "hide_the_restart": ("3: totals are said once per start",),
+    "ignore_the_deadline": ("6: a deadline ends a stream",),
+    "never_ask_back": ("5: who ",),
+    "keep_what_was_admitted": ("5: who stands still gives its blocks to who waits",),
+    "keep_the_last_block": ("5: who stands still gives its blocks to who waits",),
+    "ignore_resumes": ("3: a stream outlives faults shorter than its limits",),
 }
 
 
@@ -37,6 +67,8 @@ def test_every_planted_bug_is_caught(bug: Planted) -> None:
             breach = run_seed(seed).breach
         if breach is not None:
             print(f"{bug.__name__}: seed {seed}: {breach}")
+            assert breach.promise.startswith(BREAKS[bug.__name__]), f"another promise is broken: {breach}"
+            assert "TypeError" not in breach.text and "AttributeError" not in breach.text, "the patch itself is broken"
             assert run_seed(seed).breach is None, "the seed fails without the bug, too"
             return
     raise AssertionError(f"{bug.__name__} was not caught in {NUM_SEEDS} seeds")
