@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 
@@ -164,3 +165,31 @@ def test_who_proves_nothing_takes_no_ones_place_at_a_stream_that_lost_its_sender
     pair.receiver.close(ticket.stream_id)
     pair.network.settle()
     pair.assert_ledger_zero()
+
+
+@pytest.mark.parametrize("admitted", [True, False])
+def test_what_was_given_up_never_completes(admitted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last rows come after the consumer left, and before the I/O thread has heard of it."""
+    pair = Pair(configure(16, 64, 8))
+    ticket, data = Ticket.issue("test"), make_rows(40)
+    consumer, stream = pair.listen(ticket, admit=admitted), pair.send(ticket)
+    stream.announce(40)
+    stream.write(0, {name: rows[:39] for name, rows in data.items()})
+    pair.network.settle()
+    late: list[Callable[[], None]] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(pair.receiver_service, "post", late.append)
+        if not admitted:
+            pair.receiver.admit(ticket.stream_id)
+        pair.receiver.abort(ticket.stream_id, "Cancelled", "no longer wanted")
+    stream.write(39, {name: rows[39:] for name, rows in data.items()})
+    if not admitted:
+        late.pop(0)()
+    pair.network.settle()
+    for callback in late:
+        callback()
+    pair.network.settle()
+    with pytest.raises(StreamAborted, match="no longer wanted"):
+        stream.result(0)
+    assert not consumer.ends and pair.receiver.stats().get("transfer_streams_completed_total", 0) == 0
+    assert pair.receiver.stats()["transfer_blocks_in_use"] == pair.receiver.stats()["transfer_tickets_open"] == 0

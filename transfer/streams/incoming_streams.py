@@ -69,7 +69,10 @@ class StreamListener(Protocol):
 
 
 class NobodyListens:
-    """In the place of a listener that gave its stream up: it hears nothing more, whatever still happens."""
+    """In the place of a listener that gave its stream up: it hears nothing more, whatever still happens. error: why."""
+
+    def __init__(self, error: TransferError) -> None:
+        self.error = error
 
     def on_announce(self, total_rows: int, items: Sequence[Body]) -> None:
         """See StreamListener."""

@@ -133,13 +133,14 @@ class StreamReceiver:
 
     def abort(self, stream_id: str, code: str, message: str) -> None:
         """End a stream; the sender gets the error, the listener is not called again. Unknown streams are ignored."""
+        nobody = NobodyListens(StreamAborted(code, message))
         with self._lock:  # now, not when the callback runs
             if stream_id in self._tickets:
-                self._tickets[stream_id] = NobodyListens()
+                self._tickets[stream_id] = nobody
             stream = self._streams.by_id.get(stream_id)
             if stream is not None:
-                stream.listener = NobodyListens()
-        self._service.post(lambda: self._end_quietly(stream_id, StreamAborted(code, message)))
+                stream.listener = nobody
+        self._service.post(lambda: self._end_quietly(stream_id, nobody.error))
 
     def close(self, stream_id: str) -> None:
         """The consumer is done with a stream, complete or not."""
@@ -162,7 +163,7 @@ class StreamReceiver:
     def on_message(self, connection: Connection, message: StreamMessage, frames: Sequence[memoryview]) -> bool:
         """A message of a sender; see service.StreamSide."""
         streams, now = self._streams, self._service.now()
-        stream = streams.by_id.get(message.stream_id)
+        stream = self._wanted(message.stream_id)
         if isinstance(message, Released):
             self._areas.released(connection, message)
             self._areas.plan()
@@ -236,7 +237,7 @@ class StreamReceiver:
     def _register(self, ticket: Ticket, deadline: float | None, take_over_s: float) -> None:
         session = self._session(ticket, deadline=deadline, take_over_s=take_over_s)
         with self._lock:  # its consumer may have given it up already
-            listener = self._tickets.get(ticket.stream_id, NobodyListens())
+            listener = self._tickets[ticket.stream_id]
             stream = IncomingStream(session, listener, next(self._streams.turns), self._areas.wire, session.record())
             self._streams.add(stream)
         parked = self._streams.strays.opened(ticket.stream_id)
@@ -270,8 +271,16 @@ class StreamReceiver:
             **more,
         )
 
-    def _admit(self, stream_id: str, total_rows: int | None, num_restarts: int | None) -> None:
+    def _wanted(self, stream_id: str) -> IncomingStream | None:
+        """An open stream that somebody listens to; one that was given up ends here, before anything completes it."""
         stream = self._streams.by_id.get(stream_id)
+        if stream is not None and isinstance(stream.listener, NobodyListens):
+            self._end_quietly(stream_id, stream.listener.error)
+            return None
+        return stream
+
+    def _admit(self, stream_id: str, total_rows: int | None, num_restarts: int | None) -> None:
+        stream = self._wanted(stream_id)
         if stream is None:
             return  # it ended meanwhile
         session = stream.session
@@ -303,8 +312,6 @@ class StreamReceiver:
         if stream is not None:
             self._streams.run(stream, [a for a in stream.session.fail(error) if not isinstance(a, Failed)])
             self._areas.plan()
-        else:
-            self._forget_ticket(stream_id)
 
     def _ended(self, stream_id: str) -> None:
         self._areas.ended(stream_id)
