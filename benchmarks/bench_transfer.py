@@ -181,12 +181,21 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The benchmark's flags."""
     parser.add_argument("--json", type=Path, default=RESULTS / "transfer.json", help="where the JSON goes")
-    parser.add_argument("--rounds", type=int, default=15, help="rounds that count (default 15)")
-    parser.add_argument("--requests", type=int, default=10, help="1024-token requests per path and round (default 10)")
+    parser.add_argument("--rounds", type=_count, default=15, help="rounds that count (default 15)")
+    parser.add_argument(
+        "--requests", type=_count, default=10, help="1024-token requests per path and round (default 10)"
+    )
     parser.add_argument("--paths", default="", help=f"comma-separated, of memcpy, {', '.join(PATHS)} (default: all)")
     parser.add_argument("--items", type=int, default=0, help="items of 8 blocks in a pool (default: 256 MiB)")
-    parser.add_argument("--block-rows", type=int, default=128, help="rows of 7168 bytes in a block (default 128)")
+    parser.add_argument("--block-rows", type=_count, default=128, help="rows of 7168 bytes in a block (default 128)")
     parser.add_argument("--no-namespace", action="store_true", help="measure on the machine's own loopback")
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not above zero")
+    return number
 
 
 def _measure(pair: Pair, shape: Shape, paths: list[str], options: argparse.Namespace, console: Console) -> list[Body]:

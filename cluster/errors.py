@@ -221,6 +221,7 @@ ERROR_TABLE: dict[str, Rule] = {
     # there is no room, or something is gone: the same request may well succeed later
     "Overloaded": _unavailable("overloaded", _BUSY),
     "EmbedQueueFull": _unavailable("overloaded", _BUSY),
+    "OutOfResources": _unavailable("overloaded", _BUSY),
     "QueueFull": _unavailable("overloaded", _BUSY),
     "EmbedStopped": _unavailable("worker_lost", _LOST),
     "EngineStopped": _unavailable("worker_lost", _LOST),

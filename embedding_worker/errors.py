@@ -10,6 +10,7 @@ EmbedError
 │   └── ImageAspect       longer than the model allows for its width
 ├── TooManyImages         more images in one request than allowed
 ├── EmbedQueueFull        too many requests, or bytes, wait already
+├── OutOfResources        this machine has no memory or file descriptors left just now
 ├── EmbedDeadline         the request's time ran out before its embeddings were done
 └── EncodeFailed          the model failed on this image
 """
@@ -97,6 +98,17 @@ class EmbedQueueFull(EmbedError):
 
     def __str__(self) -> str:
         return f"this embedding worker has its limit of {self.limit} waiting {self.what}; try again later"
+
+
+class OutOfResources(EmbedError):
+    """The machine has no memory or file descriptors left just now; the request is as good as before."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"this embedding worker ran out of resources: {self.reason}; try again later"
 
 
 class EmbedDeadline(EmbedError):

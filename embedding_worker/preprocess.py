@@ -8,6 +8,7 @@ normalise, cut into patches. The only file that imports PIL. Knows nothing of mo
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import io
 import math
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 
-from embedding_worker.errors import BadImage, ImageAspect, ImageTooLarge
+from embedding_worker.errors import BadImage, ImageAspect, ImageTooLarge, OutOfResources
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_ASPECT = 200
@@ -151,7 +152,7 @@ def inspect_image(
 def prepare_image(media: bytes | memoryview, index: int, settings: ImageSettings, limits: ImageLimits) -> PreparedImage:
     """Decode, resize, normalise and cut one encoded image; `index` is its place in the request, for messages.
 
-    Peak memory is about 8 bytes per decoded pixel. Raises BadImage, ImageTooLarge or ImageAspect.
+    Peak memory is about 8 bytes per decoded pixel. Raises BadImage, ImageTooLarge, ImageAspect or OutOfResources.
     """
     grid = inspect_image(media, index, settings, limits)
     try:
@@ -163,6 +164,7 @@ def prepare_image(media: bytes | memoryview, index: int, settings: ImageSettings
         size = (grid[2] * settings.patch_size, grid[1] * settings.patch_size)
         pixels = np.asarray(colour.resize(size, resample=Image.Resampling(settings.resample)))
     except Exception as error:  # decoders raise anything at all on hostile bytes
+        _raise_if_out_of_resources(error)
         raise BadImage(index, "the image data are truncated or corrupt") from error
     return PreparedImage(patches=_cut(pixels, settings), grid=grid)
 
@@ -176,6 +178,12 @@ def content_key(media: bytes | memoryview, settings: ImageSettings, fingerprint:
     return hasher.hexdigest()
 
 
+def _raise_if_out_of_resources(error: Exception) -> None:
+    """What is no fault of the image."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        raise OutOfResources(str(error) or "no memory is left") from error
+
+
 def _open_checked(media: bytes | memoryview, index: int, limits: ImageLimits) -> Image.Image:
     """Read the header only, and refuse what is too large."""
     if len(media) > limits.max_bytes:
@@ -185,6 +193,7 @@ def _open_checked(media: bytes | memoryview, index: int, limits: ImageLimits) ->
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageTooLarge(index, f"far too many pixels, at most {limits.max_pixels} pixels are allowed") from error
     except Exception as error:  # decoders raise anything at all on hostile bytes
+        _raise_if_out_of_resources(error)
         raise BadImage(index, f"not an image this server can read; it reads {', '.join(FORMATS)}") from error
     if image.width * image.height > limits.max_pixels:
         size = f"{image.width}x{image.height} pixels"

@@ -28,6 +28,7 @@ examples:
   tandem simulate transfer --seed 4711            one run again; if it fails, the story of the stream
   tandem simulate transfer --seed 4711 --trace    everything that happens in it
 """
+DEFAULT_SEEDS = 1000
 STORY_LINES = 80  # of a failing stream, after many runs; the replay shows all
 
 
@@ -48,8 +49,10 @@ def add_to(commands: Any, ray_address: str | None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("what", choices=("transfer",), help="what to simulate")
-    parser.add_argument("--seeds", type=count, default=1000, metavar="N", help="how many runs (default: 1000)")
-    parser.add_argument("--first-seed", type=int, default=0, metavar="INT", help="the first of them (default: 0)")
+    parser.add_argument(
+        "--seeds", type=count, default=None, metavar="N", help=f"how many runs (default: {DEFAULT_SEEDS})"
+    )
+    parser.add_argument("--first-seed", type=int, default=None, metavar="INT", help="the first of them (default: 0)")
     parser.add_argument("--seed", type=int, default=None, metavar="INT", help="only this one")
     parser.add_argument("--trace", action="store_true", help="with --seed: print every event")
     parser.add_argument("--jobs", type=count, default=2, metavar="N", help="processes (default: 2)")
@@ -61,11 +64,15 @@ def run(options: argparse.Namespace) -> int:
     """0 when every promise was kept."""
     if options.trace and options.seed is None:
         raise ConfigError("--trace tells the story of one run: name it with --seed")
+    if options.seed is not None and (options.seeds, options.first_seed) != (None, None):
+        raise ConfigError("--seed is one run: leave out --seeds and --first-seed")
+    _check_writable(options.json)
     started_s = time.monotonic()
     if options.seed is not None:
         report = _run_one(options.seed, options.trace)
     else:
-        seeds = range(options.first_seed, options.first_seed + options.seeds)
+        first_seed = options.first_seed or 0
+        seeds = range(first_seed, first_seed + (options.seeds or DEFAULT_SEEDS))
         with progress_bar(len(seeds), sys.stderr.isatty(), "seeds") as advance:
 
             def on_done(num_seeds: int) -> None:
@@ -77,6 +84,15 @@ def run(options: argparse.Namespace) -> int:
     if options.json is not None:
         options.json.write_text(json.dumps(_figures(report, time.monotonic() - started_s), indent=2) + "\n")
     return 1 if report.failures or report.silent_kinds else 0
+
+
+def _check_writable(path: Path | None) -> None:
+    """Before a long run, not after it."""
+    if path is not None:
+        try:
+            path.open("a").close()
+        except OSError as error:
+            raise ConfigError(f"--json {path} cannot be written: {error.strerror}") from error
 
 
 def _run_one(seed: int, is_traced: bool) -> Report:

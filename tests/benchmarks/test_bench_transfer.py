@@ -41,6 +41,13 @@ def test_every_path_is_measured_and_reported(tmp_path: Path, capsys: pytest.Capt
     assert "streams-tcp" in out.with_suffix(".md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("flag", ["--rounds", "--requests", "--block-rows"])
+def test_a_count_of_nothing_is_refused(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([flag, "0", "--json", str(tmp_path / "x.json")])
+    assert "0 is not above zero" in capsys.readouterr().err and not (tmp_path / "x.json").exists()
+
+
 def test_an_unknown_path_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no path 'tpc'"):
         main(["--paths", "tcp,tpc", "--json", str(tmp_path / "x.json")])

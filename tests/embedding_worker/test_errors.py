@@ -18,6 +18,7 @@ EXAMPLES = (
     errors.ImageAspect(1, "too long"),
     errors.TooManyImages(9, 8),
     errors.EmbedQueueFull(4, "requests"),
+    errors.OutOfResources("too many open files"),
     errors.EmbedDeadline("it waited"),
     errors.EmbedStopped(),
     errors.EncodeFailed("out of memory"),

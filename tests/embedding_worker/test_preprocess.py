@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import tracemalloc
 from typing import Any
@@ -193,3 +194,14 @@ def test_content_key_depends_on_everything_that_shapes_the_rows() -> None:
     }
     assert len(keys) == 6
     assert content_key(memoryview(b"media"), base, "model", "float32") in keys
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), MemoryError()])
+def test_a_shortage_of_the_machine_is_not_the_image_s_fault(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    media = png(40, 40)
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(errors.OutOfResources, match="try again later"):
+        prepare_image(media, 0, ImageSettings.from_config(SMALL), LIMITS)
