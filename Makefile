@@ -32,6 +32,7 @@ lint: $(VENV)/.development ## format and repair what can be repaired
 bench: $(VENV)/.development ## the CPU benchmarks; JSON goes to benchmarks/results/
 	$(BIN)/python -m benchmarks.bench_transfer --json benchmarks/results/transfer.json
 	$(BIN)/python -m benchmarks.bench_serving --json benchmarks/results/serving.json
+	$(BIN)/python -m benchmarks.bench_decode --json benchmarks/results/decode.json
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -27,10 +27,10 @@ QUESTIONS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class BenchRequest:
-    """A prompt with one image placeholder, and the encoded image."""
+    """A prompt with one image placeholder, and the encoded image; None for text alone."""
 
     prompt: str
-    image: bytes
+    image: bytes | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +52,17 @@ def load_model(name: str, cache: Path, num_requests: int) -> BenchModel:
             name=name, folder=_random_100m(cache / "100m-v2"), new_tokens=64, requests=_random_requests(num_requests)
         )
     raise ValueError(f"there is no model {name!r}; choose from demo, 100m")
+
+
+def text_requests(count: int) -> tuple[BenchRequest, ...]:
+    """About 60 tokens of text, no two alike from the first words on."""
+    return tuple(
+        BenchRequest(
+            prompt=_chat(f"{i}: {QUESTIONS[i % len(QUESTIONS)]} {QUESTIONS[(i + 1) % len(QUESTIONS)]}", image=""),
+            image=None,
+        )
+        for i in range(count)
+    )
 
 
 def _demo_requests(count: int) -> tuple[BenchRequest, ...]:
@@ -78,8 +89,8 @@ def _random_requests(count: int) -> tuple[BenchRequest, ...]:
     )
 
 
-def _chat(question: str) -> str:
-    return f"<|im_start|>user\n{IMAGE}{question}<|im_end|>\n<|im_start|>assistant\n"
+def _chat(question: str, image: str = IMAGE) -> str:
+    return f"<|im_start|>user\n{image}{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def _png(image: Image.Image) -> bytes:

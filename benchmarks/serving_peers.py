@@ -57,14 +57,17 @@ class Peer(Protocol):
 
 
 class Ours:
-    """Tandem's `LLM`: both halves, joined by in-memory endpoints. The cache of embeddings is off."""
+    """Tandem's `LLM`: both halves, joined by in-memory endpoints. The cache of embeddings is off.
 
-    def __init__(self, model: BenchModel, dtype: str, threads: int) -> None:
+    language: further settings of the language half.
+    """
+
+    def __init__(self, model: BenchModel, dtype: str, threads: int, **language: Any) -> None:
         self._llm = LLM(
             model=str(model.folder),
             dtype=dtype,
             embedding={"cache_tokens": 0, "num_threads": threads},
-            language={"num_threads": threads},
+            language={"num_threads": threads, **language},
         )
         self._params = SamplingParams(max_tokens=model.new_tokens, temperature=0.0, ignore_eos=True)
 
@@ -84,6 +87,10 @@ class Ours:
         first_s = max(output.hops["ttft_ms"] for output in outputs) / 1e3
         ids = tuple(tuple(output.outputs[0].token_ids) for output in outputs)
         return Run(first_s=first_s, total_s=total_s, token_ids=ids)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters of the language half."""
+        return dict(self._llm.stats()["language-0"])
 
     def close(self) -> None:
         self._llm.close()
@@ -132,7 +139,11 @@ class Transformers:
         return Run(first_s=arrivals[0], total_s=total_s, token_ids=tuple(map(tuple, answers)))
 
     def _inputs(self, requests: Sequence[BenchRequest]) -> dict[str, torch.Tensor]:
-        images = [Image.open(io.BytesIO(request.image)).convert("RGB") for request in requests]
+        encoded_images = [request.image for request in requests if request.image is not None]
+        if not encoded_images:
+            encoded = self._tokenizer([r.prompt for r in requests], padding=len(requests) > 1, return_tensors="pt")
+            return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+        images = [Image.open(io.BytesIO(image)).convert("RGB") for image in encoded_images]
         features = self._processor(images=images, return_tensors="pt")
         rows = (features["image_grid_thw"].prod(-1) // self._processor.merge_size**2).tolist()
         texts = [
@@ -153,4 +164,4 @@ class Transformers:
 
 
 def _prompt(request: BenchRequest) -> dict[str, Any]:
-    return {"prompt": request.prompt, "images": [request.image]}
+    return {"prompt": request.prompt, "images": [] if request.image is None else [request.image]}

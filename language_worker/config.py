@@ -29,6 +29,7 @@ class EngineConfig:
     min_partial_chunk: tokens that a prefill whose media rows have not all arrived computes at least.
     decode_strategy: "auto" takes the model's own; "speculative" drafts up to num_draft_tokens a step from what followed
     the same words before: equal output, fewer steps where text repeats itself.
+    draft_model: folder of a small text model with the same tokenizer, which makes the drafts instead; "": none.
     max_waiting: requests that may wait before QueueFull. max_logits_bytes: cap on one request's returned logits.
     """
 
@@ -47,6 +48,7 @@ class EngineConfig:
     min_partial_chunk: int = 64
     decode_strategy: StrategyName = "auto"
     num_draft_tokens: int = 8
+    draft_model: str = ""
     max_waiting: int = 1024
     max_logits_bytes: int = 1 << 30
 
@@ -71,6 +73,8 @@ class EngineConfig:
         self._require_int("num_draft_tokens", 1)
         if self.num_draft_tokens > MAX_DRAFT_TOKENS:
             raise InvalidRequest(f"num_draft_tokens is {self.num_draft_tokens}; use at most {MAX_DRAFT_TOKENS}")
+        if self.draft_model and self.decode_strategy == "autoregressive":
+            raise InvalidRequest("draft_model is set and decode_strategy is 'autoregressive'; set it to 'speculative'")
         if not 0.0 < self.gpu_memory_fraction <= 1.0:
             raise InvalidRequest(f"gpu_memory_fraction is {self.gpu_memory_fraction}; use a value in (0, 1]")
         if self.max_step_tokens < self.max_num_seqs:

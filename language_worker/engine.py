@@ -18,6 +18,7 @@ import torch
 
 from language_worker.active import ActiveRequest, Sample
 from language_worker.api import GenerateRequest
+from language_worker.drafter import Drafter
 from language_worker.errors import Cancelled, EngineError, StepFailed
 from language_worker.media import MediaRows
 from language_worker.outputs import Output, PromptLogits, StepReport
@@ -40,7 +41,8 @@ STATS_COUNTERS = (
 
 
 class Engine:
-    """See the module. `clock` gives monotonic seconds; `new_seed` gives the seed of a request without one."""
+    """See the module. `clock` gives monotonic seconds; `new_seed` gives the seed of a request without one; `drafter`
+    goes with a strategy that leaves its drafts open."""
 
     def __init__(
         self,
@@ -52,8 +54,10 @@ class Engine:
         dtype: torch.dtype,
         clock: Callable[[], float] = time.monotonic,
         new_seed: Callable[[], int] = lambda: secrets.randbits(64),
+        drafter: Drafter | None = None,
     ) -> None:
         self.runner = runner
+        self.drafter = drafter
         self.scheduler = scheduler
         self.tokenizer = tokenizer
         self.limits = limits
@@ -132,6 +136,8 @@ class Engine:
         self._roster.counters["num_preemptions_total"] += len(plan.preempted)
         if plan.copies:
             self.runner.copy_pages(plan.copies)
+            if self.drafter is not None:
+                self.drafter.copy_pages(plan.copies)
         if plan.windows:
             self._run(plan)
         self._stats = self._read_stats()
@@ -152,7 +158,7 @@ class Engine:
     def _run(self, plan: StepPlan) -> None:
         """Run a plan; if it raises, run its windows one by one, so that only those at fault fail."""
         try:
-            step, choices = self._compute(plan)
+            filled, step, choices = self._compute(plan)
         except Exception as error:
             if len(plan.windows) == 1:
                 self._fail_window(plan, error)
@@ -162,14 +168,17 @@ class Engine:
                 if window.seq.status is Status.RUNNING:
                     self._run(StepPlan(windows=(window,)))
             return
-        self._apply(plan, step, choices)
+        self._apply(filled, step, choices)
 
-    def _compute(self, plan: StepPlan) -> tuple[StepLogits, list[list[list[Choice]]]]:
-        """Everything that can fail; changes no state. Choices: of each sampling window, for each sample it serves."""
+    def _compute(self, plan: StepPlan) -> tuple[StepPlan, StepLogits, list[list[list[Choice]]]]:
+        """Everything that can fail; changes no state. Returns the plan with all drafts made, and the choices of each
+        sampling window, for each sample it serves."""
         with torch.inference_mode():
+            if self.drafter is not None:
+                plan = self.drafter.fill(plan, lambda seq: self._roster.sample_of(seq.key).state)
             step = self.runner.run(plan)
             served = [self._roster.active_of(w.seq.key).states_served_by(w.seq.key[1]) for w in step.sampling]
-            return step, choose(step, served, num_token_ids=self.tokenizer.vocab_size) if served else []
+            return plan, step, choose(step, served, num_token_ids=self.tokenizer.vocab_size) if served else []
 
     def _fail_window(self, plan: StepPlan, error: Exception) -> None:
         active = self._roster.active_of(plan.windows[0].seq.key)

@@ -14,11 +14,13 @@ import torch
 
 from language_worker.config import EngineConfig
 from language_worker.decode import create_strategy
+from language_worker.decode.base import DecodeStrategy
+from language_worker.drafter import Drafter
 from language_worker.engine import Engine
 from language_worker.errors import ModelNotSupported
 from language_worker.kv_cache import KVCache
 from language_worker.models import resolve_model
-from language_worker.models.base import ModelSpec
+from language_worker.models.base import LanguageModel, ModelSpec
 from language_worker.page_pool import PagePool
 from language_worker.prefix_cache import DIGEST_BYTES, PrefixCache
 from language_worker.roster import EngineLimits
@@ -58,17 +60,20 @@ def build_engine(
     dtype = resolve_dtype(config.dtype, checkpoint)
     with torch.inference_mode():
         model = resolve_model(checkpoint.config()).load(checkpoint, dtype=dtype, device=device)
-    size = resolve_cache(config, model.spec, dtype, device)
-    model.reserve_positions(size.max_model_len)
-    cache = KVCache(model.spec.kv, num_pages=size.num_pages, page_size=config.page_size, dtype=dtype, device=device)
+    tokenizer = Tokenizer(model_path)
+    draft_model = _load_draft_model(config, tokenizer, dtype, device) if config.draft_model else None
+    size = resolve_cache(config, model.spec, dtype, device, None if draft_model is None else draft_model.spec)
+
+    def runner_of(model: LanguageModel) -> ModelRunner:
+        model.reserve_positions(size.max_model_len)
+        cache = KVCache(model.spec.kv, num_pages=size.num_pages, page_size=config.page_size, dtype=dtype, device=device)
+        return ModelRunner(model, cache, device, config.num_threads)
+
     pool = PagePool(size.num_pages)
     root = _cache_root(checkpoint, dtype, config.page_size)
     scheduler = Scheduler(
         pool=pool,
-        strategy=create_strategy(
-            model.spec.decode_strategy if config.decode_strategy == "auto" else config.decode_strategy,
-            num_draft_tokens=config.num_draft_tokens,
-        ),
+        strategy=_strategy(config, model.spec),
         page_size=config.page_size,
         max_num_seqs=config.max_num_seqs,
         max_step_tokens=config.max_step_tokens,
@@ -77,9 +82,12 @@ def build_engine(
         min_partial_chunk=config.min_partial_chunk,
     )
     return Engine(
-        runner=ModelRunner(model, cache, device, config.num_threads),
+        runner=runner_of(model),
+        drafter=None
+        if draft_model is None
+        else Drafter(runner_of(draft_model), vocab_size=model.spec.vocab_size, num_token_ids=tokenizer.vocab_size),
         scheduler=scheduler,
-        tokenizer=Tokenizer(model_path),
+        tokenizer=tokenizer,
         limits=EngineLimits(
             max_model_len=size.max_model_len,
             max_waiting=config.max_waiting,
@@ -88,6 +96,32 @@ def build_engine(
         ),
         dtype=dtype,
         clock=clock,
+    )
+
+
+def _load_draft_model(
+    config: EngineConfig, tokenizer: Tokenizer, dtype: torch.dtype, device: torch.device
+) -> LanguageModel:
+    """The small model, in the large one's dtype. Raises as `build_engine` does; ModelNotSupported for other tokens."""
+    if not Tokenizer(config.draft_model).has_ids_of(tokenizer):
+        raise ModelNotSupported(
+            f"draft model {config.draft_model} has another tokenizer than the model; use a smaller one of its family"
+        )
+    checkpoint = Checkpoint.open(config.draft_model)
+    with torch.inference_mode():
+        model = resolve_model(checkpoint.config()).load(checkpoint, dtype=dtype, device=device)
+    if model.spec.vocab_size < tokenizer.vocab_size:
+        raise ModelNotSupported(
+            f"draft model {config.draft_model} knows {model.spec.vocab_size} token ids of {tokenizer.vocab_size}"
+        )
+    return model
+
+
+def _strategy(config: EngineConfig, spec: ModelSpec) -> DecodeStrategy:
+    name = spec.decode_strategy if config.decode_strategy == "auto" else config.decode_strategy
+    has_drafter = bool(config.draft_model)
+    return create_strategy(
+        "speculative" if has_drafter else name, num_draft_tokens=config.num_draft_tokens, has_drafter=has_drafter
     )
 
 
@@ -120,8 +154,13 @@ def resolve_dtype(name: str, checkpoint: Checkpoint) -> torch.dtype:
     return DTYPES[name]
 
 
-def resolve_cache(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> CacheSize:
-    """Pages of the cache: what was asked for, or what the memory budget gives, at most what all seats could use."""
+def resolve_cache(
+    config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device, draft: ModelSpec | None = None
+) -> CacheSize:
+    """Pages of the cache: what was asked for, or what the memory budget gives, at most what all seats could use.
+
+    draft: of the draft model, whose cache has as many pages and comes out of the same budget.
+    """
     wanted_len = min(config.max_model_len or spec.max_position_embeddings, spec.max_position_embeddings)
     if config.max_model_len > spec.max_position_embeddings:
         raise ModelNotSupported(
@@ -131,7 +170,8 @@ def resolve_cache(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, dev
     if not tokens:
         num_bytes = config.kv_cache_bytes or _default_bytes(config, device)
         seats = config.max_num_seqs * (wanted_len + config.page_size)
-        tokens = min(num_bytes // spec.kv.bytes_per_token(dtype), seats)
+        per_token = spec.kv.bytes_per_token(dtype) + (0 if draft is None else draft.kv.bytes_per_token(dtype))
+        tokens = min(num_bytes // per_token, seats)
     num_pages = tokens // config.page_size if not config.kv_cache_tokens else -(-tokens // config.page_size)
     if num_pages * config.page_size < 2:
         raise ModelNotSupported(

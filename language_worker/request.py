@@ -61,13 +61,13 @@ class Sequence:
     tokens are, ascending; the n-th takes media row n. media_spans: the same by item, with content keys. positions: the
     model's own description of the prompt's positions (None: 0, 1, 2, ...). wants_prompt_logits: someone asked for the
     logits of every prompt position. has_siblings: other samples continue the same prompt and may lend their pages.
-    draft_index: what a speculative strategy knows of it.
+    draft_source: what a speculative strategy knows of it.
     num_cached: prompt tokens whose KV the prefix cache had at the first admission. page_names: names of the first full
     pages, for the prefix cache.
     """
 
     __slots__ = (
-        "draft_index",
+        "draft_source",
         "has_siblings",
         "key",
         "kv_len",
@@ -115,7 +115,7 @@ class Sequence:
         self.page_names: list[bytes] = []
         self.num_preemptions = 0
         self.num_cached = 0
-        self.draft_index: object = None
+        self.draft_source: object = None
 
     def __repr__(self) -> str:
         progress = f"kv {self.kv_len}/{len(self.tokens)}, {len(self.pages)} pages"

@@ -19,7 +19,9 @@ from language_worker.plan import StepPlan, Window
 
 # Multiplications of one token-by-hidden x hidden-by-hidden product up to which a CPU step runs on one thread. Measured
 # on two cores, in bfloat16: 1 x 192 x 896 takes 27 us on one thread and 39 us on two, 16 x 192 x 896 64 us and 60 us.
-SERIAL_WORK = 1 << 18
+# Where other processes want the cores too, threads that wait for each other cost many times more: 8 sequences of the
+# demo model took 7.6 ms a step on one thread and 64-80 ms on two at a load of 8.
+SERIAL_WORK = 1 << 19
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -68,6 +68,10 @@ class Tokenizer:
             self._token_bytes = token_bytes(vocab, self._special_ids)
             self._max_token_chars = max_token_chars(spec, self._token_bytes)
 
+    def has_ids_of(self, other: "Tokenizer") -> bool:
+        """Whether every token has the same id here as in `other`."""
+        return bool(self._parsing.get_vocab(with_added_tokens=True) == other._parsing.get_vocab(with_added_tokens=True))
+
     def encode(self, text: str, allow_special: bool = False, *, add_special_tokens: bool = False) -> list[int]:
         """Ids of `text`; special-token literals become special ids only with `allow_special`.
 

@@ -32,10 +32,6 @@ class DraftIndex:
                 return _copied(tokens, start, count)
         return ()
 
-    def learn(self, num_proposed: int, num_accepted: int, most: int) -> None:
-        """Propose more when all was accepted, and little more than what was when not."""
-        self.limit = min(most, self.limit + 2) if num_accepted == num_proposed else num_accepted + 1
-
     def _extend(self, tokens: Sequence[int]) -> None:
         """Index every n-gram that has a follower by now."""
         for end in range(max(1, self._num_indexed), len(tokens)):

@@ -9,22 +9,27 @@ draft) comes with the same pass. Accepted drafts have final KV; what the others 
              final   | accepted  rejected     kv_len moves by missing and the two accepted, three tokens are new
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from typing import cast
 
 from language_worker.decode.autoregressive import Autoregressive
+from language_worker.decode.drafts import DraftSource, learn
 from language_worker.decode.prompt_lookup import DraftIndex
 from language_worker.plan import Window
 from language_worker.request import Sequence
 
 
 class Speculative:
-    """Prompt lookup with at most `max_drafts` drafts a step."""
+    """At most `max_drafts` drafts a step. new_source: makes what proposes them for one sequence, prompt lookup if not
+    said otherwise."""
 
     alignment = 1
     lookahead = 0
 
-    def __init__(self, max_drafts: int) -> None:
+    def __init__(self, max_drafts: int, new_source: Callable[[int], DraftSource] = DraftIndex) -> None:
         self.max_drafts = max_drafts
+        self._new_source = new_source
         self._plain = Autoregressive()
 
     def window(self, seq: Sequence, budget: int, max_drafts: int = 0) -> Window | None:
@@ -32,7 +37,7 @@ class Speculative:
         window = self._plain.window(seq, budget)
         if not max_drafts or window is None or not window.samples or seq.num_generated == 0:
             return window
-        drafts = self._index(seq).propose(seq.tokens, max_drafts)
+        drafts = self._source(seq).propose(seq.tokens, max_drafts)
         return Window(
             seq=seq,
             start=window.start,
@@ -48,9 +53,9 @@ class Speculative:
         window.seq.kv_len += window.num_final + num_accepted
         window.seq.tokens.extend(tokens)
         if window.drafts:
-            self._index(window.seq).learn(len(window.drafts), num_accepted, self.max_drafts)
+            learn(self._source(window.seq), len(window.drafts), num_accepted, self.max_drafts)
 
-    def _index(self, seq: Sequence) -> DraftIndex:
-        if not isinstance(seq.draft_index, DraftIndex):
-            seq.draft_index = DraftIndex(self.max_drafts)
-        return seq.draft_index
+    def _source(self, seq: Sequence) -> DraftSource:
+        if seq.draft_source is None:
+            seq.draft_source = self._new_source(self.max_drafts)
+        return cast(DraftSource, seq.draft_source)

@@ -30,6 +30,8 @@ from language_worker import (
 )
 from language_worker.api import GenerateRequest, SamplingParams
 from language_worker.decode.autoregressive import Autoregressive
+from language_worker.decode.drafts import OpenDrafts
+from language_worker.decode.prompt_lookup import DraftIndex
 from language_worker.decode.speculative import Speculative
 from language_worker.errors import Cancelled, EngineError
 from language_worker.page_pool import PagePool
@@ -67,6 +69,7 @@ CONFIG = {
     "max_step_tokens": st.sampled_from([6, 9, 32]),
     "max_prefill_chunk": st.sampled_from([0, 1, 3, 7]),
     "num_drafts": st.sampled_from([0, 0, 1, 3, 8]),
+    "has_drafter": st.booleans(),
     "has_keys": st.booleans(),
     "prefix_cache": st.sampled_from([True, True, True, False]),
 }
@@ -84,9 +87,11 @@ class Traffic(RuleBasedStateMachine):
     reached: ClassVar[Counter[str]] = Counter()  # what the traffic brought about, over all runs
 
     @initialize(**CONFIG)
-    def start(self, capacity: int, num_drafts: int, has_keys: bool, **config: Any) -> None:
+    def start(self, capacity: int, num_drafts: int, has_drafter: bool, has_keys: bool, **config: Any) -> None:
         self.has_keys = has_keys
-        config["strategy"] = Speculative(num_drafts) if num_drafts else Autoregressive()
+        source = OpenDrafts if has_drafter else DraftIndex
+        config["strategy"] = Speculative(num_drafts, source) if num_drafts else Autoregressive()
+        config["has_drafter"] = has_drafter and num_drafts > 0
         self.engine = toy_engine(FOLDER[0], num_pages=capacity // config["page_size"], **config)
         self.results = Results()
         self.requests: dict[str, tuple[GenerateRequest, list[str]]] = {}

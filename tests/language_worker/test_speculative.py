@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from language_worker.api import SamplingParams
 from language_worker.config import EngineConfig
 from language_worker.decode import create_strategy
+from language_worker.decode.drafts import learn
 from language_worker.decode.prompt_lookup import NGRAM_SIZES, DraftIndex
 from language_worker.errors import InvalidRequest
 from language_worker.plan import Window
@@ -58,12 +59,12 @@ def test_an_index_that_grows_is_that_of_the_whole(tokens: list[int], cuts: list[
 
 def test_the_number_of_drafts_follows_their_success() -> None:
     index, text = DraftIndex(8), [4] * 9
-    index.learn(8, 0, 8)
+    learn(index, 8, 0, 8)
     assert len(index.propose(text, 8)) == 1
-    index.learn(1, 1, 8)
+    learn(index, 1, 1, 8)
     assert len(index.propose(text, 8)) == 3
     for _ in range(5):
-        index.learn(3, 3, 8)
+        learn(index, 3, 3, 8)
     assert len(index.propose(text, 20)) == 8
 
 

@@ -12,11 +12,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from language_worker.api import GenerateRequest
 from language_worker.config import EngineConfig
 from language_worker.decode import create_strategy
+from language_worker.drafter import Drafter
 from language_worker.engine import Engine
 from language_worker.kv_cache import KVCache
 from language_worker.models.base import KVSpec, LanguageModel, ModelSpec, PromptPositions, StepInputs
@@ -98,6 +100,14 @@ class ToyModel(LanguageModel):
         return logits if inputs.logit_rows is None else logits[inputs.logit_rows]
 
 
+class ToyDraft(ToyModel):
+    """Sees media as their placeholder, knows less for sure, and is often but not always right."""
+
+    def forward(self, inputs: StepInputs, caches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        logits = super().forward(inputs, caches)
+        return torch.where(logits.isfinite(), logits * 0.5, -torch.inf)
+
+
 def _other(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return (values * 31 + positions * 17) % 4093
 
@@ -107,14 +117,21 @@ def _tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer(folder)
 
 
-def toy_engine(folder: Path, *, num_pages: int, strategy: Any = None, **config: Any) -> Engine:
-    """An engine of the toy with a pool of `num_pages`; folder: any model folder with a tokenizer."""
-    values = EngineConfig(**{"page_size": 4, "max_num_seqs": 4, "max_step_tokens": 32, **config})
-    cpu, pool = torch.device("cpu"), PagePool(num_pages)
-    model = ToyModel()
-    kv = KVCache(model.spec.kv, num_pages=num_pages, page_size=values.page_size, dtype=torch.float32, device=cpu)
+def _runner(model: LanguageModel, num_pages: int, page_size: int) -> ModelRunner:
+    cpu = torch.device("cpu")
+    kv = KVCache(model.spec.kv, num_pages=num_pages, page_size=page_size, dtype=torch.float32, device=cpu)
     for tensor in kv.layers[0]:
         tensor.fill_(99_991)  # what nobody wrote must not be read
+    return ModelRunner(model, kv, cpu)
+
+
+def toy_engine(
+    folder: Path, *, num_pages: int, strategy: Any = None, has_drafter: bool = False, **config: Any
+) -> Engine:
+    """An engine of the toy with a pool of `num_pages`; folder: any model folder with a tokenizer. has_drafter: the
+    strategy leaves its drafts open and a toy makes them."""
+    values = EngineConfig(**{"page_size": 4, "max_num_seqs": 4, "max_step_tokens": 32, **config})
+    pool = PagePool(num_pages)
     scheduler = Scheduler(
         pool=pool,
         strategy=strategy or create_strategy("autoregressive"),
@@ -130,8 +147,24 @@ def toy_engine(folder: Path, *, num_pages: int, strategy: Any = None, **config: 
         input_buffer_tokens=64,
         max_logits_bytes=1 << 20,
     )
-    runner = ModelRunner(model, kv, cpu)
-    return Engine(runner=runner, scheduler=scheduler, tokenizer=_tokenizer(folder), limits=limits, dtype=torch.float32)
+    drafter = None
+    if has_drafter:
+        drafter = Drafter(_runner(ToyDraft(), num_pages, values.page_size), vocab_size=VOCAB, num_token_ids=VOCAB)
+    return Engine(
+        runner=_runner(ToyModel(), num_pages, values.page_size),
+        scheduler=scheduler,
+        tokenizer=_tokenizer(folder),
+        limits=limits,
+        dtype=torch.float32,
+        drafter=drafter,
+    )
+
+
+def toy_probabilities(values: Sequence[int], temperature: float) -> np.ndarray:
+    """Of the token that follows."""
+    known = torch.tensor(values)
+    logits = toy_logits(known, _other(known, torch.arange(len(values))), 1)[0]
+    return torch.softmax(logits.double() / temperature, dim=0).numpy()
 
 
 def naive(request: GenerateRequest, rows: Sequence[Sequence[int]] = (), *, max_len: int = MAX_LEN) -> list[list[int]]:

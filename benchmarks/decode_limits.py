@@ -1,0 +1,76 @@
+"""What bounds a decode step: the memory that it must read, and what the engine does around the model.
+
+Both are taken in the run that they are compared with.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from benchmarks.report import median
+from benchmarks.serving_models import BenchModel
+from language_worker.api import GenerateRequest, SamplingParams
+from language_worker.config import EngineConfig
+from language_worker.engine import Engine
+from language_worker.engine_builder import build_engine
+from language_worker.plan import StepPlan
+from language_worker.runner import StepLogits
+
+READ_BYTES = 512 << 20  # larger than any cache
+
+
+def read_bandwidth(threads: int, rounds: int = 5) -> float:
+    """Bytes per second that `threads` torch threads read from memory: the best of some sums over a large tensor."""
+    torch.set_num_threads(threads)
+    values = torch.zeros(READ_BYTES // 4, dtype=torch.float32)
+    best = float("inf")
+    for _ in range(rounds):
+        started = time.perf_counter()
+        values.sum()
+        best = min(best, time.perf_counter() - started)
+    return READ_BYTES / best
+
+
+def step_figures(model: BenchModel, dtype: str, threads: int, batch: int) -> dict[str, Any]:
+    """Medians over the decode steps of `batch` sequences: ms in the model's step, ms around it (scheduler, sampler,
+    detokeniser, text), and the bytes of weights that a step reads."""
+    engine = build_engine(model.folder, EngineConfig(dtype=dtype, num_threads=threads, max_num_seqs=max(64, batch)))  # type: ignore[arg-type]
+    inside: list[float] = []
+    run = engine.runner.run
+
+    def timed(plan: StepPlan) -> StepLogits:
+        started = time.perf_counter()
+        step = run(plan)
+        inside.append(time.perf_counter() - started)
+        return step
+
+    engine.runner.run = timed  # type: ignore[method-assign]
+    whole = _decode(engine, model, batch, inside)
+    around = [total - part for total, part in zip(whole, inside, strict=True)]
+    parameters = engine.runner.model.parameters()
+    return {
+        "batch": batch,
+        "model_ms": round(1e3 * median(inside), 3),
+        "host_ms": round(1e3 * median(around), 3),
+        "weight_bytes": sum(tensor.numel() * tensor.element_size() for tensor in parameters.values()),
+    }
+
+
+def _decode(engine: Engine, model: BenchModel, batch: int, inside: list[float]) -> list[float]:
+    """Seconds of each step with every sequence decoding; `inside` is left with the same steps."""
+    sampling = SamplingParams(temperature=0.0, max_tokens=model.new_tokens, ignore_eos=True)
+    for i in range(batch):
+        prompt = tuple((7 * i + j * j) % 200 for j in range(40))
+        engine.submit(GenerateRequest(request_id=f"r{i}", prompt_token_ids=prompt, sampling=sampling))
+    while engine.stats()["generation_tokens_total"] < batch:
+        engine.step()
+    inside.clear()
+    whole: list[float] = []
+    while engine.scheduler.running:
+        started = time.perf_counter()
+        engine.step()
+        whole.append(time.perf_counter() - started)
+    return whole
