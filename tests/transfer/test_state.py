@@ -35,7 +35,7 @@ registered: open>opened orphan>orphaned fail>failed
 opened: grant>granted orphan>orphaned fail>failed
 granted: revoke>granted announce>held orphan>orphaned fail>failed
 held: grant>held revoke>held block>held admit>admitted finish>complete orphan>orphaned fail>failed
-admitted: grant>admitted block>admitted finish>complete orphan>orphaned fail>failed
+admitted: grant>admitted revoke>admitted block>admitted finish>complete orphan>orphaned fail>failed
 orphaned: orphan>orphaned revoke>orphaned admit>orphaned open>opened restart>opened resume_held>held
 orphaned: resume_admitted>admitted fail>failed
 complete:
