@@ -37,7 +37,8 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[
                     f"rms_norm {short} {width}{' +residual' if residual else ''}", norm.rms_norm_kernel,
                     {"x_ptr": pointer, "residual_ptr": pointer, "weight_ptr": pointer, "out_ptr": pointer,
                      "x_stride": "i32", "residual_stride": "i32", "num_rows": "i32", "width": "i32", "eps": "fp32"},
-                    {"HAS_RESIDUAL": residual, "ROWS": rows, "BLOCK": block}, {"num_warps": warps},
+                    {"HAS_RESIDUAL": residual, "HAS_WEIGHT": True, "ROUND": residual,
+                     "ROWS": rows, "BLOCK": block}, {"num_warps": warps},
                 )  # fmt: skip
             yield (
                 f"layer_norm {short} {width}", norm.layer_norm_kernel,

@@ -9,7 +9,17 @@ from typing import Any
 
 import torch
 
-from kernels._triton import blocks, causal_conv, quantise, quantised_linear, sampling, selection, selective_scan
+from kernels._triton import (
+    blocks,
+    causal_conv,
+    experts,
+    gates,
+    quantise,
+    quantised_linear,
+    sampling,
+    selection,
+    selective_scan,
+)
 
 Variant = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]
 
@@ -48,6 +58,7 @@ def variants() -> Iterator[Variant]:
     for pointer in ("*fp32", "*bf16"):
         yield from _numbers(pointer)
         yield from _state_space(pointer)
+        yield from _experts(pointer)
     for rule in selection.RULES.values():
         constants = {"RULE": rule, "LENGTH": 256}
         pointers = {"open_ptr": "*i8", "out_ptr": "*i8"}
@@ -111,6 +122,22 @@ def _numbers(pointer: str) -> Iterator[Variant]:
     constants = {"BIAS": True, "BLOCK": 256}
     pointers = {"bias_ptr": pointer, "out_ptr": pointer}
     yield variant(f"add up {short}", quantised_linear.add_up_kernel, constants, 2, pointers)
+
+
+def _experts(pointer: str) -> Iterator[Variant]:
+    short, dtype = pointer[1:], torch.float32 if pointer == "*fp32" else torch.bfloat16
+    index = dict.fromkeys(("offsets_ptr", "tokens_ptr"), "*i64")
+    for rows_per_expert in (1, 32, 64, 512) if pointer == "*bf16" else (1, 512):
+        rows, warps = experts.tile(rows_per_expert, dtype)
+        constants = {"GATHER": True, "UPCAST": False, "EXPERTS": 128, "ROWS": rows, "COLUMNS": experts.COLUMNS,
+                     "INPUTS": 32 if pointer == "*fp32" else experts.INPUTS}  # fmt: skip
+        kernel = experts.grouped_matmul_kernel
+        yield variant(f"grouped matmul {short} {rows}", kernel, constants, warps, index, default=pointer)
+    pointers = {"rows_ptr": pointer, "out_ptr": pointer}
+    yield variant(f"combine {short}", experts.combine_kernel, {"BLOCK": 2048}, 8, pointers)
+    for formula, number in gates.FORMULAS.items() if pointer == "*bf16" else ():
+        constants = {"FORMULA": number, "BLOCK": gates.BLOCK}
+        yield variant(f"{formula} {short}", gates.gate_kernel, constants, 4, {}, default=pointer, floats=("cap",))
 
 
 def _state_space(pointer: str) -> Iterator[Variant]:
