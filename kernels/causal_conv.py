@@ -35,11 +35,17 @@ def causal_conv(
     if triton is not None:
         return triton.causal_conv(x, weight, bias, tails, batch, silu=silu)  # type: ignore[no-any-return]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    taps = weight.float().T.contiguous()
     for tokens, slot in batch.spans():
-        inputs = torch.cat((tails[slot], x[tokens].T), dim=1)
-        y[tokens] = F.conv1d(inputs[None], weight[:, None].to(x.dtype), bias, groups=weight.shape[0])[0].T
-        tails[slot] = inputs[:, inputs.shape[1] - tails.shape[2] :]
-    return F.silu(y, inplace=True) if silu else y
+        inputs = torch.cat((tails[slot].T, x[tokens]))
+        length = tokens.stop - tokens.start
+        total = inputs[:length].float() * taps[0]
+        for j in range(1, len(taps)):
+            total.addcmul_(inputs[j : j + length].float(), taps[j])
+        total = total if bias is None else total.add_(bias.float())
+        y[tokens] = F.silu(total, inplace=True) if silu else total
+        tails[slot] = inputs[length:].T
+    return y
 
 
 def causal_conv_update(

@@ -23,14 +23,17 @@ def philox(
     broadcast. Returns four int64 tensors with values in [0, 2^32).
     """
     key = (seed & _MASK, (seed >> 32) & _MASK)
-    c0, c1, c2, c3 = (word & _MASK for word in counter)
+    c0, c1, c2, c3 = counter
+    c0, c2 = c0 & _MASK, c2 & _MASK
     for _ in range(ROUNDS):
-        first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # wraps at 64 bits, which keeps every bit we take
-        c0 = (second >> 32).bitwise_and_(_MASK) ^ c1 ^ key[0]
-        c2 = (first >> 32).bitwise_and_(_MASK) ^ c3 ^ key[1]
-        c1, c3 = second.bitwise_and_(_MASK), first.bitwise_and_(_MASK)
+        # Products wrap at 64 bits, which keeps every bit that is taken; c1 and c3 may hold more than their word, as
+        # they are only xored into what is cut to a word next.
+        first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0 = ((second >> 32) ^ (c1 ^ key[0])).bitwise_and_(_MASK)
+        c2 = ((first >> 32) ^ (c3 ^ key[1])).bitwise_and_(_MASK)
+        c1, c3 = second, first
         key = ((key[0] + _WEYL[0]) & _MASK, (key[1] + _WEYL[1]) & _MASK)
-    return c0, c1, c2, c3
+    return c0, c1 & _MASK, c2, c3 & _MASK
 
 
 def gumbel(seed: torch.Tensor, position: torch.Tensor, sample: torch.Tensor, token_id: torch.Tensor) -> torch.Tensor:
@@ -41,7 +44,25 @@ def gumbel(seed: torch.Tensor, position: torch.Tensor, sample: torch.Tensor, tok
     words = philox(seed, (token_id >> 2, position, sample, torch.zeros_like(token_id)))
     lane = token_id & 3
     bits = torch.where(lane < 2, torch.where(lane == 0, words[0], words[1]), torch.where(lane == 2, words[2], words[3]))
-    uniform = (bits.float() * 2.0**-32 + 2.0**-33).clamp_max_(1.0 - 2.0**-24)  # in (0, 1), fine grained near 0
+    return _noise(bits)
+
+
+def gumbel_rows(
+    seeds: torch.Tensor, positions: torch.Tensor, samples: torch.Tensor, first: int, count: int
+) -> torch.Tensor:
+    """`gumbel` of token ids first .. first + count - 1 for every row: [R, count] float32, a quarter of the work.
+
+    seeds, positions, samples: [R] int64. `first` is a multiple of 4.
+    """
+    groups = torch.arange(first // 4, -(-(first + count) // 4), device=seeds.device)[None]
+    counter = (groups, positions[:, None], samples[:, None], torch.zeros_like(groups))
+    words = torch.stack(torch.broadcast_tensors(*philox(seeds[:, None], counter)), dim=-1)  # type: ignore[no-untyped-call]
+    return _noise(words.flatten(1)[:, :count])
+
+
+def _noise(bits: torch.Tensor) -> torch.Tensor:
+    """-log(-log(1 - u)) of 32 random bits; u in (0, 1), fine grained near 0, which becomes the largest noise."""
+    uniform = (bits.float() * 2.0**-32 + 2.0**-33).clamp_max_(1.0 - 2.0**-24)
     return uniform.neg_().log1p_().neg_().log_().neg_()
 
 

@@ -12,9 +12,10 @@ import dataclasses
 import torch
 
 from kernels.dispatch import twin
-from kernels.philox import GUMBEL_BOUND, gumbel
+from kernels.philox import GUMBEL_BOUND, gumbel, gumbel_rows
 
 ROW_SLAB, COLUMN_CHUNK = 64, 16384  # of the torch path: what is in float32 at one time
+DRAW_CHUNK = 32768  # ids whose noise is drawn at one time: the generator's words stay in the cache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,16 +179,17 @@ def _draw_slab(
     stream: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     cut: Cut | None,
 ) -> torch.Tensor:
-    """Noise is drawn only for ids that could win: no noise is larger than GUMBEL_BOUND, so an id that far (times the
-    temperature) below the best perturbed so far cannot. Of an idle guess, the argmax, that is most of a vocabulary."""
+    """No noise is larger than GUMBEL_BOUND, so an id that far (times the temperature) below what the argmax comes to
+    cannot win. Of peaked logits that is most of the vocabulary, and only the few others draw at all."""
     wide = logits.float()
     best = argmax_rows(wide)
     rows = torch.arange(len(best), device=logits.device)
-    noise = gumbel(*stream, best)
-    floor = wide[rows, best] + temperature * (noise - GUMBEL_BOUND)
+    floor = wide[rows, best] + temperature * (gumbel(*stream, best) - GUMBEL_BOUND)
     possible = wide >= floor[:, None]
     if cut is not None:
         possible &= keep_mask(wide, cut)
+    if 8 * int(possible.sum()) > possible.numel():
+        return _draw_all(wide.masked_fill(~possible, -torch.inf), temperature, stream)
     row, token = possible.nonzero(as_tuple=True)
     seed, position, sample = (word[row] for word in stream)
     perturbed = wide[row, token] + temperature[row] * gumbel(seed, position, sample, token)
@@ -195,6 +197,23 @@ def _draw_slab(
     winners = torch.where((perturbed == highest[row]) & (perturbed > -torch.inf), token, logits.shape[1])
     chosen = torch.full_like(best, logits.shape[1]).scatter_reduce_(0, row, winners, "amin")
     return torch.where(chosen < logits.shape[1], chosen, 0)
+
+
+def _draw_all(
+    wide: torch.Tensor, temperature: torch.Tensor, stream: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    """The draw with noise for every id, a few columns at a time."""
+    step = max(4, DRAW_CHUNK // len(wide) // 4 * 4)
+    highest = torch.full(wide.shape[:1], -torch.inf, device=wide.device)
+    chosen = torch.zeros(wide.shape[:1], dtype=torch.int64, device=wide.device)
+    for start in range(0, wide.shape[1], step):
+        chunk = wide[:, start : start + step]
+        perturbed = gumbel_rows(*stream, start, chunk.shape[1]).mul_(temperature[:, None]).add_(chunk)
+        found = argmax_rows(perturbed)
+        here = perturbed.gather(1, found[:, None])[:, 0]
+        chosen = torch.where(here > highest, found + start, chosen)
+        highest = torch.maximum(highest, here)
+    return chosen
 
 
 def _check_logits(op: str, logits: torch.Tensor) -> None:
