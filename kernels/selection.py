@@ -31,7 +31,7 @@ def select_threshold(confidence: torch.Tensor, is_open: torch.Tensor, threshold:
 
 def select_factor(confidence: torch.Tensor, is_open: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """The longest ranking prefix in which rank i (from 1) has confidence at least `1 - factor / (i + 1)`, and the
-    best. factor: [R] float32; other shapes as in `select_count`."""
+    best. factor: [R] float32, not negative; other shapes as in `select_count`."""
     return _select("factor", confidence, is_open, factor)
 
 
@@ -66,7 +66,7 @@ def _select(rule: Rule, confidence: torch.Tensor, is_open: torch.Tensor, paramet
     elif rule == "threshold":
         accepted = (ranked >= limit) | (rank == 0)
     elif rule == "factor":
-        accepted = ((ranked >= 1 - limit / (rank + 2)) | (rank == 0)).cummin(dim=1).values
+        accepted = (ranked >= 1 - limit / (rank + 2)) | (rank == 0)  # a prefix: confidence falls, the bound rises
     else:
         accepted = (ranked.cumsum(1) >= -limit) | (rank == 0)
     return torch.zeros_like(is_open).scatter_(1, order, accepted) & is_open

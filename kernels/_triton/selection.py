@@ -32,8 +32,7 @@ def select_kernel(confidence_ptr, open_ptr, parameter_ptr, out_ptr, length, RULE
     elif RULE == 1:
         accepted = (confidence >= limit) | (rank == 0)
     elif RULE == 2:
-        is_short = is_open & (rank > 0) & (confidence < 1.0 - limit / (rank + 2).to(tl.float32))
-        accepted = rank < tl.min(tl.where(is_short, rank, LENGTH), axis=0)
+        accepted = (confidence >= 1.0 - limit / (rank + 2).to(tl.float32)) | (rank == 0)
     else:
         accepted = (total + confidence >= -limit) | (rank == 0)
     tl.store(out_ptr + row * length + lanes, (accepted & is_open).to(tl.int8), mask=inside)

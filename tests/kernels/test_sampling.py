@@ -174,6 +174,22 @@ def test_gumbel_max_takes_the_highest_perturbed_logit(
             assert chosen == int(logits[r].float().argmax())
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_of_equal_logits_the_id_with_the_highest_noise_is_drawn(path: Path) -> None:
+    """Every row another seed, sample and position, one beyond 32 bits; the vocabulary takes several blocks."""
+    seeds, samples, positions = [3, -1, 2**62 + 5, -(2**63)], [0, 1, 2, 7], [0, 9, 2**32 + 1, 12345]
+    vocab = 5003
+    noise = [
+        [oracles.gumbel(seed, position, sample, i) for i in range(vocab)]
+        for seed, sample, position in zip(seeds, samples, positions, strict=True)
+    ]
+    expected = [max(range(vocab), key=row.__getitem__) for row in noise]
+    with forced(path):
+        ids = gumbel_max(torch.zeros(4, vocab), torch.ones(4), _column(seeds), _column(samples), _column(positions))
+    assert ids.tolist() == expected
+    assert len({i % 4 for i in expected}) > 1
+
+
 @pytest.mark.parametrize(("path", "draws"), [("torch", 20_000), ("triton", 400)])
 def test_draws_follow_the_softmax(path: Path, draws: int) -> None:
     """Chi-square over draws of one row of 6; with 5 degrees of freedom the 1e-4 quantile is 25.7."""
