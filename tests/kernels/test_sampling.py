@@ -14,7 +14,7 @@ from kernels.dispatch import Path, forced
 from kernels.philox import gumbel, philox
 from kernels.sampling import Cut, filter_cut, gumbel_max, keep_mask, softmax_statistics, token_logprobs
 from tests import oracles_sampling as oracles
-from tests.kernels.paths import PATHS, paths
+from tests.kernels.paths import PATHS
 from tests.profiles import IS_SOAK
 from tests.tolerances import assert_matches
 
@@ -36,6 +36,7 @@ def _column(values: list[float] | list[int]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int64 if isinstance(values[0], int) else torch.float32)
 
 
+@pytest.mark.parametrize("path", PATHS)
 @settings(max_examples=200 if IS_SOAK else 25, deadline=None, derandomize=True)
 @given(
     rows=st.sampled_from([1, 2, 3, 70]),
@@ -43,7 +44,6 @@ def _column(values: list[float] | list[int]) -> torch.Tensor:
     scale=st.sampled_from([0.01, 1.0, 8.0, 2000.0]),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
-    path=paths,
 )
 def test_softmax_statistics(rows: int, vocab: int, scale: float, dtype: torch.dtype, seed: int, path: Path) -> None:
     rows = rows if vocab < 100 else min(rows, 2)
@@ -78,6 +78,7 @@ def test_statistics_of_rows_of_minus_infinity_of_lowest_numbers_and_of_no_rows(p
     assert found.entropy.tolist() == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("path", PATHS)
 @settings(max_examples=300 if IS_SOAK else 40, deadline=None, derandomize=True)
 @given(
     vocab=st.sampled_from([1, 2, 7, 64, 1000, 2500]),
@@ -93,7 +94,6 @@ def test_statistics_of_rows_of_minus_infinity_of_lowest_numbers_and_of_no_rows(p
     ),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
-    path=paths,
 )
 def test_cuts_keep_what_sorting_keeps(
     vocab: int, settings_: list[tuple[float, int, float, float]], dtype: torch.dtype, seed: int, path: Path
@@ -127,6 +127,7 @@ def test_philox_gives_its_published_words(key: int, counter: tuple[int, ...], wo
     assert oracles.philox((key & oracles.WORD, (key >> 32) & oracles.WORD), counter) == words  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("path", PATHS)
 @settings(max_examples=200 if IS_SOAK else 30, deadline=None, derandomize=True)
 @given(
     rows=st.lists(
@@ -143,7 +144,6 @@ def test_philox_gives_its_published_words(key: int, counter: tuple[int, ...], wo
     is_cut=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
-    path=paths,
 )
 def test_gumbel_max_takes_the_highest_perturbed_logit(
     rows: list[tuple[float, int, int, int]], vocab: int, is_cut: bool, dtype: torch.dtype, seed: int, path: Path
@@ -188,6 +188,18 @@ def test_of_equal_logits_the_id_with_the_highest_noise_is_drawn(path: Path) -> N
         ids = gumbel_max(torch.zeros(4, vocab), torch.ones(4), _column(seeds), _column(samples), _column(positions))
     assert ids.tolist() == expected
     assert len({i % 4 for i in expected}) > 1
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_ties_take_the_lowest_id_across_blocks_and_rising_logits_are_weighed_anew(path: Path) -> None:
+    logits = torch.stack([torch.zeros(9001), torch.linspace(-5, 5, 9001)])
+    with forced(path):
+        found = softmax_statistics(logits)
+        half = filter_cut(torch.zeros(1, 4), torch.ones(1), torch.tensor([0]), torch.tensor([0.5]), torch.zeros(1))
+    assert found.argmax.tolist() == [0, 9000]
+    expected = [oracles.softmax_statistics(row)[4] for row in logits]
+    assert_matches(found.entropy, torch.tensor(expected, dtype=torch.float64), reduced=16)
+    assert keep_mask(torch.zeros(1, 4), half).tolist() == [[True, True, False, False]]
 
 
 @pytest.mark.parametrize(("path", "draws"), [("torch", 20_000), ("triton", 400)])
