@@ -320,5 +320,5 @@ def _split(logits: torch.Tensor) -> tuple[torch.Tensor, int, int]:
         processors = torch.cuda.get_device_properties(logits.device).multi_processor_count
     wanted = ceil_div(4 * processors, max(1, num_rows))
     blocks = ceil_div(vocab, BLOCK)
-    per_part = max(2 if logits.is_cuda else 1, ceil_div(blocks, min(MAX_PARTS, wanted)))
+    per_part = max(2, ceil_div(blocks, min(MAX_PARTS, wanted)))
     return _rows(logits), ceil_div(blocks, per_part), per_part * BLOCK
