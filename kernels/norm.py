@@ -12,15 +12,21 @@ import torch.nn.functional as F
 from kernels.dispatch import twin
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, eps: float, *, round_before_weight: bool = False
+) -> torch.Tensor:
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension; without weight the factor is 1.
 
-    x: [..., D], weight: [D], same floating dtype. Returns a new tensor like `x`.
+    x: [..., D], weight: [D] or None, same floating dtype. Returns a new tensor like `x`. round_before_weight: the
+    normalised row is rounded to x's dtype before the product, as the first Llama code had it (which differs in
+    float16 and bfloat16 only).
     """
     triton = twin("norm", x)
     if triton is not None:
-        return triton.rms_norm(x, weight, eps)  # type: ignore[no-any-return]
-    return F.rms_norm(x, weight.shape, weight, eps)
+        return triton.rms_norm(x, weight, eps, round_before_weight)  # type: ignore[no-any-return]
+    if round_before_weight and weight is not None:
+        return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 def rms_norm_heads(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -17,7 +17,7 @@ ELEMENTS = 4096  # of one program's tile: wide enough to fill a memory transacti
 @triton.jit
 def rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, x_stride, residual_stride, num_rows, width, eps,
-    HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, ROUND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     columns = tl.arange(0, BLOCK)[None, :]
@@ -30,8 +30,12 @@ def rms_norm_kernel(
         tl.store(places, x, mask=inside)
     wide = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, axis=1)[:, None] / width + eps)
-    weight = tl.load(weight_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
-    tl.store(out_ptr + rows * width + columns, (wide * scale * weight).to(x.dtype), mask=inside)
+    normed = wide * scale
+    if ROUND:
+        normed = normed.to(x.dtype).to(tl.float32)
+    if HAS_WEIGHT:
+        normed *= tl.load(weight_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
+    tl.store(out_ptr + rows * width + columns, normed.to(x.dtype), mask=inside)
 
 
 @triton.jit
@@ -53,11 +57,11 @@ def layer_norm_kernel(
     tl.store(out_ptr + rows * width + columns, result.to(x.dtype), mask=inside)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float, round_before_weight: bool) -> torch.Tensor:
     """See kernels.norm.rms_norm."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows = _rows(x)
-    _launch_rms(rows, None, weight, out, eps)
+    _launch_rms(rows, None, weight, out, eps, round_before_weight)
     return out
 
 
@@ -69,7 +73,7 @@ def add_rms_norm(
     stream = _rows(residual)
     if stream.data_ptr() != residual.data_ptr():
         raise ValueError(f"the residual {tuple(residual.shape)} with strides {residual.stride()} has no plain rows")
-    _launch_rms(_rows(x), stream, weight, out, eps)
+    _launch_rms(_rows(x), stream, weight, out, eps, False)
     return out, residual
 
 
@@ -95,7 +99,12 @@ def tile(width: int) -> tuple[int, int, int]:
 
 
 def _launch_rms(
-    rows: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, out: torch.Tensor, eps: float
+    rows: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    out: torch.Tensor,
+    eps: float,
+    round_before_weight: bool,
 ) -> None:
     num_rows, width = rows.shape
     if not num_rows or not width:
@@ -103,8 +112,9 @@ def _launch_rms(
     tile_rows, block, warps = tile(width)
     stream = rows if residual is None else residual
     rms_norm_kernel[(ceil_div(num_rows, tile_rows),)](
-        rows, stream, weight, out, rows.stride(0), stream.stride(0), num_rows, width, eps,
-        HAS_RESIDUAL=residual is not None, ROWS=tile_rows, BLOCK=block, num_warps=warps,
+        rows, stream, rows if weight is None else weight, out, rows.stride(0), stream.stride(0), num_rows, width, eps,
+        HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, ROUND=round_before_weight,
+        ROWS=tile_rows, BLOCK=block, num_warps=warps,
     )  # fmt: skip
 
 

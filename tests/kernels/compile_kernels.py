@@ -1,6 +1,6 @@
 """Compile every shipped Triton kernel ahead of time and print what each needs, as JSON lines. Needs no GPU.
 
-    python -m tests.kernels.compile_kernels [80 90 100]
+    python -m tests.kernels.compile_kernels [transformer|serving] [80 90 100]
 
 Runs without TRITON_INTERPRET. Registers and spills come from the cuobjdump that Triton bundles.
 """
@@ -37,7 +37,8 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[
                     f"rms_norm {short} {width}{' +residual' if residual else ''}", norm.rms_norm_kernel,
                     {"x_ptr": pointer, "residual_ptr": pointer, "weight_ptr": pointer, "out_ptr": pointer,
                      "x_stride": "i32", "residual_stride": "i32", "num_rows": "i32", "width": "i32", "eps": "fp32"},
-                    {"HAS_RESIDUAL": residual, "ROWS": rows, "BLOCK": block}, {"num_warps": warps},
+                    {"HAS_RESIDUAL": residual, "HAS_WEIGHT": True, "ROUND": residual,
+                     "ROWS": rows, "BLOCK": block}, {"num_warps": warps},
                 )  # fmt: skip
             yield (
                 f"layer_norm {short} {width}", norm.layer_norm_kernel,
@@ -139,12 +140,19 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {"registers": registers, "spilled": stack + local}
 
 
-def main(capabilities: list[int]) -> None:
-    for name, kernel, types, constants, options in variants():
+def main(arguments: list[str]) -> None:
+    from tests.kernels import compile_serving  # imports what this module defines
+
+    sets = {"transformer": variants, "serving": compile_serving.variants}
+    chosen = [sets[name] for name in arguments if name in sets] or list(sets.values())
+    capabilities = [int(text) for text in arguments if text not in sets] or [80, 90, 100]
+    for name, kernel, types, constants, options in (variant for one in chosen for variant in one()):
         for capability in capabilities:
+            if "float8" in name and capability < 89:
+                continue  # the type does not exist there, and the op takes the torch path
             usage = compile_one(kernel, types, constants, options, capability)
             print(json.dumps({"kernel": name, "sm": capability, **usage}), flush=True)
 
 
 if __name__ == "__main__":
-    main([int(text) for text in sys.argv[1:]] or [80, 90, 100])
+    main(sys.argv[1:])
