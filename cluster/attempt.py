@@ -188,8 +188,9 @@ class Attempt:
             return
         else:
             self._failures[leg] = failure
-            has_all_rows = leg == "embed" and self._ttft_ms is not None
-            if failure.code not in STREAM_CODES and not has_all_rows:
+            # Rows that the language worker no longer wants: it answers, or answered, without them and says the rest.
+            is_done_without = leg == "embed" and (self._ttft_ms is not None or failure.code == "Cancelled")
+            if failure.code not in STREAM_CODES and not is_done_without:
                 self.cancel()
         self._maybe_end()
 

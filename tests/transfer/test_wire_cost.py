@@ -6,8 +6,8 @@ Memory is counted with tracemalloc, whose peak holds whatever the decoder made, 
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 
 import msgpack
 import pytest
@@ -31,16 +31,32 @@ MEGABYTE = 1 << 20
 CALL_START = b"\x84\xa4type\xa4call\xa7call_id\x01\xa6method\xa1m\xa4body\x81\xa1x"
 
 
-@contextmanager
-def peak_bytes() -> Iterator[Callable[[], int]]:
-    """Memory taken at most since the beginning."""
-    tracemalloc.start()
-    before = tracemalloc.get_traced_memory()[0]
-    tracemalloc.reset_peak()
-    try:
-        yield lambda: tracemalloc.get_traced_memory()[1] - before
-    finally:
-        tracemalloc.stop()
+def assert_takes_less(action: Callable[[], object], limit: int, what: str = "") -> None:
+    """Of memory, at most: in one of five tries, for other threads of the process allocate, too."""
+    taken = limit
+    for _ in range(5):
+        tracemalloc.start()
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        try:
+            action()
+            taken = tracemalloc.get_traced_memory()[1] - before
+        finally:
+            tracemalloc.stop()
+        if taken < limit:
+            return
+    raise AssertionError(f"{taken} bytes, {limit} are allowed {what}")
+
+
+def attempt(header: bytes) -> None:
+    """Decode, whether or not it is refused."""
+    with suppress(MalformedMessage):
+        decode_header(header, 0)
+
+
+def refuse(header: bytes) -> None:
+    with pytest.raises(MalformedMessage):
+        decode_header(header, 0)
 
 
 def array(count: int) -> bytes:
@@ -71,12 +87,8 @@ BOMBS = {
 def test_a_header_costs_a_small_multiple_of_its_size(element: str, num_bytes: int) -> None:
     small = array(num_bytes // len(BOMBS[element])) + BOMBS[element] * (num_bytes // len(BOMBS[element]))
     header = frame_header(CALL_START + (small if num_bytes <= 65536 else lists_of(BOMBS[element], num_bytes)))
-    with peak_bytes() as peak:
-        with suppress(MalformedMessage):
-            decode_header(header, 0)
-        taken = peak()
     limit = min(100 * len(header), 20 * MEGABYTE + 20 * len(header), MAX_COST_BYTES + 32 * MEGABYTE)
-    assert taken < limit, f"{taken} bytes for {len(header)}"
+    assert_takes_less(lambda: attempt(header), limit, f"for {len(header)}")
 
 
 @pytest.mark.parametrize("element", ["empty maps", "empty lists", "small maps", "maps of nothing"])
@@ -90,10 +102,7 @@ def test_what_would_cost_too_much_is_refused_and_not_only_slow(element: str) -> 
 @pytest.mark.parametrize("num_bytes", [4000, 300_000])
 def test_lists_that_only_claim_to_be_long_take_no_memory(claimed: int, num_bytes: int) -> None:
     header = frame_header(CALL_START + array(claimed) * 500 + b"\0" * (num_bytes - 2500))
-    with peak_bytes() as peak:
-        with pytest.raises(MalformedMessage):
-            decode_header(header, 0)
-        assert peak() < 2 * len(header) + MEGABYTE
+    assert_takes_less(lambda: refuse(header), 2 * len(header) + MEGABYTE)
 
 
 @pytest.mark.parametrize("name", sorted(SCHEMAS))
@@ -101,10 +110,8 @@ def test_every_kind_has_a_size_beyond_which_nothing_is_read(name: str) -> None:
     schema = SCHEMAS[name]
     assert SMALL_HEADER_BYTES <= schema.max_bytes <= MAX_HEADER_BYTES
     start = bytes([0x81 + len(schema.fields)]) + msgpack.packb("type") + msgpack.packb(name)
-    with peak_bytes() as peak:
-        with pytest.raises(MalformedMessage):
-            decode_header(frame_header(start + b"\x80" * schema.max_bytes), 0)
-        assert peak() < 3 * schema.max_bytes + MEGABYTE  # the header itself, made here
+    header = frame_header(start + b"\x80" * schema.max_bytes)
+    assert_takes_less(lambda: refuse(header), 2 * schema.max_bytes + MEGABYTE)
 
 
 @pytest.mark.parametrize(
