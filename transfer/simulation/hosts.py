@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from dataclasses import replace
 
 from transfer.protocol.ticket import SECRET_BYTES, Ticket
@@ -16,7 +17,7 @@ from transfer.streams.stream_receiver import StreamReceiver
 from transfer.streams.stream_sender import StreamSender
 
 
-class Host:
+class Host(ABC):
     """One machine: its program may crash and be started again, be stopped and woken, and its clock may leap."""
 
     def __init__(self, name: str, network: VirtualNetwork, judge: Judge, scenario: Scenario) -> None:
@@ -49,13 +50,13 @@ class Host:
         self.attach()
         self.service.start()
 
+    @abstractmethod
     def attach(self) -> None:
         """Put the host's side on its service."""
-        raise NotImplementedError
 
+    @abstractmethod
     def states(self) -> dict[str, str]:
         """The state of every open stream, by its id."""
-        raise NotImplementedError
 
     def crash(self) -> None:
         """As SIGKILL: no farewell, and nothing is left."""
@@ -75,10 +76,6 @@ class Host:
         self.num_stops -= 1
         if not self.num_stops:
             self.process.wake()
-
-    def shut_down(self) -> None:
-        """End the program in good order."""
-        self.process.run(self.service.close)
 
 
 class SenderHost(Host):
