@@ -1,14 +1,26 @@
-"""Triton kernels run on the CPU, in Triton's interpreter, unless there is a GPU.
+"""For all tests: Triton's interpreter where there is no GPU, and a run that always ends.
 
-Set here, before anything is collected: Triton decides when it is first imported, and test modules of other folders
-import it through their oracles.
+The interpreter is chosen here, before anything is collected: Triton decides when it is first imported, and test
+modules of other folders import it through their oracles.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import sys
 
+import pytest
 import torch
+
+EXIT_S = 120.0  # a process that has not ended so long after its last test hangs
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure() -> None:
+    """A thread that a failed test left cannot keep the run from ending: its stack is shown, and the status is 1."""
+    if sys.__stderr__ is not None:
+        faulthandler.dump_traceback_later(EXIT_S, exit=True, file=sys.__stderr__)

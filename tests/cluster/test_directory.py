@@ -105,7 +105,7 @@ def test_counting_from_many_threads_loses_nothing(directory: WorkerDirectory) ->
             directory.add_running("a", -1)
         directory.add_running("a", 1)
 
-    threads = [threading.Thread(target=work) for _ in range(8)]
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:

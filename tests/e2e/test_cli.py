@@ -163,7 +163,7 @@ class Served:
             [*COMMAND, "serve", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
         self.lines: queue.Queue[str | None] = queue.Queue()
-        self._reader = threading.Thread(target=self._read)
+        self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self.url = self.await_line(r"ready: (http://[^/]+)/")
 

@@ -39,7 +39,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def server() -> Iterator[str]:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
         httpd.handle_error = lambda *_: None  # type: ignore[method-assign]  # links break here, on purpose
-        thread = threading.Thread(target=httpd.serve_forever)
+        thread = threading.Thread(target=httpd.serve_forever, daemon=True)
         thread.start()
         yield f"127.0.0.1:{httpd.server_port}"
         httpd.shutdown()

@@ -305,7 +305,7 @@ def test_closing_fails_what_is_open_and_refuses_what_comes(make_bench: Any) -> N
     bench = make_bench()
     bench.close_gate()
     job = bench.submit(png(61, 45))
-    closer = threading.Thread(target=bench.pipeline.close)
+    closer = threading.Thread(target=bench.pipeline.close, daemon=True)
     closer.start()
     assert "shutting down" in str(job.wait().error)
     bench.runner.gate.set()

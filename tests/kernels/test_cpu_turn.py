@@ -26,7 +26,7 @@ def test_turns_come_in_order_and_one_at_a_time() -> None:
             order.append(name)
             inside[0] -= 1
 
-    threads = [threading.Thread(target=take, args=(name,)) for name in range(6)]
+    threads = [threading.Thread(target=take, args=(name,), daemon=True) for name in range(6)]
     with lock.turn():
         for count, thread in enumerate(threads, 1):
             thread.start()

@@ -92,7 +92,7 @@ def test_a_call_that_two_threads_end_ends_once() -> None:
     ends: list[RemoteFailure | None] = []
     call = Watched(OutgoingCalls(Wire(), 10), PEER, "method", None, lambda body, failure: ends.append(failure))
     failure = RemoteFailure("EndpointClosed", "closed")
-    threads = [threading.Thread(target=call.finish, args=(None, failure)) for _ in range(2)]
+    threads = [threading.Thread(target=call.finish, args=(None, failure), daemon=True) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:

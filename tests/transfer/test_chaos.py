@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.transfer.test_endpoints import wait_for
+from transfer.chaos.link import Link, Relay
 from transfer.chaos.proxy import ChaosProxy, Direction, Faults
 from transfer.errors import ConfigError, LocalProtocolError
 
@@ -34,7 +35,7 @@ class Upstream:
             self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self.received: list[bytearray] = []
         self.ends: list[str] = []
-        self._threads = [threading.Thread(target=self._accept)]
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
         self._threads[0].start()
 
     def _accept(self) -> None:
@@ -44,7 +45,7 @@ class Upstream:
             except OSError:
                 return
             self.received.append(bytearray())
-            self._threads.append(threading.Thread(target=self._serve, args=(sock, self.received[-1])))
+            self._threads.append(threading.Thread(target=self._serve, args=(sock, self.received[-1]), daemon=True))
             self._threads[-1].start()
 
     def _serve(self, sock: socket.socket, received: bytearray) -> None:
@@ -93,7 +94,7 @@ def exchange(proxy: ChaosProxy, data: bytes) -> bytes:
                 sock.sendall(data)
                 sock.shutdown(socket.SHUT_WR)
 
-        sender = threading.Thread(target=send)
+        sender = threading.Thread(target=send, daemon=True)
         sender.start()
         with contextlib.suppress(ConnectionError):
             while piece := sock.recv(65536):
@@ -285,7 +286,7 @@ def test_close_ends_everything_and_leaves_nothing(upstream: Upstream) -> None:
     socks = [connect(proxy) for _ in range(5)]
     for sock in socks:
         sock.sendall(DATA)
-    wait_for(lambda: proxy.counts()["delay"] > 0)
+    wait_for(lambda: proxy.counts()["delay"] > 0 and len(upstream.received) == len(socks))
     proxy.close()
     proxy.close()
     for sock in socks:
@@ -298,6 +299,28 @@ def test_close_ends_everything_and_leaves_nothing(upstream: Upstream) -> None:
     with pytest.raises(LocalProtocolError):
         proxy.start()
     wait_for(lambda: len(os.listdir("/proc/self/fd")) <= num_descriptors)
+
+
+def test_a_link_that_was_accepted_but_never_begun_is_closed_too(
+    upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = ChaosProxy("127.0.0.1:0", upstream.address)
+    accepted = threading.Event()
+
+    def stop_at_once(link: Link, relay: Relay, near: socket.socket) -> None:
+        real(link, relay, near)
+        assert proxy._stop is not None
+        proxy._stop.set()  # noticed before the new link's task gets its first turn
+        accepted.set()
+
+    real = Link.__init__
+    monkeypatch.setattr(Link, "__init__", stop_at_once)
+    proxy.start()
+    with connect(proxy) as sock:
+        assert accepted.wait(WAIT_S)
+        proxy.close()
+        assert sock.recv(1) == b""
+    assert proxy.counts()["links"] == 0, "the link began: this shows nothing"
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", ":80", "127.0.0.1:http", "127.0.0.1:70000", "", "tcp://", "ipc://x"])

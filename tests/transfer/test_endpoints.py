@@ -164,7 +164,8 @@ def test_calls_with_parts_and_frames(workers: Workers) -> None:
 
 
 def test_answers_of_one_step_go_out_together(workers: Workers) -> None:
-    server, client = workers.service(), workers.service()
+    config = replace(CONFIG, ping_interval_s=300.0, peer_timeout_s=900.0)  # nothing else is on its way meanwhile
+    server, client = workers.service(config), workers.service(config)
     waiting: list[IncomingCall] = []
     server.register("wait", waiting.append)
     server.start()
@@ -348,7 +349,7 @@ def test_what_starts_while_a_service_closes_is_refused_or_ends(
                 client.call(target, "hold", {}, on_end=mine.on_end)
                 answers.append(mine)
 
-    threads = [threading.Thread(target=keep_calling) for _ in range(3)]
+    threads = [threading.Thread(target=keep_calling, daemon=True) for _ in range(3)]
     for thread in threads:
         thread.start()
     wait_for(lambda: len(answers) > 20)
@@ -426,7 +427,7 @@ class InPlace:
         self.stream, self.data = stream, data
         self.num_in_place = 0
         self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self.run)
+        self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
 
     def run(self) -> None:
@@ -526,7 +527,7 @@ def test_many_threads_may_send(workers: Workers) -> None:
         for n in range(100):
             results.append(call(workers, client, server, "echo", {"n": number * 1000 + n})[0])
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -609,7 +610,7 @@ def test_an_idle_endpoint_wakes_after_any_storm_of_posts() -> None:
         for number in range(3000):
             endpoint.post(functools.partial(done.append, number))
 
-    threads = [threading.Thread(target=storm) for _ in range(3)]
+    threads = [threading.Thread(target=storm, daemon=True) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -832,7 +833,7 @@ class CuttingProxy:
         self.num_accepted = 0
         self._links: list[socket.socket] = []
         self._all: list[socket.socket] = []
-        self._threads = [threading.Thread(target=self._accept)]
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
         self._threads[0].start()
 
     def _accept(self) -> None:
@@ -846,7 +847,7 @@ class CuttingProxy:
             self._links += [near, far]
             self._all += [near, far]
             for source, target in ((near, far), (far, near)):
-                self._threads.append(threading.Thread(target=self._pump, args=(source, target)))
+                self._threads.append(threading.Thread(target=self._pump, args=(source, target), daemon=True))
                 self._threads[-1].start()
 
     def _pump(self, source: socket.socket, target: socket.socket) -> None:

@@ -325,7 +325,7 @@ class Impostor:
         self._listener.bind(str(path))
         self._listener.listen()
         self._answers = answers
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:

@@ -77,6 +77,10 @@ class Link:
             await asyncio.gather(*self._pumps, return_exceptions=True)
             await self._close()
 
+    def discard(self) -> None:
+        """End a link that was never run."""
+        self._near.close()
+
     def go_silent(self) -> None:
         """From now on nothing passes, and neither end is told."""
         self._plan.is_cut = True

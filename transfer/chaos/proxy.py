@@ -134,6 +134,8 @@ class ChaosProxy:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for link in self._links:  # accepted, and cancelled before it could begin
+            link.discard()
 
     async def _accept(self, relay: Relay) -> None:
         loop = asyncio.get_running_loop()
