@@ -66,8 +66,8 @@ class GatewayHealth:
 
 
 class WorkerActor:
-    """One embedding or language worker. One that cannot start says so through `health`: an exception in a constructor
-    would reach the operator as Ray's traceback, and end the actor for good.
+    """One embedding, language, prefill or decode worker. One that cannot start says so through `health`: an exception
+    in a constructor would reach the operator as Ray's traceback, and end the actor for good.
     """
 
     def __init__(
@@ -78,15 +78,16 @@ class WorkerActor:
         transfer: TransferConfig,
         socket_dir: str,
         log_level: str,
+        kind: WorkerKind,
     ) -> None:
         configure_logging(log_level)
         tune_allocator()
         self._name = name
-        self._kind: WorkerKind = "embedding" if isinstance(config, EmbedConfig) else "language"
+        self._kind = kind
         self._failure = ""
         try:
             self._endpoint = _open(name, transfer, socket_dir)
-            self._worker = _build(model_path, config, transfer, self._endpoint)
+            self._worker = _build(kind, model_path, config, transfer, self._endpoint)
             self._worker.start()
         except Exception as error:
             self._failure = _told(error)
@@ -179,11 +180,12 @@ def _told(error: Exception) -> str:
 
 
 def _build(
-    model_path: str, config: EmbedConfig | EngineConfig, transfer: TransferConfig, endpoint: Endpoint
+    kind: WorkerKind, model_path: str, config: EmbedConfig | EngineConfig, transfer: TransferConfig, endpoint: Endpoint
 ) -> EmbeddingWorker | LanguageWorker:
     if isinstance(config, EmbedConfig):
         return EmbeddingWorker(model_path, config, transfer, endpoint)
-    return LanguageWorker(model_path, config, transfer, endpoint)
+    assert kind != "embedding"
+    return LanguageWorker(model_path, config, transfer, endpoint, kind)
 
 
 def _open(name: str, transfer: TransferConfig, socket_dir: str) -> Endpoint:

@@ -1,11 +1,12 @@
-"""Attempt: one request on one pair of workers.
+"""Attempt: one request on one set of workers.
 
-Calls "generate" and, for a request with media, "embed" at the same moment with the same ticket; gathers the outcome of
-both. When one leg fails the other is cancelled; a leg that only reports that its stream broke waits for the other leg
-to say why. When the embedding worker is lost, the language worker is asked for the next epoch's ticket ("reissue") and
-another embedding worker goes on with it: the embed leg of the same attempt. Once the answer is complete, the embed
-call's figures are waited for a moment, and what became of it does not matter. Everything here runs on the service's I/O
-thread but `start` and `cancel`.
+Calls "generate", "prefill" where another worker computes the prompt, and "embed" for a request with media, all at the
+same moment, each two with one ticket; gathers the outcome of all. When one leg fails the others are cancelled; a leg
+that only reports that its stream broke waits for the others to say why. When the embedding worker is lost, who takes
+its rows is asked for the next epoch's ticket ("reissue") and another embedding worker goes on with it: the embed leg of the
+same attempt. Once the answer is complete, the figures of the other calls are waited for a moment, and what became of
+them does not matter, unless they tell of the prompt. Everything here runs on the service's I/O thread but `start` and
+`cancel`.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ from typing import Any, Protocol
 
 from cluster.directory import WorkerAddress, WorkerDirectory
 from cluster.errors import NoWorker
+from cluster.legs import Bodies, Route
 from cluster.served import RequestStats, ServedRequest
 from language_worker.api import TokenChunk
 from transfer.errors import RemoteFailure, TransferError, error_code
-from transfer.protocol.ticket import Ticket
 from transfer.service.outgoing_calls import OutgoingCall
 from transfer.service.service import Service
 
 logger = logging.getLogger(__name__)
 
-STREAM_CODES = frozenset({"StreamAborted", "MediaFailed", "StreamTimeout", "TicketRejected"})
+STREAM_CODES = frozenset({"StreamAborted", "MediaFailed", "KVStreamFailed", "StreamTimeout", "TicketRejected"})
 EMBED_LOST_CODES = frozenset({"PeerLost", "EmbedStopped", "StreamTimeout", "EndpointClosed"})
 MAX_EMBED_TRIES = 3
-LOST_CODES = frozenset({"PeerLost", "EngineStopped", "EndpointClosed", "StreamTimeout", "EmbedStopped"})
+LINK_CODES = frozenset({"PeerLost", "KVStreamFailed"})  # the link broke, perhaps nothing else
+LOST_CODES = LINK_CODES | {"EngineStopped", "EndpointClosed", "StreamTimeout", "EmbedStopped"}
 FIGURES_GRACE_S = 0.05  # for the embed call's end, when all tokens have come: it is on its way, or will never come
-LEG_OF_CODE = {"EngineStopped": "generate", "EmbedStopped": "embed"}  # a broken stream tells them to the other leg too
 
 
 class AttemptOwner(Protocol):
@@ -48,7 +49,7 @@ class AttemptOwner(Protocol):
 
 
 class Attempt:
-    """Both legs of one try. name: unlike every other attempt's, since a worker may still be ending an earlier one."""
+    """All legs of one try. name: unlike every other attempt's, since a worker may still be ending an earlier one."""
 
     def __init__(
         self,
@@ -56,8 +57,7 @@ class Attempt:
         directory: WorkerDirectory,
         request: ServedRequest,
         name: str,
-        language: str,
-        embedding: str | None,
+        route: Route,
         media_key: str,
         timeout_s: float,
         owner: AttemptOwner,
@@ -67,11 +67,15 @@ class Attempt:
         self._request = request
         self._name = name
         self._owner = owner
-        self._media_key = media_key
-        self._timeout_ms = max(1, int(timeout_s * 1e3))
+        self._bodies = Bodies(request, name, media_key, max(1, int(timeout_s * 1e3)))
         self._deadline_s = time.monotonic() + timeout_s
         self._num_embed_tries = 1
-        self._names = {"generate": language} | ({"embed": embedding} if embedding else {})
+        self._route = route
+        self._names = route.legs
+        wants_prompt = request.return_logits or request.sampling.prompt_logprobs is not None
+        self._needs_prefill = route.prefill is not None and wants_prompt  # to its end: it tells about the prompt
+        self._owes_prompt_logprobs = self._needs_prefill and request.sampling.prompt_logprobs is not None
+        self._held: list[dict[str, Any]] = []  # parts that wait for what is to come with them
         self._lock = threading.Lock()  # guards the next two: start, cancel and ends meet on different threads
         self._calls: dict[str, OutgoingCall] = {}
         self._is_cancelled = False
@@ -89,20 +93,14 @@ class Attempt:
         """Make the calls. Raises NoWorker when a worker has just gone, or TransferError when one cannot be called; the
         owner then hears nothing of this attempt.
         """
-        workers = {leg: self._directory.get(name) for leg, name in self._names.items()}
-        language = workers["generate"]
-        if language is None or None in workers.values():
+        known = {leg: self._directory.get(name) for leg, name in self._names.items()}
+        workers = {leg: worker for leg, worker in known.items() if worker is not None}
+        if len(workers) < len(known):
             raise NoWorker("a worker was replaced a moment ago; try again")
-        ticket = Ticket.issue(self._name).to_body() if self._request.media else None
         self._started_s = time.perf_counter()
-        bodies = {
-            "generate": self._generate_body(ticket),
-            "embed": self._embed_body(ticket, language, self._timeout_ms),
-        }
         try:
             for leg, worker in workers.items():
-                assert worker is not None
-                self._begin(leg, worker, bodies[leg])
+                self._begin(leg, worker, self._bodies.of(leg, self._route, workers))
         except BaseException:
             self._is_abandoned = True
             self.cancel()
@@ -124,7 +122,7 @@ class Attempt:
                 leg,
                 body,
                 self._request.media if leg == "embed" else (),
-                on_part=self._on_part if leg == "generate" else None,
+                on_part=self._on_part if leg != "embed" else None,
                 on_end=lambda body, failure: self._on_leg_end(leg, body, failure),
             )
         except BaseException:
@@ -139,27 +137,6 @@ class Attempt:
         if is_cancelled:  # while the call was being made
             call.cancel()
 
-    def _embed_body(self, ticket: dict[str, Any] | None, language: WorkerAddress, deadline_ms: int) -> dict[str, Any]:
-        return {
-            "ticket": ticket,
-            "receiver": {"address": language.address, "public_key": language.public_key},
-            "num_items": len(self._request.media),
-            "deadline_ms": deadline_ms,
-            "media_key": self._media_key,
-        }
-
-    def _generate_body(self, ticket: dict[str, Any] | None) -> dict[str, Any]:
-        request = self._request
-        return {
-            "request_id": self._name,
-            "prompt_token_ids": list(request.prompt_token_ids),
-            "num_media": len(request.media),
-            "sampling": request.sampling.to_body(),
-            "ticket": ticket,
-            "return_logits": request.return_logits,
-            "deadline_ms": self._timeout_ms,
-        }
-
     def _on_part(self, body: dict[str, Any], frames: list[memoryview]) -> None:
         if self._is_abandoned:
             return
@@ -169,6 +146,16 @@ class Attempt:
         if "prompt_logprobs_slice" in body:
             self._prompt_logprobs += body["prompt_logprobs_slice"]
             return
+        if self._owes_prompt_logprobs and "prefill" not in self._ends:
+            self._held.append(body)
+            return
+        self._deliver(body)
+
+    def _deliver(self, body: dict[str, Any]) -> None:
+        """Hand out a part of the answer; the first of sample 0 with the prompt's log-probabilities, if they are due."""
+        if self._owes_prompt_logprobs and body["index"] == 0:
+            self._owes_prompt_logprobs = False
+            body = {**body, "prompt_logprobs": []}
         if "prompt_logprobs" in body:
             body = {**body, "prompt_logprobs": self._prompt_logprobs + body["prompt_logprobs"]}
         if self._ttft_ms is None:
@@ -180,19 +167,31 @@ class Attempt:
         self._directory.add_running(self._names[leg], -1)
         if failure is None:
             self._ends[leg] = body or {}
-            if leg == "generate" and len(self._ends) + len(self._failures) < len(self._names):
-                self._grace = threading.Timer(FIGURES_GRACE_S, self.cancel)
-                self._grace.daemon = True
-                self._grace.start()
+            if leg == "prefill":
+                held, self._held = self._held, []
+                for part in held:
+                    self._deliver(part)
+            self._maybe_wait()
         elif leg == "embed" and self._take_over(failure):
             return
         else:
             self._failures[leg] = failure
             # Rows that the language worker no longer wants: it answers, or answered, without them and says the rest.
-            is_done_without = leg == "embed" and (self._ttft_ms is not None or failure.code == "Cancelled")
+            is_answering = self._ttft_ms is not None and not self._needs_prefill
+            is_done_without = leg != "generate" and (is_answering or (leg == "embed" and failure.code == "Cancelled"))
             if failure.code not in STREAM_CODES and not is_done_without:
                 self.cancel()
         self._maybe_end()
+
+    def _maybe_wait(self) -> None:
+        """The answer is complete: wait a moment for the figures of the others, or for what has to come from them."""
+        num_over = len(self._ends) + len(self._failures)
+        if "generate" not in self._ends or num_over == len(self._names) or self._grace is not None:
+            return
+        if not self._needs_prefill or "prefill" in self._ends:
+            self._grace = threading.Timer(FIGURES_GRACE_S, self.cancel)
+            self._grace.daemon = True
+            self._grace.start()
 
     # -- another embedding worker -----------------------------------------------------------------------------------
 
@@ -202,13 +201,14 @@ class Attempt:
             return False  # it was not lost, or no more rows are needed
         if self._is_cancelled or self._num_embed_tries >= MAX_EMBED_TRIES or time.monotonic() >= self._deadline_s:
             return False
-        language, name = self._directory.get(self._names["generate"]), self._owner.next_embedding(self._names["embed"])
-        if language is None or name is None:
+        taker = self._directory.get(self._names[self._route.rows_leg])
+        name = self._owner.next_embedding(self._names["embed"])
+        if taker is None or name is None:
             return False
         self._num_embed_tries += 1
         try:
             call = self._service.call(
-                self._directory.connection(language),
+                self._directory.connection(taker),
                 "reissue",
                 {"request_id": self._name},
                 on_end=lambda body, problem: self._on_ticket(name, failure, body, problem),
@@ -221,14 +221,14 @@ class Attempt:
     def _on_ticket(
         self, name: str, failure: RemoteFailure, body: dict[str, Any] | None, problem: RemoteFailure | None
     ) -> None:
-        """The language worker's answer: a ticket, or null when its stream is over or has all its rows."""
+        """The answer of who takes the rows: a ticket, or null when its stream is over or has all its rows."""
         ticket = None if body is None else body.get("ticket")
-        language, embedding = self._directory.get(self._names["generate"]), self._directory.get(name)
-        if ticket is not None and language is not None and embedding is not None and not self._is_cancelled:
+        taker, embedding = self._directory.get(self._names[self._route.rows_leg]), self._directory.get(name)
+        if ticket is not None and taker is not None and embedding is not None and not self._is_cancelled:
             self._names["embed"] = name
             left_ms = max(1, int((self._deadline_s - time.monotonic()) * 1e3))
             try:
-                self._begin("embed", embedding, self._embed_body(ticket, language, left_ms))
+                self._begin("embed", embedding, self._bodies.embed(ticket, taker, left_ms))
             except TransferError as error:
                 problem = RemoteFailure(error_code(error), str(error))
             else:
@@ -242,17 +242,23 @@ class Attempt:
     # -- the end ----------------------------------------------------------------------------------------------------
 
     def _maybe_end(self) -> None:
-        """Tell the owner once both legs are over."""
+        """Tell the owner once all legs are over."""
         if self._is_abandoned or len(self._ends) + len(self._failures) < len(self._names):
             return
         if self._grace is not None:
             self._grace.cancel()
-        if "generate" in self._ends:
+        if "generate" in self._ends and not (self._needs_prefill and "prefill" in self._failures):
             self._owner.on_end(self._stats())
         else:
             leg = min((name for name in self._names if name in self._failures), key=self._blame)
-            culprit = LEG_OF_CODE.get(self._failures[leg].code, leg)
-            self._owner.on_failure(self._names.get(culprit, self._names[leg]), self._failures[leg])
+            failure = self._failures[leg]
+            self._owner.on_failure(self._names.get(self._culprit(leg, failure.code), self._names[leg]), failure)
+
+    def _culprit(self, leg: str, code: str) -> str:
+        """Whose worker stopped: a broken stream of embeddings tells that to the leg at its other end, too."""
+        if code == "EmbedStopped":
+            return "embed"
+        return self._route.rows_leg if code == "EngineStopped" and leg == "embed" else leg
 
     def _blame(self, leg: str) -> int:
         """Order of the failures by how much they say about the cause."""
@@ -267,12 +273,15 @@ class Attempt:
         generated, embedded = self._ends["generate"], self._ends.get("embed", {})
         hops = {
             **embedded,
+            **self._ends.get("prefill", {}),
             "prefill_and_decode_ms": generated["total_ms"],
             "ttft_ms": self._ttft_ms,
             "num_preemptions": generated["num_preemptions"],
             "language_worker": self._names["generate"],
             "embedding_worker": self._names.get("embed"),
         }
+        if self._route.prefill is not None:
+            hops["prefill_worker"] = self._route.prefill
         if self._num_embed_tries > 1:
             hops["embed_takeovers"] = self._num_embed_tries - 1
         if self._logits:

@@ -19,6 +19,7 @@ import pydantic
 import yaml
 
 from cluster.errors import ConfigError
+from cluster.router import WorkerKind
 from embedding_worker.config import EmbedConfig
 from embedding_worker.errors import EmbedError
 from language_worker.config import DTypeName, EngineConfig
@@ -95,12 +96,16 @@ class GatewayConfig:
 class WorkersConfig:
     """How many workers of each kind run, and what Ray sets aside for each. num_gpus -1: one where the device is CUDA.
 
+    prefill, decode: set, they take the place of language workers: prompts are computed on the first, and answers, from
+    their KV, on the second. Both are configured by the section `language`.
     health_timeout_s: silence after which a worker counts as hung and is restarted.
     start_timeout_s: longest wait for all workers to be placed and to load the model.
     """
 
     embedding: int = 1
     language: int = 1
+    prefill: int = 0
+    decode: int = 0
     num_cpus: float = 1.0
     num_gpus: float = -1.0
     health_timeout_s: float = 15.0
@@ -112,6 +117,16 @@ class WorkersConfig:
                 raise ConfigError(
                     f"workers.{name} is {getattr(self, name)}; at least one worker of each kind is needed"
                 )
+        if min(self.prefill, self.decode) < (1 if self.is_split else 0):
+            raise ConfigError(
+                f"workers.prefill is {self.prefill} and workers.decode is {self.decode}; set both to 1 or more, "
+                "or neither"
+            )
+        if self.is_split and self.language != 1:
+            raise ConfigError(
+                f"workers.language is {self.language}, but prefill and decode workers take the place of language "
+                "workers; leave it out"
+            )
         for name in ("health_timeout_s", "start_timeout_s"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"workers.{name} is {getattr(self, name)}; use a positive, finite number of seconds")
@@ -119,6 +134,16 @@ class WorkersConfig:
             raise ConfigError(
                 "workers.num_cpus must not be negative; workers.num_gpus may be -1 for one where there is CUDA"
             )
+
+    @property
+    def is_split(self) -> bool:
+        return bool(self.prefill or self.decode)
+
+    @property
+    def counts(self) -> dict[WorkerKind, int]:
+        """How many of each kind there are to be."""
+        engines: dict[WorkerKind, int] = {"prefill": self.prefill, "decode": self.decode}
+        return {"embedding": self.embedding, **(engines if self.is_split else {"language": self.language})}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,6 +177,11 @@ class ClusterConfig:
         language = _with_model(self.language, model)
         if model.max_model_len and not language.max_model_len:
             language = dataclasses.replace(language, max_model_len=model.max_model_len)
+        if self.workers.is_split and language.draft_model:
+            raise ConfigError(
+                "language.draft_model is set, and a draft model's KV is not handed from prefill to decode workers; use "
+                "language workers, or decode_strategy 'speculative' without a draft model"
+            )
         if embedding.dtype != language.dtype:
             raise ConfigError(
                 f"embedding.dtype is {embedding.dtype} and language.dtype is {language.dtype}; embedding rows travel "

@@ -226,6 +226,8 @@ ERROR_TABLE: dict[str, Rule] = {
     "EmbedStopped": _unavailable("worker_lost", _LOST),
     "EngineStopped": _unavailable("worker_lost", _LOST),
     "MediaFailed": _unavailable("worker_lost", _LOST),
+    "KVStreamFailed": _unavailable("worker_lost", _LOST),
+    "KVMismatch": _unavailable("transfer_failed", _LOST),
     "PoolExhausted": _unavailable("overloaded", _BUSY),
     "NotReady": _unavailable("not_ready", None),
     "NoWorker": _unavailable("no_worker", "no worker is available for this request; please try again shortly"),

@@ -26,6 +26,7 @@ from cluster.handoff import Handoff
 from cluster.metrics import gather_stats
 from cluster.model_info import ModelInfo
 from cluster.monitor import WorkerMonitor
+from cluster.router import is_split
 from transfer.endpoints.addresses import is_loopback
 from transfer.errors import RemoteFailure
 from transfer.service.service import Service
@@ -106,8 +107,10 @@ class GatewayServer:
         self._socket.close()
 
     def _ready(self) -> tuple[bool, str]:
-        kinds = ("language", "embedding") if self._info.has_vision else ("language",)
-        alive = {view.kind for view in self._directory.views() if view.is_alive}
+        views = self._directory.views()
+        kinds = ["prefill", "decode"] if is_split(views) else ["language"]
+        kinds += ["embedding"] * self._info.has_vision
+        alive = {view.kind for view in views if view.is_alive}
         missing = [kind for kind in kinds if kind not in alive]
         return (not missing, f"no live {' and no live '.join(missing)} worker" if missing else "")
 

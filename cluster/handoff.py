@@ -1,9 +1,9 @@
 """Handoff: one request's path through the workers, embed -> prefill -> decode, with another try when a worker dies.
 
-A lost embedding worker is replaced within the attempt, and the language worker keeps what it has; a lost language
-worker costs the attempt, and the request begins anew.
+A lost embedding worker is replaced within the attempt, and who takes its rows keeps what it has; any other lost worker
+costs the attempt, and the request begins anew.
 
-The ticket is issued here and given to both ends at the same moment; embeddings then flow from worker to worker and
+Tickets are issued here and given to both ends at the same moment; embeddings and KV then flow from worker to worker and
 never pass through this process. Tokens reach the client exactly once: a request is tried again only while none has been
 delivered. Every callback comes from the service's I/O thread. Knows nothing of HTTP, Ray and models.
 """
@@ -17,10 +17,11 @@ from collections.abc import Sequence
 
 import xxhash
 
-from cluster.attempt import LOST_CODES, Attempt
+from cluster.attempt import LINK_CODES, LOST_CODES, Attempt
 from cluster.directory import WorkerDirectory
 from cluster.errors import NoWorker, RequestTimeout, WorkerLost
-from cluster.router import choose_embedding, choose_language
+from cluster.legs import Route
+from cluster.router import choose_embedding, choose_language, is_split
 from cluster.served import RequestStats, RunningRequest, ServedRequest, Sink
 from language_worker.api import TokenChunk
 from transfer.errors import RemoteFailure, TransferError
@@ -67,16 +68,19 @@ class _Run:
     def start(self) -> None:
         """Choose workers and begin an attempt. Raises NoWorker, RequestTimeout or TransferError."""
         views = self._directory.views()
-        language = choose_language(views, self._excluded)
+        if is_split(views):
+            language = choose_language(views, self._excluded, "decode")
+            prefill = choose_language(views, self._excluded, "prefill")
+        else:
+            language, prefill = choose_language(views, self._excluded), None
         embedding = choose_embedding(views, self._media_key, self._excluded) if self._request.media else None
         left_s = self._deadline - time.monotonic()
         if left_s <= 0:
             raise RequestTimeout("the request's deadline passed before a worker could take it")
         request, number = self._request, self._num_attempts + 1
         name = request.request_id if number == 1 else f"{request.request_id}.{number}"
-        attempt = Attempt(
-            self._service, self._directory, request, name, language, embedding, self._media_key, left_s, self
-        )
+        route = Route(language=language, prefill=prefill, embedding=embedding)
+        attempt = Attempt(self._service, self._directory, request, name, route, self._media_key, left_s, self)
         with self._lock:
             self._num_attempts = number
             self._attempt = attempt
@@ -129,12 +133,12 @@ class _Run:
             self._sink.on_error(error)
 
     def _start_again(self, worker: str, failure: RemoteFailure) -> None:
-        """At another worker; or, where there is no other language worker, at the one to which only the link broke."""
+        """At another worker; or, where there is no other but for media, at the one to which only the link broke."""
         try:
             self.start()
         except NoWorker:
             lost = next((view for view in self._directory.views() if view.name == worker), None)
-            if lost is None or not lost.is_alive or lost.kind != "language" or failure.code != "PeerLost":
+            if lost is None or not lost.is_alive or lost.kind == "embedding" or failure.code not in LINK_CODES:
                 raise
             if self._num_attempts >= MAX_ATTEMPTS:
                 raise

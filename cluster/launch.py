@@ -25,6 +25,7 @@ from cluster.directory import WorkerAddress
 from cluster.errors import ConfigError, NotReady
 from cluster.model_info import ModelInfo
 from cluster.ray_connection import connect, wants_gpu
+from cluster.router import WorkerKind
 from cluster.runtime_folder import RuntimeFolder, is_running
 
 logger = logging.getLogger(__name__)
@@ -113,11 +114,11 @@ class RayCluster:
 
     def _start(self, on_status: Status) -> None:
         config = self.config
-        for kind, part in (("embedding", config.embedding), ("language", config.language)):
+        for kind, count in config.workers.counts.items():
             if kind == "embedding" and not ModelInfo.load(config.model.path).has_vision:
                 continue
-            for i in range(getattr(config.workers, kind)):
-                self._actors[f"{kind}-{i}"] = self._spawn_worker(f"{kind}-{i}", part)
+            for i in range(count):
+                self._actors[f"{kind}-{i}"] = self._spawn_worker(f"{kind}-{i}", kind)
         self._actors[GATEWAY] = (
             ray.remote(GatewayActor)
             .options(num_cpus=0, max_restarts=-1, max_task_retries=0)
@@ -139,13 +140,14 @@ class RayCluster:
         self._watcher.start()
         on_status(f"serving {config.model.served_model_name} at {self.url}")
 
-    def _spawn_worker(self, name: str, part: Any) -> Any:
+    def _spawn_worker(self, name: str, kind: WorkerKind) -> Any:
         workers = self.config.workers
+        part: Any = self.config.embedding if kind == "embedding" else self.config.language
         num_gpus = workers.num_gpus if workers.num_gpus >= 0 else float(wants_gpu(part.device))
         return (
             ray.remote(WorkerActor)
             .options(num_cpus=workers.num_cpus, num_gpus=num_gpus, max_restarts=-1, max_task_retries=0)
-            .remote(name, self.config.model.path, part, self.config.transfer, self._folder.path, self._log_level)
+            .remote(name, self.config.model.path, part, self.config.transfer, self._folder.path, self._log_level, kind)
         )
 
     def _await_workers(self) -> None:
@@ -174,7 +176,7 @@ class RayCluster:
         return [health.address for health in self._known.values()]
 
     def _max_model_len(self) -> int:
-        return min(h.max_model_len for h in self._known.values() if h.address.kind == "language")
+        return min(h.max_model_len for h in self._known.values() if h.address.kind != "embedding")
 
     def _allow_peers(self) -> None:
         """Everyone may connect to everyone of this cluster (public keys only leave a process)."""

@@ -1,4 +1,4 @@
-"""LocalWorkers: both halves of one model in this process, joined by in-memory endpoints.
+"""LocalWorkers: both halves of one model in this process, joined by in-memory endpoints; one worker of each kind.
 
 The same workers, protocol and handoff as in a cluster, without Ray and without ZeroMQ.
 """
@@ -26,11 +26,16 @@ class LocalWorkers:
         self.info = ModelInfo.load(config.model.path)
         with ExitStack() as stack:
             workers = []
-            language = self._open(stack, f"{name}-language", config)
-            self.language = LanguageWorker(config.model.path, config.language, config.transfer, language)
-            stack.callback(self.language.close)
-            self.language.start()
-            workers.append(WorkerAddress(name="language-0", kind="language", address=self.language.address))
+            self.engines: dict[str, LanguageWorker] = {}
+            for kind in config.workers.counts:
+                if kind == "embedding":
+                    continue
+                endpoint = self._open(stack, f"{name}-{kind}", config)
+                engine = LanguageWorker(config.model.path, config.language, config.transfer, endpoint, kind)
+                stack.callback(engine.close)
+                engine.start()
+                self.engines[f"{kind}-0"] = engine
+                workers.append(WorkerAddress(name=f"{kind}-0", kind=kind, address=engine.address))
             self.embedding: EmbeddingWorker | None = None
             if self.info.has_vision:
                 embedding = self._open(stack, f"{name}-embedding", config)
@@ -55,7 +60,7 @@ class LocalWorkers:
 
     def stats(self) -> dict[str, dict[str, object]]:
         """Gauges and counters of each worker."""
-        stats = {"language-0": self.language.stats()}
+        stats = {name: engine.stats() for name, engine in self.engines.items()}
         if self.embedding is not None:
             stats["embedding-0"] = self.embedding.stats()
         return stats

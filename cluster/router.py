@@ -1,7 +1,7 @@
 """Router: which replica takes the next request. A pure function over a snapshot of the workers.
 
 Embedding workers are chosen by rendezvous hashing of the media, so that the same image meets the same cache, unless
-that worker already carries more than its fair share; language workers by the fewest running requests.
+that worker already carries more than its fair share; all others by the fewest running requests.
 (Rendezvous hashing: Thaler and Ravishankar, 1998. Bounded loads: Mirrokni, Thorup and Zadimoghaddam, 2018.)
 """
 
@@ -15,7 +15,7 @@ import xxhash
 
 from cluster.errors import NoWorker
 
-WorkerKind = Literal["embedding", "language"]
+WorkerKind = Literal["embedding", "language", "prefill", "decode"]
 LOAD_FACTOR = 1.25
 
 
@@ -29,9 +29,16 @@ class WorkerView:
     num_running: int
 
 
-def choose_language(workers: Sequence[WorkerView], excluded: Collection[str] = ()) -> str:
-    """The live language worker with the fewest requests; the first by name among equals. Raises NoWorker."""
-    return min(_candidates(workers, "language", excluded), key=lambda w: (w.num_running, w.name)).name
+def is_split(workers: Sequence[WorkerView]) -> bool:
+    """Whether prompts are computed on other workers than answers."""
+    return any(worker.kind == "decode" for worker in workers)
+
+
+def choose_language(
+    workers: Sequence[WorkerView], excluded: Collection[str] = (), kind: WorkerKind = "language"
+) -> str:
+    """The live worker of this kind with the fewest requests; the first by name among equals. Raises NoWorker."""
+    return min(_candidates(workers, kind, excluded), key=lambda w: (w.num_running, w.name)).name
 
 
 def choose_embedding(workers: Sequence[WorkerView], affinity_key: str, excluded: Collection[str] = ()) -> str:

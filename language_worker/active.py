@@ -9,6 +9,8 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 from language_worker.api import GenerateRequest, TokenChunk, TokenLogprob
+from language_worker.handover.exports import KVExport
+from language_worker.handover.rows import ImportedRows, KVHeader
 from language_worker.media import MediaItem, MediaRows
 from language_worker.models.base import PromptPositions
 from language_worker.outputs import PromptCollector
@@ -61,7 +63,11 @@ class Sample:
 
 @dataclass(kw_only=True, slots=True)
 class ActiveRequest:
-    """A request inside the engine. order: its age. samples: empty until its prompt is known and its rows reserved."""
+    """A request inside the engine. order: its age. samples: empty until its prompt is known and its rows reserved.
+
+    export: where the KV of its prompt goes. imports_kv: that KV comes from another engine; `arriving` are the rows as
+    they come, `header` says what they are, and `imported` is what was made of them.
+    """
 
     request: GenerateRequest
     order: int
@@ -70,6 +76,11 @@ class ActiveRequest:
     deadline: float | None
     items: tuple[MediaItem, ...] | None = None
     media: MediaRows | None = None
+    export: KVExport | None = None
+    imports_kv: bool = False
+    header: KVHeader | None = None
+    arriving: MediaRows | None = None
+    imported: ImportedRows | None = None
     prompt: tuple[int, ...] = ()
     starts: tuple[int, ...] = ()
     media_positions: tuple[int, ...] = ()
@@ -151,6 +162,7 @@ class ActiveRequest:
             positions=positions,
             wants_prompt_logits=self.wants_prompt_logits and index == 0,
             has_siblings=params.num_samples > 1,
+            imported=self.imported,
         )
         state = SamplingState(
             params,

@@ -174,9 +174,11 @@ class GenerateRequest:
 
     @classmethod
     def from_body(cls, body: Mapping[str, Any]) -> "GenerateRequest":
-        """Build from the map of a "generate" call (its "ticket" is the worker's business); strict."""
+        """Build from the map of a "generate" or "prefill" call (its tickets and receiver are the worker's business);
+        strict."""
         values = dict(_require_map("generate", body))
-        values.pop("ticket", None)
+        for name in ("ticket", "kv_ticket", "receiver"):
+            values.pop(name, None)
         unknown = values.keys() - {f.name for f in fields(cls)}
         missing = {"request_id", "prompt_token_ids"} - values.keys()
         if unknown or missing:

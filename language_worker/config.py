@@ -23,6 +23,8 @@ class EngineConfig:
     num_threads: torch threads of the engine, 0 leaves torch's default.
     page_size: tokens per KV page. kv_cache_tokens: capacity in tokens; 0 derives it from kv_cache_bytes,
     which itself is 0 for "512 MiB on CPU, gpu_memory_fraction of the free memory on a GPU".
+    kv_buffer_tokens: positions whose KV is held in host memory between two engines: on a prefill worker until it is
+    sent, on a decode worker until its request ends (a preempted one starts from it again); 0: as many as the cache.
     prefix_cache: keep the KV of ended sequences while pages are free, and let requests that begin alike start from it.
     max_model_len: prompt + generated tokens of one sequence; 0 takes the checkpoint's limit capped by the cache.
     max_step_tokens: query tokens in one step; max_prefill_chunk: of one sequence in one step (0: max_step_tokens).
@@ -39,6 +41,7 @@ class EngineConfig:
     page_size: int = 32
     kv_cache_tokens: int = 0
     kv_cache_bytes: int = 0
+    kv_buffer_tokens: int = 0
     gpu_memory_fraction: float = 0.85
     prefix_cache: bool = True
     max_model_len: int = 0
@@ -61,6 +64,7 @@ class EngineConfig:
             raise InvalidRequest(f"decode_strategy is {self.decode_strategy!r}; use one of {known}")
         for name in ("num_threads", "kv_cache_tokens", "kv_cache_bytes", "max_model_len", "max_prefill_chunk"):
             self._require_int(name, 0)
+        self._require_int("kv_buffer_tokens", 0)
         for name in (
             "page_size",
             "max_num_seqs",

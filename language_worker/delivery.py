@@ -1,7 +1,7 @@
 """Delivery: engine outputs become answers to the calls that wait for them.
 
-Owns the open "generate" calls. One `reply_many` per step carries every token of the step; ends follow. Called from the
-I/O thread (add) and the engine's thread (deliver) only.
+Owns the open "generate" and "prefill" calls. One `reply_many` per step carries every token of the step; ends follow,
+those of prefill calls when their KV has left. Called from the I/O thread (add) and the engine's thread (deliver) only.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from language_worker.api import RequestDone, RequestFailed, TokenChunk
-from language_worker.media_stream import MediaStreams
+from language_worker.errors import KVStreamFailed
+from language_worker.handover.exports import KVExport
+from language_worker.media_stream import InputStreams
 from language_worker.outputs import MediaAdmitted, Output, PromptLogits
 from transfer.memory.buffers import tensor_bytes
 from transfer.service.calls import IncomingCall
@@ -24,19 +26,23 @@ PROMPT_LOGPROBS_PER_PART = 2048  # a prompt's may be longer than a message: with
 class Delivery:
     """Open calls by request id. `max_frame_bytes`: returned logits are cut into frames of at most that size."""
 
-    def __init__(self, service: Service, streams: MediaStreams, *, max_frame_bytes: int) -> None:
+    def __init__(self, service: Service, streams: InputStreams, *, max_frame_bytes: int) -> None:
         self._service = service
         self._streams = streams
         self._max_frame_bytes = max_frame_bytes
         self._calls: dict[str, IncomingCall] = {}
+        self._exports: dict[str, KVExport] = {}  # of prefill calls
         self._told: set[str] = set()  # requests whose first part is out
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._calls
 
-    def add(self, request_id: str, call: IncomingCall) -> None:
-        """Answer `call` with the outputs of `request_id`."""
+    def add(self, request_id: str, call: IncomingCall, export: KVExport | None = None) -> None:
+        """Answer `call` with the outputs of `request_id`; with an export, with those of its prompt only, and end when
+        the KV has left."""
         self._calls[request_id] = call
+        if export is not None:
+            self._exports[request_id] = export
 
     def deliver(self, outputs: Sequence[Output]) -> None:
         """Send a step's outputs. A call whose peer is gone swallows its answers and cancels itself."""
@@ -44,7 +50,9 @@ class Delivery:
         for output in outputs:
             if isinstance(output, TokenChunk):
                 call = self._calls.get(output.request_id)
-                if call is not None:
+                if call is not None and output.request_id in self._exports:
+                    self._send_prompt_logprobs(call, output)
+                elif call is not None:
                     parts.append((call, self._body(call, output)))
             elif isinstance(output, PromptLogits):
                 self._send_logits(output)
@@ -70,6 +78,11 @@ class Delivery:
             body["num_prompt_tokens"] = chunk.num_prompt_tokens
         return body
 
+    def _send_prompt_logprobs(self, call: IncomingCall, chunk: TokenChunk) -> None:
+        entries = chunk.to_body().get("prompt_logprobs")
+        for part in slices_of(entries, PROMPT_LOGPROBS_PER_PART) if entries is not None else ():
+            call.reply({"prompt_logprobs_slice": part})
+
     def _send_logits(self, output: PromptLogits) -> None:
         call = self._calls.get(output.request_id)
         if call is None:
@@ -79,6 +92,10 @@ class Delivery:
             call.reply(body, [tensor_bytes(rows)])
 
     def _finish(self, done: RequestDone) -> None:
+        export = self._exports.pop(done.request_id, None)
+        if export is not None:
+            self._finish_prefill(done, export)
+            return
         call = self._take(done.request_id)
         body: dict[str, Any] = {
             "num_prompt_tokens": done.num_prompt_tokens,
@@ -91,8 +108,26 @@ class Delivery:
         if call is not None:
             call.end(body)
 
+    def _finish_prefill(self, done: RequestDone, export: KVExport) -> None:
+        """The prompt is computed: the call ends once its KV is where it goes, or cannot get there."""
+        call = self._calls[done.request_id]
+        body = {"prefill_ms": done.total_ms, "prefill_preemptions": done.num_preemptions}
+        self._streams.end(done.request_id)
+
+        def on_over(error: KVStreamFailed | None) -> None:
+            self._take(done.request_id)
+            if error is None:
+                call.end({**body, **export.stats()})
+            else:
+                call.fail(error.code, error.message)
+
+        export.when_over(on_over)
+
     def _fail(self, failed: RequestFailed) -> None:
         call = self._take(failed.request_id)
+        export = self._exports.pop(failed.request_id, None)
+        if export is not None:
+            export.abort(failed.error.code, failed.error.message)
         self._streams.end(failed.request_id, failed.error)
         if call is not None:
             call.fail(failed.error.code, failed.error.message)

@@ -20,9 +20,11 @@ from language_worker.active import ActiveRequest, Sample
 from language_worker.api import GenerateRequest
 from language_worker.drafter import Drafter
 from language_worker.errors import Cancelled, EngineError, StepFailed
+from language_worker.handover.exports import KVExport
 from language_worker.media import MediaRows
 from language_worker.outputs import Output, PromptLogits, StepReport
 from language_worker.plan import StepPlan
+from language_worker.request import Sequence as TokenSequence
 from language_worker.request import Status
 from language_worker.roster import EngineLimits, Roster
 from language_worker.runner import ModelRunner, StepLogits
@@ -36,7 +38,7 @@ logger = logging.getLogger(__name__)
 STATS_COUNTERS = (
     "prompt_tokens_total", "generation_tokens_total", "request_success_total", "request_failure_total",
     "num_preemptions_total", "computed_tokens_total",
-    "spec_decode_num_draft_tokens_total", "spec_decode_num_accepted_tokens_total",
+    "kv_tokens_imported_total", "spec_decode_num_draft_tokens_total", "spec_decode_num_accepted_tokens_total",
 )  # fmt: skip
 
 
@@ -80,13 +82,22 @@ class Engine:
 
     # -- any thread -----------------------------------------------------------------------------------------------
 
-    def submit(self, request: GenerateRequest) -> None:
-        """Queue a request; whatever is wrong with it comes out as RequestFailed."""
+    def submit(self, request: GenerateRequest, *, export: KVExport | None = None, imports_kv: bool = False) -> None:
+        """Queue a request; whatever is wrong with it comes out as RequestFailed.
+
+        export: where the KV of its prompt goes. imports_kv: that of all but its last position is announced (`announce`)
+        and comes into `media_buffer`, instead of media.
+        """
         now = self._clock()
-        self._post(lambda: self._roster.on_submit(request, now))
+        self._post(lambda: self._roster.on_submit(request, now, export=export, imports_kv=imports_kv))
+
+    def export_over(self, request_id: str) -> None:
+        """The export of a request is over: its rows are held no longer."""
+        self._post(lambda: self._roster.handovers.export_over(request_id))
 
     def announce(self, request_id: str, total_rows: int, items: Sequence[Any]) -> None:
-        """The request's media are known: plain maps {"grid": [t, h, w], "rows": n} in prompt order."""
+        """The request's media are known: plain maps {"grid": [t, h, w], "rows": n} in prompt order, after a KVHeader's
+        where KV comes in their place."""
         self._post(lambda: self._roster.on_announce(request_id, total_rows, items))
 
     def forget_media(self, request_id: str) -> None:
@@ -134,6 +145,9 @@ class Engine:
         self._roster.grant_media()
         plan = self.scheduler.plan()
         self._roster.counters["num_preemptions_total"] += len(plan.preempted)
+        if plan.imports:
+            self.runner.import_rows(plan.imports)
+            self._roster.counters["kv_tokens_imported_total"] += sum(due.end - due.start for due in plan.imports)
         if plan.copies:
             self.runner.copy_pages(plan.copies)
             if self.drafter is not None:
@@ -197,8 +211,18 @@ class Engine:
             self.scheduler.commit(window, () if served is None else [choice.token_id for choice in served[0]])
             if window.drafts and served is not None:
                 self._count_drafts(len(window.drafts), len(served[0]) - 1)
-            if served is not None:
+            self._export(window.seq)
+            if served is not None and window.seq.status is Status.RUNNING:  # else its export failed
                 self._serve(window.seq.key, served, now)
+
+    def _export(self, seq: TokenSequence) -> None:
+        """Send what became final of a prompt whose KV is for another engine."""
+        active = self._roster.active_of(seq.key)
+        export = active.export
+        if export is not None:
+            self._roster.guarded(
+                active, lambda: export.advance(seq.kv_len, lambda start, end: self.runner.export_rows(seq, start, end))
+            )
 
     def _collect(self, key: tuple[int, int], start: int, logits: torch.Tensor) -> None:
         active = self._roster.active_of(key)
@@ -244,5 +268,6 @@ class Engine:
             "prefix_cache_queries_total": 0 if cache is None else cache.num_queried,
             "prefix_cache_hits_total": 0 if cache is None else cache.num_hit,
             "input_buffer_rows_reserved": roster.num_rows_reserved,
+            "kv_buffer_rows_reserved": roster.handovers.num_rows_reserved,
             **{name: roster.counters[name] for name in STATS_COUNTERS},
         }

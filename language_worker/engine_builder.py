@@ -93,6 +93,7 @@ def build_engine(
             max_waiting=config.max_waiting,
             input_buffer_tokens=input_buffer_tokens,
             max_logits_bytes=config.max_logits_bytes,
+            kv_buffer_tokens=config.kv_buffer_tokens or size.num_pages * config.page_size,
         ),
         dtype=dtype,
         clock=clock,

@@ -6,6 +6,8 @@
     │   ├── MediaMismatch       placeholders and announced media disagree
     │   └── MediaTooLarge       the media rows exceed the whole input buffer
     ├── MediaFailed             the embedding stream broke before its rows arrived
+    ├── KVStreamFailed          the prompt's KV did not come, or could not be handed over
+    │   └── KVMismatch          what came is not the KV of this request
     ├── QueueFull               more waiting requests than allowed
     ├── DeadlineExceeded        the request's time ran out
     ├── Cancelled               the client went away
@@ -53,6 +55,14 @@ class MediaTooLarge(InvalidRequest):
 
 class MediaFailed(EngineError):
     """The embedding stream of the request failed."""
+
+
+class KVStreamFailed(EngineError):
+    """The stream that carries a prompt's KV from the prefill worker to the decode worker failed."""
+
+
+class KVMismatch(KVStreamFailed):
+    """The announced KV is not that of the request: the two workers disagree."""
 
 
 class QueueFull(EngineError):

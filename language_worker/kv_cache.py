@@ -1,4 +1,8 @@
-"""KVCache: the tensors behind the page ids. Knows sizes, not who owns which page."""
+"""KVCache: the tensors behind the page ids. Knows sizes, not who owns which page.
+
+Positions leave and enter as **rows**: one row per position, flat, holding the keys and then the values of each layer in
+turn. So whatever shapes the layers have, a sequence's KV is one tensor [positions, row_elements].
+"""
 
 from collections.abc import Sequence
 
@@ -20,6 +24,8 @@ class KVCache:
     ) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
+        self.dtype = dtype
+        self.row_elements = spec.row_elements
         shape = (num_pages, page_size, spec.num_kv_heads, spec.head_dim)
         self.layers: list[tuple[torch.Tensor, torch.Tensor]] = [
             (_zeros(shape, dtype, device), _zeros(shape, dtype, device)) for _ in range(spec.num_layers)
@@ -32,6 +38,26 @@ class KVCache:
         targets = torch.tensor([target for _, target in copies], device=device)
         for keys, values in self.layers:
             copy_pages(keys, values, sources, targets)
+
+    def read_rows(self, slots: torch.Tensor) -> torch.Tensor:
+        """Rows [n, row_elements] of the positions in `slots` [n] (page x page_size + offset), a copy in host memory."""
+        device = self.layers[0][0].device
+        rows = torch.empty((slots.shape[0], self.row_elements), dtype=self.dtype, device=device)
+        slots, first = slots.to(device), 0
+        for tensor in (tensor for layer in self.layers for tensor in layer):
+            flat = tensor.flatten(0, 1).flatten(1)
+            rows[:, first : first + flat.shape[1]] = flat.index_select(0, slots)
+            first += flat.shape[1]
+        return rows.cpu()
+
+    def write_rows(self, slots: torch.Tensor, rows: torch.Tensor) -> None:
+        """What `read_rows` gave, into the positions in `slots`."""
+        device = self.layers[0][0].device
+        slots, rows, first = slots.to(device), rows.to(device), 0
+        for tensor in (tensor for layer in self.layers for tensor in layer):
+            flat = tensor.flatten(0, 1).flatten(1)
+            flat.index_copy_(0, slots, rows[:, first : first + flat.shape[1]])
+            first += flat.shape[1]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

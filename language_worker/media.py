@@ -6,6 +6,7 @@ of them. Knows nothing of streams; whoever receives rows calls `MediaRows.write`
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -29,6 +30,11 @@ class MediaItem:
     def cache_key(self) -> bytes | None:
         """What the prefix cache names the item's positions by; None without a content key."""
         return f"{self.grid}:{self.content_key}".encode() if self.content_key else None
+
+    def to_body(self) -> dict[str, Any]:
+        """As it is announced."""
+        body: dict[str, Any] = {"grid": list(self.grid), "rows": self.rows}
+        return body | {"content_key": self.content_key} if self.content_key else body
 
     @classmethod
     def from_body(cls, body: object, index: int) -> "MediaItem":
@@ -58,6 +64,10 @@ class MediaRows:
     def __init__(self, total: int, hidden_size: int, *, dtype: torch.dtype, device: torch.device) -> None:
         self.rows = torch.empty((total, hidden_size), dtype=dtype, device=device)
         self.num_filled = 0
+
+    @property
+    def is_full(self) -> bool:
+        return self.num_filled == self.rows.shape[0]
 
     def write(self, first_row: int, rows: torch.Tensor) -> None:
         """Copy rows [n, hidden] to first_row..; they must continue where the last ones ended (MediaFailed)."""

@@ -1,8 +1,10 @@
-"""MediaStreams: the embedding streams of a worker's requests, between the receiver's I/O thread and the engine.
+"""InputStreams: what a worker's requests wait for, between the receiver's I/O thread and the engine: embeddings, or KV
+that another engine computed.
 
 Announcements and failures become engine commands; rows are copied straight into the request's input buffer. Owns which
 stream belongs to which request. A stream whose sender is lost waits for another sender for a while (`reissue`), which
-goes on where the rows end, or starts over. Knows nothing of calls and sampling.
+goes on where the rows end, or starts over; a stream of KV does not, so far: its request fails. Knows nothing of calls
+and sampling.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from typing import Any
 import torch
 
 from language_worker.engine import Engine
-from language_worker.errors import EngineError, MediaFailed
+from language_worker.errors import EngineError, KVStreamFailed, MediaFailed
+from language_worker.handover.rows import kv_plane, kv_transfer
 from transfer.config import TransferConfig
 from transfer.errors import EndpointClosed, TransferError, error_code
 from transfer.memory.buffers import dtype_name
@@ -29,15 +32,37 @@ logger = logging.getLogger(__name__)
 PLANE = "embeddings"
 
 
-class MediaStreams:
-    """One StreamReceiver and the requests its streams feed."""
+def embedding_streams(service: Service, engine: Engine, config: TransferConfig) -> InputStreams:
+    """Streams from embedding workers, which may take over from each other."""
+    plane = PlaneSpec(name=PLANE, dtype=dtype_name(engine.dtype), row_shape=(engine.spec.hidden_size,))
+    # As long as whoever has to find another sender may take to see that one is needed, and some more to find it.
+    take_over_s = 2 * config.peer_timeout_s + config.idle_timeout_s
+    return InputStreams(service, engine, config, plane, MediaFailed, take_over_s)
 
-    def __init__(self, service: Service, engine: Engine, config: TransferConfig) -> None:
+
+def kv_streams(service: Service, engine: Engine, config: TransferConfig) -> InputStreams:
+    """Streams from prefill workers."""
+    plane = kv_plane(engine.dtype, engine.spec.kv.row_elements)
+    return InputStreams(service, engine, kv_transfer(config, plane), plane, KVStreamFailed, 0.0)
+
+
+class InputStreams:
+    """One StreamReceiver and the requests its streams feed. failure: what a broken stream is to its request."""
+
+    def __init__(
+        self,
+        service: Service,
+        engine: Engine,
+        config: TransferConfig,
+        plane: PlaneSpec,
+        failure: type[EngineError],
+        take_over_s: float,
+    ) -> None:
         self._engine = engine
-        plane = PlaneSpec(name=PLANE, dtype=dtype_name(engine.dtype), row_shape=(engine.spec.hidden_size,))
+        self.plane = plane.name
+        self.failure = failure
         self._receiver = StreamReceiver(service, config, (plane,), device=str(engine.runner.device))
-        # As long as whoever has to find another sender may take to see that one is needed, and some more to find it.
-        self._take_over_s = 2 * config.peer_timeout_s + config.idle_timeout_s
+        self._take_over_s = take_over_s
         self._num_takeovers = 0
         self._streams: dict[str, str] = {}  # request id -> stream id, while the stream may still be open
         self.grant_rounds: dict[str, int] = {}
@@ -104,7 +129,7 @@ class _Listener:
 
     __slots__ = ("_engine", "_owner", "_request_id")
 
-    def __init__(self, owner: MediaStreams, engine: Engine, request_id: str) -> None:
+    def __init__(self, owner: InputStreams, engine: Engine, request_id: str) -> None:
         self._owner = owner
         self._engine = engine
         self._request_id = request_id
@@ -117,7 +142,7 @@ class _Listener:
         if buffer is None:
             return  # the request ended; its stream is being aborted
         try:
-            buffer.write(first_row, planes[PLANE])
+            buffer.write(first_row, planes[self._owner.plane])
         except MediaFailed as error:
             self._engine.fail(self._request_id, error)
         self._engine.wake()
@@ -130,5 +155,5 @@ class _Listener:
 
     def on_failed(self, error: TransferError) -> None:
         self._owner.failed(self._request_id)
-        reason = f"the embedding stream of request {self._request_id} failed ({error_code(error)}): {error}"
-        self._engine.fail(self._request_id, MediaFailed(reason))
+        what = f"the {self._owner.plane} stream of request {self._request_id}"
+        self._engine.fail(self._request_id, self._owner.failure(f"{what} failed ({error_code(error)}): {error}"))

@@ -1,8 +1,9 @@
-"""PageKeeper: where a sequence's pages come from: the pool, what siblings computed, and what the prefix cache has.
+"""PageKeeper: where a sequence's KV comes from: siblings, the prefix cache, another engine, or pages yet to be filled.
 
 Full pages are shared: their KV is final and nobody writes to them. The page that a fork writes to next is copied when
 the fork begins (its next step would write to it anyway); the copies of one plan are handed to the runner, which makes
-them before it runs. Pure: page ids and lengths, no tensors.
+them before it runs; so are imports, of KV that another engine computed, as far as no page has it. Pure: page ids and
+lengths, no tensors.
 
     donor    | page 3 | page 7 | page 9 (head: prompt, tail: the donor's own tokens) |
     fork     | page 3 | page 7 | page 4 (copied from 9, its tail overwritten)        |
@@ -12,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from language_worker.page_pool import PagePool
+from language_worker.plan import KVImport
 from language_worker.prefix_cache import PrefixCache
 from language_worker.request import Sequence
 
@@ -20,13 +22,15 @@ from language_worker.request import Sequence
 class Prefix:
     """KV that is there already: `pages` can be shared whole; of `partial` (None: of none) the head can be copied.
 
-    num_tokens: leading positions that are covered. is_cached: it is the prefix cache that has it.
+    num_tokens: leading positions that are covered. num_cached: those of them that the prefix cache has. is_imported:
+    what is not in `pages` was computed elsewhere and is at hand.
     """
 
     pages: tuple[int, ...] = ()
     partial: int | None = None
     num_tokens: int = 0
-    is_cached: bool = False
+    num_cached: int = 0
+    is_imported: bool = False
 
 
 NOTHING = Prefix()
@@ -40,6 +44,7 @@ class PageKeeper:
         self.cache = cache
         self.page_size = page_size
         self._copies: dict[int, int] = {}  # target -> source, until they are taken
+        self._imports: dict[tuple[int, int], KVImport] = {}  # by sequence, until they are taken
 
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
@@ -49,8 +54,13 @@ class PageKeeper:
         if seq.wants_prompt_logits:
             return NOTHING
         found = [self._lent(seq, sibling) for sibling in siblings]
-        if self.cache is not None and (pages := self.cache.find(seq)):
-            found.append(Prefix(pages=pages, num_tokens=len(pages) * self.page_size, is_cached=True))
+        pages = self.cache.find(seq) if self.cache is not None else ()
+        num_cached = len(pages) * self.page_size
+        if pages:
+            found.append(Prefix(pages=pages, num_tokens=num_cached, num_cached=num_cached))
+        if seq.imported is not None and seq.imported.num_tokens > num_cached:
+            num_tokens = seq.imported.num_tokens
+            found.append(Prefix(pages=pages, num_tokens=num_tokens, num_cached=num_cached, is_imported=True))
         return max(found, key=_length, default=NOTHING)
 
     def _lent(self, seq: Sequence, sibling: Sequence) -> Prefix:
@@ -77,9 +87,11 @@ class PageKeeper:
         seq.pages = [*prefix.pages, *fresh]
         seq.kv_len = prefix.num_tokens
         if self.cache is not None:
-            self.cache.count(seq, prefix.num_tokens if prefix.is_cached else 0)
-        if prefix.is_cached and not seq.num_preemptions:
-            seq.num_cached = prefix.num_tokens
+            self.cache.count(seq, prefix.num_cached)
+        if prefix.num_cached and not seq.num_preemptions:
+            seq.num_cached = prefix.num_cached
+        if prefix.is_imported:
+            self._imports[seq.key] = KVImport(seq=seq, start=prefix.num_cached, end=prefix.num_tokens)
 
     def seal(self, seq: Sequence, old_len: int) -> None:
         """`kv_len` moved from `old_len`: pages that became full can serve others."""
@@ -101,7 +113,15 @@ class PageKeeper:
 
     def release(self, seq: Sequence) -> None:
         """Let go of everything `seq` holds."""
+        self._imports.pop(seq.key, None)
         self.pool.release(seq.key)
+
+    def take_imports(self) -> tuple[KVImport, ...]:
+        """Imports that became due since the last call. Their pages can serve others from the next plan on."""
+        imports, self._imports = tuple(self._imports.values()), {}
+        for due in imports:
+            self.seal(due.seq, due.start)
+        return imports
 
     def take_copies(self) -> tuple[tuple[int, int], ...]:
         """(source, target) page copies that became due since the last call."""

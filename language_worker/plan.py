@@ -13,6 +13,15 @@ from language_worker.request import Sequence
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class KVImport:
+    """Positions [start, end) of a sequence: their KV is to be copied from what was imported into its pages."""
+
+    seq: Sequence
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Window:
     """Query positions [start, start + length) of one sequence.
 
@@ -38,12 +47,13 @@ class StepPlan:
     """Windows of one step (decodes first, then prefill chunks) and who was preempted to make it possible.
 
     copies: (source, target) pages whose content must be copied, all sources read before any target is written, before
-    the windows run. Each target occurs once.
+    the windows run. Each target occurs once. imports: what must be in the pages before that.
     """
 
     windows: tuple[Window, ...]
     preempted: tuple[Sequence, ...] = ()
     copies: tuple[tuple[int, int], ...] = ()
+    imports: tuple[KVImport, ...] = ()
 
     @property
     def num_tokens(self) -> int:

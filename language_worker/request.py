@@ -44,6 +44,13 @@ class MediaProgress(Protocol):
     def num_filled(self) -> int: ...
 
 
+class ImportedKV(Protocol):
+    """KV of a prompt's first positions that another engine computed; opaque here but for its length."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MediaSpan:
     """Token positions [start, end) of one media item. key: names its content and grid; None when that is not known."""
@@ -61,6 +68,7 @@ class Sequence:
     tokens are, ascending; the n-th takes media row n. media_spans: the same by item, with content keys. positions: the
     model's own description of the prompt's positions (None: 0, 1, 2, ...). wants_prompt_logits: someone asked for the
     logits of every prompt position. has_siblings: other samples continue the same prompt and may lend their pages.
+    imported: KV of the prompt that was computed elsewhere; kept for as long as the sequence may need it again.
     draft_source: what a speculative strategy knows of it.
     num_cached: prompt tokens whose KV the prefix cache had at the first admission. page_names: names of the first full
     pages, for the prefix cache.
@@ -69,6 +77,7 @@ class Sequence:
     __slots__ = (
         "draft_source",
         "has_siblings",
+        "imported",
         "key",
         "kv_len",
         "max_len",
@@ -98,6 +107,7 @@ class Sequence:
         positions: object = None,
         wants_prompt_logits: bool = False,
         has_siblings: bool = False,
+        imported: ImportedKV | None = None,
     ) -> None:
         self.key = key
         self.tokens: list[int] = list(prompt)
@@ -109,6 +119,7 @@ class Sequence:
         self.positions = positions
         self.wants_prompt_logits = wants_prompt_logits
         self.has_siblings = has_siblings
+        self.imported = imported
         self.kv_len = 0
         self.status = Status.NEW
         self.pages: list[int] = []

@@ -22,10 +22,13 @@ from language_worker.errors import (
     EngineError,
     EngineStopped,
     InvalidRequest,
+    MediaFailed,
     MediaMismatch,
     QueueFull,
     StepFailed,
 )
+from language_worker.handover.exports import KVExport
+from language_worker.handover.ledger import Handovers
 from language_worker.media import InputBudget, MediaItem, MediaRows, expand_prompt
 from language_worker.models.base import LanguageModel
 from language_worker.outputs import MediaAdmitted, Output
@@ -38,12 +41,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineLimits:
-    """Bounds of one engine, all resolved: tokens of a sequence, waiting requests, media rows, returned logits."""
+    """Bounds of one engine, all resolved: tokens of a sequence, waiting requests, media rows, returned logits, rows of
+    KV between two engines."""
 
     max_model_len: int
     max_waiting: int
     input_buffer_tokens: int
     max_logits_bytes: int
+    kv_buffer_tokens: int = 0
 
 
 class Roster:
@@ -71,6 +76,7 @@ class Roster:
         self._clock = clock
         self._new_seed = new_seed
         self._budget = InputBudget(limits.input_buffer_tokens)
+        self.handovers = Handovers(limits.kv_buffer_tokens)
         self._requests: dict[str, ActiveRequest] = {}
         self._by_order: dict[int, ActiveRequest] = {}
         self._next_order = 0
@@ -105,7 +111,9 @@ class Roster:
     def media_buffer(self, request_id: str) -> MediaRows | None:
         """The input buffer of an admitted request (None before, and after its end)."""
         active = self._requests.get(request_id)
-        return None if active is None else active.media
+        if active is None:
+            return None
+        return active.arriving if active.imports_kv else active.media
 
     def drain(self) -> tuple[Output, ...]:
         """The outputs since the last drain."""
@@ -118,7 +126,9 @@ class Roster:
         for request_id in list(self._requests):
             self.on_fail(request_id, EngineStopped(f"the engine closed while request {request_id} was running"))
 
-    def on_submit(self, request: GenerateRequest, now: float) -> None:
+    def on_submit(
+        self, request: GenerateRequest, now: float, *, export: KVExport | None = None, imports_kv: bool = False
+    ) -> None:
         """Take a request in, or fail it; one without media is queued at once."""
         try:
             if self.is_closed:
@@ -141,6 +151,8 @@ class Roster:
                 seed=self._new_seed() if seed is None else seed,
                 submitted_at=now,
                 deadline=None if request.deadline_ms is None else now + request.deadline_ms / 1000,
+                export=export,
+                imports_kv=imports_kv,
             )
         except Exception as error:
             self._refuse(request.request_id, _typed(request.request_id, error))
@@ -148,8 +160,8 @@ class Roster:
         self._next_order += 1
         self._requests[request.request_id] = active
         self._by_order[active.order] = active
-        if request.num_media == 0:
-            self._guarded(active, lambda: self._schedule(active))
+        if request.num_media == 0 and not imports_kv:
+            self.guarded(active, lambda: self._schedule(active))
 
     def _refuse(self, request_id: str, error: EngineError) -> None:
         """Report the failure of a request of which nothing is kept."""
@@ -160,10 +172,13 @@ class Roster:
         """The sizes of a request's media are known; later announcements change nothing but after a restart."""
         active = self._requests.get(request_id)
         if active is not None and (active.items is None or active.awaits_announcement):
-            self._guarded(active, lambda: self._expand(active, total_rows, items))
+            self.guarded(active, lambda: self._expand(active, total_rows, items))
 
     def _expand(self, active: ActiveRequest, total_rows: int, bodies: Sequence[Any]) -> None:
         request = active.request
+        if active.imports_kv:
+            self.handovers.announced(active, total_rows, bodies, self._model, self._limits.max_model_len)
+            return
         items = tuple(MediaItem.from_body(body, i) for i, body in enumerate(bodies))
         intake.check_items(items, request.num_media, total_rows, self._model)
         if active.items is not None:
@@ -179,12 +194,17 @@ class Roster:
         active = self._requests.get(request_id)
         if active is None:
             return
+        if active.export is not None and active.export.is_announced:
+            text = f"the media of request {request_id} came anew after KV made from the old ones had begun to leave"
+            self.on_fail(request_id, MediaFailed(f"{text}; send the request again"))
+            return
         if active.num_generated:
             active.refill_media()
             return
         for item in active.samples:
             self._scheduler.end(item.seq)
         self._budget.release(active.order)
+        self.handovers.forget(active)
         active.forget_media()
 
     def _readmit(self, active: ActiveRequest, items: tuple[MediaItem, ...]) -> None:
@@ -198,10 +218,23 @@ class Roster:
         self._report_admitted(active)
 
     def grant_media(self) -> None:
-        """Reserve input buffers, oldest first, and queue the requests that got theirs."""
+        """Reserve input buffers, oldest first, and queue the requests that got theirs, or whose KV has all come."""
         for order in self._budget.grant():
             active = self._by_order[order]
-            self._guarded(active, lambda active=active: self._admit_media(active))  # type: ignore[misc]
+            self.guarded(active, lambda active=active: self._admit_media(active))  # type: ignore[misc]
+        for active in self.handovers.grant():
+            self.guarded(active, lambda active=active: self._admit_kv(active))  # type: ignore[misc]
+        for active in self.handovers.take_complete():
+            self.guarded(active, lambda active=active: self._schedule(active))  # type: ignore[misc]
+
+    def _admit_kv(self, active: ActiveRequest) -> None:
+        """There is room for the request's KV: its rows may come, or its prompt may be computed for another engine."""
+        if active.imports_kv:
+            total_rows = self.handovers.expect(active, self._spec.kv.row_elements, self._dtype)
+            self.outputs.append(MediaAdmitted(request_id=active.request.request_id, num_rows=total_rows))
+        else:
+            self.handovers.begin(active)
+            self._scheduler.add(active.samples[0].seq)
 
     def _admit_media(self, active: ActiveRequest) -> None:
         """The request's rows are reserved: allocate them (which may fail for want of memory) and queue the request."""
@@ -218,6 +251,8 @@ class Roster:
     def _schedule(self, active: ActiveRequest) -> None:
         """The prompt is known and its rows are reserved: build the samples and queue them."""
         items = active.items or ()
+        if active.header is not None:
+            self.handovers.unpack(active, device=self._device)
         expanded = expand_prompt(active.request.prompt_token_ids, self._spec.media_token_id, items)
         active.prompt, active.starts = expanded.token_ids, expanded.starts
         active.media_positions = expanded.media_positions
@@ -232,7 +267,10 @@ class Roster:
         first = active.build_samples(
             self._tokenizer, positions, max_model_len=self._limits.max_model_len, vocab_size=self._spec.vocab_size
         )
-        self._scheduler.add(first)
+        if active.export is not None:
+            self.handovers.request_export(active)
+        else:
+            self._scheduler.add(first)
         if not active.is_counted:
             self.counters["prompt_tokens_total"] += len(active.prompt)
             active.is_counted = True
@@ -244,7 +282,7 @@ class Roster:
         else:
             active.ranking.add(chunk)
 
-    def _guarded(self, active: ActiveRequest, action: Callable[[], None]) -> None:
+    def guarded(self, active: ActiveRequest, action: Callable[[], None]) -> None:
         """Run `action`; a typed error ends the request, and so does any other, logged."""
         request_id = active.request.request_id
         try:
@@ -274,6 +312,7 @@ class Roster:
         for item in active.samples:
             self._scheduler.end(item.seq)
         self._budget.release(active.order)
+        self.handovers.forget(active)
         del self._requests[active.request.request_id]
         del self._by_order[active.order]
 

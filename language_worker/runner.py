@@ -12,10 +12,12 @@ import torch
 
 from kernels.cpu_turn import cpu_turn
 from kernels.paged_attention import AttentionBatch
+from language_worker.handover.rows import ImportedRows
 from language_worker.kv_cache import KVCache
 from language_worker.media import MediaRows
 from language_worker.models.base import LanguageModel, MediaSpan, PromptPositions, StepInputs
-from language_worker.plan import StepPlan, Window
+from language_worker.plan import KVImport, StepPlan, Window
+from language_worker.request import Sequence as TokenSequence
 
 # Multiplications of one token-by-hidden x hidden-by-hidden product up to which a CPU step runs on one thread. Measured
 # on two cores, in bfloat16: 1 x 192 x 896 takes 27 us on one thread and 39 us on two, 16 x 192 x 896 64 us and 60 us.
@@ -66,6 +68,20 @@ class ModelRunner:
         self.cache.copy_pages(copies)
 
     @torch.inference_mode()
+    def import_rows(self, imports: Sequence[KVImport]) -> None:
+        """Carry out a plan's imports; before its copies and windows."""
+        for due in imports:
+            kv = due.seq.imported
+            assert isinstance(kv, ImportedRows)
+            slots = torch.tensor(self._slots(due.seq, due.start, due.end))
+            self.cache.write_rows(slots, kv.rows[due.start : due.end])
+
+    @torch.inference_mode()
+    def export_rows(self, seq: TokenSequence, start: int, end: int) -> torch.Tensor:
+        """The KV of positions [start, end) of a sequence that holds its pages: a copy in host memory."""
+        return self.cache.read_rows(torch.tensor(self._slots(seq, start, end), dtype=torch.int64))
+
+    @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepLogits:
         """Run one non-empty plan. KV of every window is written; provisional positions too."""
         windows = plan.windows
@@ -73,7 +89,7 @@ class ModelRunner:
         inputs = StepInputs(
             token_ids=torch.tensor(_token_ids(windows)).to(self.device),
             positions=self._positions(windows).to(self.device),
-            slots=torch.tensor(self._slots(windows)).to(self.device),
+            slots=torch.tensor([s for w in windows for s in self._slots(w.seq, w.start, w.end)]).to(self.device),
             attention=self._attention(windows),
             media=self._media(windows),
             logit_rows=None if rows is None else torch.tensor(rows, dtype=torch.int64).to(self.device),
@@ -104,16 +120,14 @@ class ModelRunner:
             finally:
                 torch.set_num_threads(before)  # threads yet to come would take it over
 
-    def _slots(self, windows: tuple[Window, ...]) -> list[int]:
-        size = self.cache.page_size
+    def _slots(self, seq: TokenSequence, position: int, end: int) -> list[int]:
+        size, pages = self.cache.page_size, seq.pages
         slots: list[int] = []
-        for w in windows:
-            pages, position = w.seq.pages, w.start
-            while position < w.end:  # page by page: [position, stop) lies in one page
-                stop = min(w.end, (position // size + 1) * size)
-                first = pages[position // size] * size + position % size
-                slots.extend(range(first, first + stop - position))
-                position = stop
+        while position < end:  # page by page: [position, stop) lies in one page
+            stop = min(end, (position // size + 1) * size)
+            first = pages[position // size] * size + position % size
+            slots.extend(range(first, first + stop - position))
+            position = stop
         return slots
 
     def _attention(self, windows: tuple[Window, ...]) -> AttentionBatch:

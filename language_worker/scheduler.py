@@ -96,7 +96,12 @@ class Scheduler:
         budget = self._plan_prefills([s for s in self.running if s.missing > 1], windows, budget)
         if not preempted:
             self._admit(windows, budget, preempted)
-        return StepPlan(windows=tuple(windows), preempted=tuple(preempted), copies=self.pages.take_copies())
+        return StepPlan(
+            windows=tuple(windows),
+            preempted=tuple(preempted),
+            copies=self.pages.take_copies(),
+            imports=self.pages.take_imports(),
+        )
 
     def commit(self, window: Window, tokens: Iterable[int] = ()) -> None:
         """The window's step ran: advance its sequence, unless it ended meanwhile."""

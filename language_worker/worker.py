@@ -1,24 +1,31 @@
-"""LanguageWorker: an engine on its own thread behind a service endpoint.
+"""LanguageWorker: an engine on its own thread behind a service endpoint, in one of three roles.
 
-Threads: the endpoint's I/O thread takes calls and embedding rows, the engine thread steps and answers. Owns the life
-cycle; answers the methods "generate", "reissue" (a ticket for another sender of a request's media, null when none is
-needed) and "stats". Knows nothing of Ray, HTTP and who its peers are.
+    language   takes embeddings, computes prompts and goes on to tokens        "generate", "reissue"
+    prefill    takes embeddings, computes prompts, sends their KV              "prefill", "reissue"
+    decode     takes KV, goes on to tokens                                     "generate"
+
+Threads: the endpoint's I/O thread takes calls and rows, the engine thread steps and answers. Owns the life cycle;
+answers "stats", too ("reissue": a ticket for another sender of a request's media, null when none is needed). Knows
+nothing of Ray, HTTP and who its peers are.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from language_worker.api import GenerateRequest
 from language_worker.config import EngineConfig
 from language_worker.delivery import Delivery
 from language_worker.engine_builder import build_engine
 from language_worker.errors import EngineError, EngineStopped, InvalidRequest
-from language_worker.media_stream import MediaStreams
+from language_worker.handover.exports import KVExport
+from language_worker.handover.prefill import PrefillSide
+from language_worker.media_stream import embedding_streams, kv_streams
 from transfer.config import TransferConfig
 from transfer.endpoints.contract import Endpoint
 from transfer.errors import TransferError, error_code
@@ -28,20 +35,30 @@ from transfer.service.service import Service
 
 logger = logging.getLogger(__name__)
 
+Role = Literal["language", "prefill", "decode"]
+
 
 class LanguageWorker:
     """Loads the model on construction (typed errors), serves between `start` and `close`."""
 
     def __init__(
-        self, model_path: str | Path, config: EngineConfig, transfer: TransferConfig, endpoint: Endpoint
+        self,
+        model_path: str | Path,
+        config: EngineConfig,
+        transfer: TransferConfig,
+        endpoint: Endpoint,
+        role: Role = "language",
     ) -> None:
+        self._role: Role = role
         self._endpoint = endpoint
         self._engine = build_engine(model_path, config, input_buffer_tokens=transfer.input_buffer_tokens)
         self._service = Service(endpoint, transfer)
-        self._streams = MediaStreams(self._service, self._engine, transfer)
+        self._streams = (kv_streams if role == "decode" else embedding_streams)(self._service, self._engine, transfer)
+        self._prefills = PrefillSide(self._service, self._engine, transfer) if role == "prefill" else None
         self._delivery = Delivery(self._service, self._streams, max_frame_bytes=transfer.max_message_bytes // 2)
-        self._service.register("generate", self._on_generate)
-        self._service.register("reissue", self._on_reissue)
+        self._service.register("prefill" if role == "prefill" else "generate", self._on_request)
+        if role != "decode":
+            self._service.register("reissue", self._on_reissue)
         self._service.register("stats", lambda call: call.end(self.stats()))
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="language-engine", daemon=True)
@@ -83,27 +100,36 @@ class LanguageWorker:
 
     def stats(self) -> dict[str, Any]:
         """Gauges and counters of the engine, the stream ledger and the service."""
-        return {**self._service.stats(), **self._streams.stats(), **self._engine.stats()}
+        figures = Counter(self._streams.stats())
+        if self._prefills is not None:
+            figures.update(self._prefills.stats())  # both ends count what they dropped
+        return {**self._service.stats(), **figures, **self._engine.stats()}
 
-    def _on_generate(self, call: IncomingCall) -> None:
-        """On the I/O thread: check the form, open the stream, hand over to the engine."""
+    def _on_request(self, call: IncomingCall) -> None:
+        """On the I/O thread: check the form, open the streams, hand over to the engine."""
+        export: KVExport | None = None
+        imports_kv = self._role == "decode"
         try:
             request = GenerateRequest.from_body(call.body)
-            ticket = _ticket(call.body, request)
+            ticket = _kv_ticket(call.body, request) if imports_kv else _ticket(call.body, request)
             if request.request_id in self._delivery:
                 raise InvalidRequest(f"request_id {request.request_id!r} is already running on this worker")
             if self._stopping.is_set() or self._failure is not None:
                 raise EngineStopped(self._failure or "the worker is closing")
+            if self._prefills is not None:
+                export = self._prefills.open(request.request_id, call.body, request.deadline_ms)
             if ticket is not None:
                 self._streams.open(request.request_id, ticket)
-        except EngineError as error:
-            call.fail(error.code, error.message)
+        except (EngineError, TransferError) as error:
+            code, message = (error.code if isinstance(error, EngineError) else error_code(error)), str(error)
+            call.fail(code, message)
+            if export is not None:
+                export.abort(code, message)
             return
-        except TransferError as error:
-            call.fail(error_code(error), str(error))
-            return
-        self._delivery.add(request.request_id, call)
-        self._engine.submit(request)
+        self._delivery.add(request.request_id, call, export)
+        self._engine.submit(request, export=export, imports_kv=imports_kv)
+        if self._prefills is not None and export is not None:
+            self._prefills.watch(export)
         call.on_cancel(lambda: self._engine.cancel(request.request_id))
 
     def _on_reissue(self, call: IncomingCall) -> None:
@@ -139,3 +165,10 @@ def _ticket(body: Mapping[str, Any], request: GenerateRequest) -> Ticket | None:
     if (value is not None) != (request.num_media > 0):
         raise InvalidRequest(f"num_media is {request.num_media} and a ticket is {'' if value else 'not '}given")
     return None if value is None else Ticket.from_body(value)
+
+
+def _kv_ticket(body: Mapping[str, Any], request: GenerateRequest) -> Ticket:
+    """The ticket of the stream that brings the prompt's KV; its logits are known to who computed that."""
+    if request.return_logits or request.sampling.prompt_logprobs is not None:
+        raise InvalidRequest("this worker has no logits of prompts; ask the one that prefills")
+    return Ticket.from_body(body.get("kv_ticket"))

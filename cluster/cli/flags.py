@@ -34,6 +34,12 @@ MODEL_FLAGS: dict[str, tuple[tuple[str, ...], Any, str]] = {
 SERVE_FLAGS: dict[str, tuple[tuple[str, ...], Any, str]] = {
     "--embedding-workers": (("workers.embedding",), int, "how many embedding workers (default 1)"),
     "--language-workers": (("workers.language",), int, "how many language workers (default 1)"),
+    "--prefill-workers": (
+        ("workers.prefill",),
+        int,
+        "how many compute prompts, in place of language workers",
+    ),
+    "--decode-workers": (("workers.decode",), int, "how many go on from there to the answers"),
     "--host": (("gateway.host",), str, "address to serve on (default 127.0.0.1)"),
     "--port": (("gateway.port",), port_number, "port to serve on (default 8000; 0: any free one)"),
 }

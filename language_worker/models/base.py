@@ -25,8 +25,13 @@ class KVSpec:
     num_kv_heads: int
     head_dim: int
 
+    @property
+    def row_elements(self) -> int:
+        """Numbers of one token over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
     def bytes_per_token(self, dtype: torch.dtype) -> int:
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.itemsize
+        return self.row_elements * dtype.itemsize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

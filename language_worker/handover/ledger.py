@@ -1,0 +1,138 @@
+"""Handovers: the requests of one engine whose KV goes to another engine or comes from one, and the room for it.
+
+One budget of rows in host memory, given oldest first and whole. An import holds its share until its request ends, since
+a preempted sequence starts from it again; an export until the peer has every row. Neither announces nor admits anything
+before it has its share, so two engines that wait for each other's room cannot be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from language_worker import intake
+from language_worker.active import ActiveRequest
+from language_worker.errors import KVMismatch, MediaTooLarge, PromptTooLong
+from language_worker.handover.rows import LAST_INPUT, ImportedRows, KVHeader, unpack_state
+from language_worker.media import InputBudget, MediaItem, MediaRows
+from language_worker.models.base import LanguageModel
+
+
+class Handovers:
+    """`capacity` in rows."""
+
+    def __init__(self, capacity: int) -> None:
+        self._budget = InputBudget(capacity)
+        self._wanted: dict[int, tuple[ActiveRequest, int]] = {}  # waits for its share
+        self._arriving: dict[int, ActiveRequest] = {}
+        self._leaving: dict[str, int] = {}  # order of each export that was announced, by request id
+
+    @property
+    def num_rows_reserved(self) -> int:
+        return self._budget.num_reserved
+
+    def request(self, active: ActiveRequest, num_rows: int) -> None:
+        """Ask for room; PromptTooLong when there can never be enough."""
+        try:
+            self._budget.request(active.order, num_rows)
+        except MediaTooLarge:
+            raise PromptTooLong(
+                f"the prompt's KV takes {num_rows} rows and the buffer between prefill and decode holds "
+                f"{self._budget.capacity}; shorten the prompt, or raise language.kv_buffer_tokens"
+            ) from None
+        self._wanted[active.order] = active, num_rows
+
+    def grant(self) -> list[ActiveRequest]:
+        """Requests that now have room, oldest first."""
+        return [self._wanted[order][0] for order in self._budget.grant()]
+
+    def forget(self, active: ActiveRequest) -> None:
+        """The request is over; an export that was announced holds its room until its rows have left."""
+        self._wanted.pop(active.order, None)
+        self._arriving.pop(active.order, None)
+        if active.request.request_id not in self._leaving:
+            self._budget.release(active.order)
+
+    # -- imports --------------------------------------------------------------------------------------------------
+
+    def announced(
+        self, active: ActiveRequest, total_rows: int, bodies: Sequence[Any], model: LanguageModel, max_model_len: int
+    ) -> None:
+        """The prompt is known, and which KV of it comes. Raises what is wrong with either."""
+        active.header = header = KVHeader.from_body(bodies[0] if bodies else None)
+        active.items = tuple(MediaItem.from_body(body, i) for i, body in enumerate(bodies[1:]))
+        num_rows = sum(item.rows for item in active.items)
+        intake.check_items(active.items, active.request.num_media, num_rows, model)
+        length = len(active.request.prompt_token_ids) + num_rows - len(active.items)
+        intake.check_prompt_length(length, max_model_len)
+        if header.num_tokens != length - 1 or header.num_tokens > total_rows:
+            raise KVMismatch(f"{total_rows} rows, KV of {header.num_tokens}, come for a prompt of {length} tokens")
+        self.request(active, total_rows)
+
+    def expect(self, active: ActiveRequest, row_elements: int, dtype: torch.dtype) -> int:
+        """Make the buffer for rows that may come now; returns how many."""
+        _, num_rows = self._wanted.pop(active.order)
+        active.arriving = MediaRows(num_rows, row_elements, dtype=dtype, device=torch.device("cpu"))
+        self._arriving[active.order] = active
+        return num_rows
+
+    def take_complete(self) -> list[ActiveRequest]:
+        """Requests whose rows have all come since the last call, oldest first."""
+        complete = [a for _, a in sorted(self._arriving.items()) if a.arriving is not None and a.arriving.is_full]
+        for active in complete:
+            del self._arriving[active.order]
+        return complete
+
+    def unpack(self, active: ActiveRequest, *, device: torch.device) -> None:
+        """All rows are here: what they are to the model."""
+        header, arriving = active.header, active.arriving
+        assert header is not None and arriving is not None
+        needed = sum(spec.row_bytes for spec in header.state)
+        if needed > arriving.rows[header.num_tokens :].nbytes:
+            raise KVMismatch(f"the KV came without all of its {needed} bytes of state")
+        state = unpack_state(header, arriving.rows[header.num_tokens :])
+        active.imported = ImportedRows(rows=arriving.rows[: header.num_tokens])
+        last_input = state.pop(LAST_INPUT, None)
+        if last_input is not None:
+            active.media = _only_last(active.items or (), last_input, device)
+        if state:
+            raise KVMismatch(f"the KV came with {', '.join(sorted(state))}, which this model has no use for")
+
+    # -- exports --------------------------------------------------------------------------------------------------
+
+    def request_export(self, active: ActiveRequest) -> None:
+        """Ask for room for the KV of a prompt that is known."""
+        assert active.export is not None
+        self.request(active, active.export.num_rows(len(active.prompt) - 1, _state_of(active)))
+
+    def begin(self, active: ActiveRequest) -> None:
+        """There is room: say what will come."""
+        assert active.export is not None
+        del self._wanted[active.order]
+        self._leaving[active.request.request_id] = active.order
+        media = [item.to_body() for item in active.items or ()]
+        active.export.announce(len(active.prompt) - 1, _state_of(active), media)
+
+    def export_over(self, request_id: str) -> None:
+        """The rows of an export are held no longer."""
+        order = self._leaving.pop(request_id, None)
+        if order is not None:
+            self._budget.release(order)
+
+
+def _state_of(active: ActiveRequest) -> dict[str, torch.Tensor]:
+    """What the decode engine needs beside the KV: the last input, where that is no token."""
+    if active.media is None or not active.media_positions or active.media_positions[-1] != len(active.prompt) - 1:
+        return {}
+    return {LAST_INPUT: active.media.rows[-1]}
+
+
+def _only_last(items: Sequence[MediaItem], row: torch.Tensor, device: torch.device) -> MediaRows:
+    """Media rows of which none but the last is ever needed."""
+    total = sum(item.rows for item in items)
+    media = MediaRows(total, row.shape[0], dtype=row.dtype, device=device)
+    media.rows[-1] = row.to(device)
+    media.num_filled = total
+    return media

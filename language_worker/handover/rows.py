@@ -1,0 +1,111 @@
+"""What leaves a prefill engine and enters a decode engine: rows, and a header that says what they are.
+
+    rows   | position 0 | position 1 | ... | position num_tokens - 1 | state, if there is any |
+             one row of KVCache.read_rows each                         named tensors, as bytes
+
+The last position of the prompt is not among them: the decode engine computes it, and so has the logits that choose the
+first token, and nothing of sampling travels. **State** is whatever else a sequence needs: `LAST_INPUT`, the embedding
+row of a prompt that ends with one; families that keep state beside their pages put it there under names of their own.
+The header is the first item of the stream's announcement, before those of the media.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from language_worker.errors import KVMismatch
+from transfer.config import MIB, TransferConfig
+from transfer.errors import TransferError
+from transfer.memory.buffers import plane_of
+from transfer.tensors import PlaneSpec
+
+PLANE = "kv"
+LAST_INPUT = "last_input"
+MAX_STATE_TENSORS = 1024
+POOL_BYTES = 256 * MIB  # of the receive pool, and of the memory shared with one peer
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "uint8": torch.uint8}
+
+
+def kv_plane(dtype: torch.dtype, row_elements: int) -> PlaneSpec:
+    """The one plane of a stream of KV."""
+    return plane_of(PLANE, torch.empty((0, row_elements), dtype=dtype))
+
+
+def kv_transfer(transfer: TransferConfig, plane: PlaneSpec) -> TransferConfig:
+    """The transfer's settings for rows of KV: they are many times as large as those of media, so fewer are in hand."""
+    most = max(1, POOL_BYTES // (plane.row_bytes * transfer.block_size)) * transfer.block_size
+    return replace(
+        transfer, pool_tokens=min(transfer.pool_tokens, most), segment_tokens=min(transfer.segment_tokens, most)
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KVHeader:
+    """What the rows are. state: (plane) name, dtype and shape of each tensor behind the positions, in order."""
+
+    num_tokens: int
+    state: tuple[PlaneSpec, ...] = ()
+
+    @classmethod
+    def of(cls, num_tokens: int, state: Mapping[str, torch.Tensor]) -> KVHeader:
+        """For `num_tokens` positions and tensors [*shape]."""
+        return cls(num_tokens=num_tokens, state=tuple(plane_of(name, t[None]) for name, t in state.items()))
+
+    def num_state_rows(self, plane: PlaneSpec) -> int:
+        return -(-sum(spec.row_bytes for spec in self.state) // plane.row_bytes)
+
+    def to_body(self) -> dict[str, Any]:
+        return {"kv_tokens": self.num_tokens, "state": [spec.to_body() for spec in self.state]}
+
+    @classmethod
+    def from_body(cls, body: object) -> KVHeader:
+        """Strict inverse of `to_body`; KVMismatch for anything else."""
+        if not isinstance(body, Mapping) or set(body) != {"kv_tokens", "state"}:
+            raise KVMismatch("a stream of KV is announced by a map of kv_tokens and state")
+        num_tokens, state = body["kv_tokens"], body["state"]
+        if type(num_tokens) is not int or num_tokens < 0 or not isinstance(state, (list, tuple)):
+            raise KVMismatch(f"a stream of KV was announced with {num_tokens!r} tokens and a {type(state).__name__}")
+        if len(state) > MAX_STATE_TENSORS:
+            raise KVMismatch(f"a stream of KV was announced with {len(state)} tensors of state")
+        try:
+            return cls(num_tokens=num_tokens, state=tuple(PlaneSpec.from_body(spec) for spec in state))
+        except TransferError as error:
+            raise KVMismatch(f"the state of a stream of KV was announced wrongly: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportedRows:
+    """KV of a prompt's first positions, in host memory: rows [num_tokens, row_elements]."""
+
+    rows: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return self.rows.shape[0]
+
+
+def pack_state(state: Mapping[str, torch.Tensor], plane: PlaneSpec) -> torch.Tensor:
+    """The bytes of all tensors, one after the other, as rows of `plane` in host memory; the last is padded."""
+    parts = [tensor.detach().cpu().contiguous().view(-1).view(torch.uint8) for tensor in state.values()]
+    packed = torch.cat(parts)
+    rows = torch.zeros(-(-packed.shape[0] // plane.row_bytes) * plane.row_bytes, dtype=torch.uint8)
+    rows[: packed.shape[0]] = packed
+    return rows.view(DTYPES[plane.dtype]).view(-1, *plane.row_shape)
+
+
+def unpack_state(header: KVHeader, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What `pack_state` was given, from the rows behind the positions."""
+    data, state, first = rows.contiguous().view(-1).view(torch.uint8), {}, 0
+    for spec in header.state:
+        if spec.dtype not in DTYPES:
+            raise KVMismatch(f"state {spec.name!r} came in {spec.dtype}, which no engine computes in")
+        dtype = DTYPES[spec.dtype]
+        part = data[first : first + math.prod(spec.row_shape) * dtype.itemsize].clone()
+        state[spec.name] = part.view(dtype).view(spec.row_shape)
+        first += part.shape[0]
+    return state
