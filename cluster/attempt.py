@@ -3,10 +3,10 @@
 Calls "generate", "prefill" where another worker computes the prompt, and "embed" for a request with media, all at the
 same moment, each two with one ticket; gathers the outcome of all. When one leg fails the others are cancelled; a leg
 that only reports that its stream broke waits for the others to say why. When the embedding worker is lost, who takes
-its rows is asked for the next epoch's ticket ("reissue") and another embedding worker goes on with it: the embed leg of the
-same attempt. Once the answer is complete, the figures of the other calls are waited for a moment, and what became of
-them does not matter, unless they tell of the prompt. Everything here runs on the service's I/O thread but `start` and
-`cancel`.
+its rows is asked for the next epoch's ticket ("reissue") and another embedding worker goes on with it: the embed leg of
+the same attempt. Once the answer is complete, the figures of the other calls are waited for a moment, and what became
+of them does not matter, unless they tell of the prompt. Everything here runs on the service's I/O thread but `start`
+and `cancel`.
 """
 
 from __future__ import annotations

@@ -20,11 +20,13 @@ from cluster.demo import MODEL_DIR, MODEL_NAME, Question, questions
 from cluster.errors import ClusterError
 
 REQUEST_TIMEOUT_S = 60.0
+HOPS = ("encode\nms", "rows", "blocks", "bytes", "grant\nrounds")
 
 
 def add_to(commands: Any, ray_address: str | None) -> None:
     parser = commands.add_parser("demo", help="see the whole path at work on the shipped model", description=__doc__)
     parser.add_argument("--keep", action="store_true", help="go on serving afterwards")
+    parser.add_argument("--split", action="store_true", help="compute prompts and answers on workers of their own")
     parser.add_argument(
         "--ray-address", default=ray_address, metavar="ADDRESS", help="join this Ray (default: start one)"
     )
@@ -64,6 +66,8 @@ def _run(options: argparse.Namespace, stop: StopSignal) -> int:
     fixed: dict[str, Any] = {"model__path": str(MODEL_DIR)}
     if not options.served_model_name:
         fixed["model__served_model_name"] = MODEL_NAME
+    if options.split:
+        fixed |= {"workers__prefill": options.prefill_workers or 1, "workers__decode": options.decode_workers or 1}
     if options.port is None and not options.keep:
         fixed["gateway__port"] = 0
     config = config_from(options, **fixed)
@@ -132,14 +136,18 @@ def _ask(client: httpx.Client, model: str, question: Question, console: Console)
 
 
 def _table(replies: list[tuple[Question, Reply]]) -> Table:
+    is_split = any("kv_bytes" in reply.usage.get("hops", {}) for _, reply in replies)
     table = Table(title="What each hop did", box=box.SIMPLE_HEAD, padding=(0, 0), min_width=72)
     table.add_column("image", no_wrap=True)
-    for name in ("encode\nms", "rows", "blocks", "bytes", "grant\nrounds", "first token\nms", "tokens", "tokens/s"):
+    kv = ("prefill\nms", "KV\nbytes") if is_split else ()
+    for name in (*HOPS, *kv, "first token\nms", "tokens", "tokens/s"):
         table.add_column(name, justify="right", no_wrap=True)
     for question, reply in replies:
         hops = reply.usage.get("hops", {})
         encode = "cached" if hops.get("cache_hits") else f"{hops['encode_ms']:.1f}" if "encode_ms" in hops else "-"
         figures = [hops.get(name, "-") for name in ("rows", "blocks", "bytes", "grant_rounds")]
+        if is_split:
+            figures += [f"{hops['prefill_ms']:.1f}" if "prefill_ms" in hops else "-", hops.get("kv_bytes", "-")]
         table.add_row(
             question.image.name,
             encode,

@@ -146,6 +146,7 @@ def toy_engine(
         max_waiting=values.max_waiting,
         input_buffer_tokens=64,
         max_logits_bytes=1 << 20,
+        kv_buffer_tokens=values.kv_buffer_tokens or num_pages * values.page_size,
     )
     drafter = None
     if has_drafter:
