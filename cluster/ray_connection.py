@@ -42,7 +42,7 @@ def connect(config: ClusterConfig, ray_address: str | None, on_status: Callable[
         return
     _require_gpus(config)
     on_status("starting Ray on this machine")
-    needed = (workers.embedding + workers.language) * workers.num_cpus
+    needed = sum(workers.counts.values()) * workers.num_cpus
     _init_ray(
         "cannot start Ray on this machine",
         address="local",
@@ -166,7 +166,7 @@ def _require_gpus(config: ClusterConfig) -> None:
     """Raises ConfigError when this machine, which is to be the whole cluster, has too few."""
     workers = config.workers
     per_worker = workers.num_gpus if workers.num_gpus >= 0 else float(config.model.device.startswith("cuda"))
-    num_needed = per_worker * (workers.embedding + workers.language)
+    num_needed = per_worker * sum(workers.counts.values())
     if torch.cuda.device_count() < num_needed:
         raise ConfigError(
             f"the workers need {num_needed:g} GPUs and this machine has {torch.cuda.device_count()}; set "

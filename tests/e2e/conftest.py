@@ -63,6 +63,13 @@ def wide_cluster(ray_cluster: RayCluster) -> Iterator[RayCluster]:
 
 
 @pytest.fixture(scope="module")
+def split_cluster(ray_cluster: RayCluster) -> Iterator[RayCluster]:
+    """One embedding, one prefill and one decode worker on the same Ray."""
+    with RayCluster(build_config(cluster_tree(prefill=1, decode=1)).resolve()) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
 def wide_serving(wide_cluster: RayCluster) -> Iterator[Serving]:
     with Serving(wide_cluster.url) as serving:
         yield serving

@@ -27,9 +27,11 @@ LEDGER = (
     "transfer_streams_open",
     "transfer_tickets_open",
     "kv_pages_referenced",
+    "kv_buffer_rows_reserved",
     "num_requests_running",
     "num_requests_waiting",
 )
+TOPOLOGIES = ({"embedding", "language"}, {"embedding", "prefill", "decode"})
 T = TypeVar("T")
 _SAMPLE = re.compile(r'^tandem:(\w+)\{worker="([^"]+)"\} (\S+)$', re.MULTILINE)
 
@@ -151,8 +153,8 @@ class Serving:
 
         def leftovers() -> dict[str, dict[str, float]]:
             figures = self.metrics()
-            assert {name.split("-")[0] for name in figures} == {"embedding", "language"}, figures
-            required = {name for name, values in figures.items() if name.startswith("language")}
+            assert {name.split("-")[0] for name in figures} in TOPOLOGIES, figures
+            required = {name for name in figures if not name.startswith("embedding")}
             assert all(set(LEDGER) <= figures[name].keys() for name in required if figures[name]["worker_up"]), figures
             left = {
                 worker: {k: v for k, v in values.items() if (k in LEDGER or k.endswith("requests_open")) and v}
