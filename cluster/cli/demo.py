@@ -20,7 +20,9 @@ from cluster.demo import MODEL_DIR, MODEL_NAME, Question, questions
 from cluster.errors import ClusterError
 
 REQUEST_TIMEOUT_S = 60.0
-HOPS = ("encode\nms", "rows", "blocks", "bytes", "grant\nrounds")
+# figures of each answer's hops -> how they are called here
+COLUMNS = {"rows": "rows", "blocks": "blocks", "bytes": "bytes", "grant_rounds": "grant\nrounds"}
+SPLIT_COLUMNS = {"rows": "rows", "prefill_ms": "prefill\nms", "kv_blocks": "KV\nblocks", "kv_bytes": "KV\nbytes"}
 
 
 def add_to(commands: Any, ray_address: str | None) -> None:
@@ -137,21 +139,19 @@ def _ask(client: httpx.Client, model: str, question: Question, console: Console)
 
 def _table(replies: list[tuple[Question, Reply]]) -> Table:
     is_split = any("kv_bytes" in reply.usage.get("hops", {}) for _, reply in replies)
+    columns = SPLIT_COLUMNS if is_split else COLUMNS
     table = Table(title="What each hop did", box=box.SIMPLE_HEAD, padding=(0, 0), min_width=72)
     table.add_column("image", no_wrap=True)
-    kv = ("prefill\nms", "KV\nbytes") if is_split else ()
-    for name in (*HOPS, *kv, "first token\nms", "tokens", "tokens/s"):
+    for name in ("encode\nms", *columns.values(), "first token\nms", "tokens", "tokens/s"):
         table.add_column(name, justify="right", no_wrap=True)
     for question, reply in replies:
         hops = reply.usage.get("hops", {})
         encode = "cached" if hops.get("cache_hits") else f"{hops['encode_ms']:.1f}" if "encode_ms" in hops else "-"
-        figures = [hops.get(name, "-") for name in ("rows", "blocks", "bytes", "grant_rounds")]
-        if is_split:
-            figures += [f"{hops['prefill_ms']:.1f}" if "prefill_ms" in hops else "-", hops.get("kv_bytes", "-")]
+        figures = [hops.get(name, "-") for name in columns]
         table.add_row(
             question.image.name,
             encode,
-            *map(str, figures),
+            *(f"{figure:.1f}" if isinstance(figure, float) else str(figure) for figure in figures),
             f"{reply.ttft_ms:.1f}",
             str(reply.usage["completion_tokens"]),
             f"{reply.tokens_per_s:.0f}",

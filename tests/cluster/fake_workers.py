@@ -31,7 +31,7 @@ class Names:
 
 
 class FakeWorker:
-    """Takes "generate", "embed" and "reissue" calls on an in-memory endpoint; `take` hands them over in order."""
+    """Takes the calls of any kind of worker on an in-memory endpoint; `take` hands those of a method over in order."""
 
     def __init__(self, kind: WorkerKind, name: str | None = None) -> None:
         self.name = name or Names.fresh(kind)
@@ -40,7 +40,7 @@ class FakeWorker:
         self.entry = WorkerAddress(name=self.name, kind=kind, address=address)
         self._calls: dict[str, queue.SimpleQueue[IncomingCall]] = defaultdict(queue.SimpleQueue)
         self._cancelled: dict[IncomingCall, threading.Event] = defaultdict(threading.Event)
-        for method in ("generate", "embed", "reissue"):
+        for method in ("generate", "prefill", "embed", "reissue"):
             self.service.register(method, self._on_call)
         self.service.start()
 

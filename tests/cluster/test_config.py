@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cluster.config import ClusterConfig, GatewayConfig, build_config, flat_overrides, load_config
+from cluster.demo import MODEL_DIR
 from cluster.errors import ConfigError
 from embedding_worker.config import EmbedConfig
 from language_worker.config import EngineConfig
@@ -211,3 +212,24 @@ def test_a_short_key_is_refused_where_others_can_connect(host: str, key: str) ->
 def test_a_key_that_no_client_can_send_is_refused(key: str) -> None:
     with pytest.raises(ConfigError, match="no client can send it"):
         GatewayConfig(api_keys=(key,))
+
+
+def test_prefill_and_decode_workers_take_the_place_of_language_workers() -> None:
+    together, split = (build_config({"workers": tree}) for tree in ({"language": 2}, {"prefill": 2, "decode": 3}))
+    assert together.workers.counts == {"embedding": 1, "language": 2} and not together.workers.is_split
+    assert split.workers.counts == {"embedding": 1, "prefill": 2, "decode": 3} and split.workers.is_split
+
+
+@pytest.mark.parametrize(
+    "workers", [{"prefill": 1}, {"decode": 1}, {"prefill": -1, "decode": 1}, {"prefill": 1, "decode": 1, "language": 2}]
+)
+def test_half_a_split_is_refused(workers: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="workers"):
+        build_config({"workers": workers})
+
+
+def test_a_draft_model_is_refused_where_its_kv_would_have_to_travel() -> None:
+    tree = {"model": {"path": str(MODEL_DIR)}, "workers": {"prefill": 1, "decode": 1}}
+    build_config(tree).resolve()
+    with pytest.raises(ConfigError, match="draft_model"):
+        build_config({**tree, "language": {"draft_model": str(MODEL_DIR)}}).resolve()
