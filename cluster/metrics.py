@@ -33,6 +33,7 @@ WORKER_HELP = {
     "spec_decode_num_draft_tokens_total": "Tokens that speculative decoding guessed",
     "spec_decode_num_accepted_tokens_total": "Guessed tokens that were right",
     "kv_tokens_imported_total": "Positions whose KV was taken over from a prefill worker",
+    "kv_row_bytes": "Bytes of one position's keys and values over all layers",
     "kv_buffer_rows_reserved": "Rows of KV between prefill and decode that host memory is reserved for",
     "kv_exports_open": "Prompts whose KV has not left completely",
     "transfer_blocks_in_use": "Receive blocks granted and not yet freed",

@@ -268,6 +268,7 @@ class Engine:
             "prefix_cache_queries_total": 0 if cache is None else cache.num_queried,
             "prefix_cache_hits_total": 0 if cache is None else cache.num_hit,
             "input_buffer_rows_reserved": roster.num_rows_reserved,
+            "kv_row_bytes": self.spec.kv.bytes_per_token(self.dtype),
             "kv_buffer_rows_reserved": roster.handovers.num_rows_reserved,
             **{name: roster.counters[name] for name in STATS_COUNTERS},
         }
