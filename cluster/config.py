@@ -21,6 +21,7 @@ import yaml
 from cluster.errors import ConfigError
 from embedding_worker.config import EmbedConfig
 from embedding_worker.errors import EmbedError
+from kernels.quantised_matrix import Quantization
 from language_worker.config import DTypeName, EngineConfig
 from language_worker.errors import EngineError
 from transfer.config import TransferConfig
@@ -33,14 +34,15 @@ MIN_KEY_CHARS = 16  # of an API key, where the gateway listens for more than thi
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """Which checkpoint is served, and how. dtype and device fill every worker's "auto"; max_model_len 0: the
-    checkpoint's. served_model_name "": the folder's name.
+    """Which checkpoint is served, and how. dtype and device fill every worker's "auto"; quantization is the language
+    workers'; max_model_len 0: the checkpoint's. served_model_name "": the folder's name.
     """
 
     path: str = ""
     served_model_name: str = ""
     dtype: DTypeName = "auto"
     device: str = "auto"
+    quantization: Quantization = "none"
     max_model_len: int = 0
 
     def __post_init__(self) -> None:
@@ -152,6 +154,8 @@ class ClusterConfig:
         language = _with_model(self.language, model)
         if model.max_model_len and not language.max_model_len:
             language = dataclasses.replace(language, max_model_len=model.max_model_len)
+        if language.quantization == "none":
+            language = dataclasses.replace(language, quantization=model.quantization)
         if embedding.dtype != language.dtype:
             raise ConfigError(
                 f"embedding.dtype is {embedding.dtype} and language.dtype is {language.dtype}; embedding rows travel "

@@ -17,11 +17,12 @@ from language_worker.media import MediaRows
 from language_worker.models.base import LanguageModel, MediaSpan, PromptPositions, StepInputs
 from language_worker.plan import StepPlan, Window
 
-# Multiplications of one token-by-hidden x hidden-by-hidden product up to which a CPU step runs on one thread. Measured
-# on two cores, in bfloat16: 1 x 192 x 896 takes 27 us on one thread and 39 us on two, 16 x 192 x 896 64 us and 60 us.
-# Where other processes want the cores too, threads that wait for each other cost many times more: 8 sequences of the
-# demo model took 7.6 ms a step on one thread and 64-80 ms on two at a load of 8.
-SERIAL_WORK = 1 << 19
+# A CPU step runs on one thread up to so many multiplications of one token-by-hidden x hidden-by-hidden product, where
+# hidden x hidden weights stay in a core's cache. In float32, 32 x 192 x 896 takes 0.13 ms on one of two cores. A second
+# thread would save half of that at best, and takes the core on which answers are handed out meanwhile: 32 sequences of
+# the demo model then took 12 ms a step (2.3 ms on one), and 8 of them 64-80 ms (7.6 ms on one) at a load of 8.
+SERIAL_WORK = 1 << 21
+SERIAL_WEIGHTS = 1 << 17
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +98,8 @@ class ModelRunner:
             return self.model.forward(inputs, self.cache.layers)
         with cpu_turn(self.device):
             before = torch.get_num_threads()
-            is_small = inputs.token_ids.shape[0] * self.model.spec.hidden_size**2 <= SERIAL_WORK
+            weights = self.model.spec.hidden_size**2
+            is_small = weights <= SERIAL_WEIGHTS and inputs.token_ids.shape[0] * weights <= SERIAL_WORK
             torch.set_num_threads(1 if is_small else self._num_threads or before)  # takes 0.1 us
             try:
                 return self.model.forward(inputs, self.cache.layers)
