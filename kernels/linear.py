@@ -18,7 +18,7 @@ from kernels.quantised_matrix import QuantisedMatrix
 Weight: TypeAlias = torch.Tensor | HalvedMatrix | QuantisedMatrix
 
 NATIVE_ROWS = 16  # as linear.c has it
-NATIVE_WEIGHTS = 1 << 20  # of a matrix: larger ones are read from memory, by both of torch's threads
+NATIVE_WEIGHTS = 1 << 18  # of a matrix: larger ones are read from memory, by all of torch's threads
 
 
 def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:

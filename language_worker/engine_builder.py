@@ -5,10 +5,11 @@ The only place of this half that resolves "auto". Knows no transport.
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -105,13 +106,7 @@ def _load_model(
 ) -> LanguageModel:
     """ModelNotSupported for a checkpoint that is quantised already, and for a family that is not quantised here."""
     config = checkpoint.config()
-    stored = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
-    if stored:
-        method = stored.get("quant_method", "an unnamed method") if isinstance(stored, dict) else stored
-        raise ModelNotSupported(
-            f"the checkpoint's weights are quantised by {method}, a layout that is not read; take the original "
-            "checkpoint and set quantization to 'int8' or 'int4'"
-        )
+    _refuse_quantised(config)
     kind = resolve_model(config)
     with torch.inference_mode():
         if quantization == "none":
@@ -119,6 +114,17 @@ def _load_model(
         if not issubclass(kind, Decoder):
             raise ModelNotSupported(f"quantization {quantization!r} is not served for {kind.__name__}; use 'none'")
         return kind.load(checkpoint, dtype=dtype, device=device, quantization=quantization)
+
+
+def _refuse_quantised(config: Mapping[str, Any]) -> None:
+    """ModelNotSupported where config.json says that the stored weights are quantised: their layouts are not read."""
+    stored = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    if stored:
+        method = stored.get("quant_method", "an unnamed method") if isinstance(stored, dict) else stored
+        raise ModelNotSupported(
+            f"the checkpoint's weights are quantised by {method}, a layout that is not read; take the original "
+            "checkpoint and set quantization to 'int8' or 'int4'"
+        )
 
 
 def _load_draft_model(
@@ -150,6 +156,7 @@ def check_model(model_path: str | Path, config: EngineConfig) -> int:
     """What `build_engine` would say of the tensors, from their headers alone; returns how many it would read."""
     checkpoint = Checkpoint.open(model_path)
     resolve_dtype(config.dtype, checkpoint)
+    _refuse_quantised(checkpoint.config())
     return resolve_model(checkpoint.config()).check(checkpoint)
 
 

@@ -24,6 +24,7 @@ from cluster.model_info import ModelInfo, has_vision
 from embedding_worker.config import EmbedConfig
 from embedding_worker.errors import EmbedError
 from embedding_worker.runner import VisionRunner
+from kernels.dispatch import has_native
 from language_worker.config import EngineConfig
 from language_worker.engine_builder import check_model
 from language_worker.errors import EngineError
@@ -77,6 +78,7 @@ def findings(model: str, host: str, port: int) -> Iterator[Finding]:
     yield from map(_package, PACKAGES)
     yield _machine()
     yield _accelerator()
+    yield _compiler()
     yield _shared_memory()
     yield _port(host, port)
     yield from _model(model)
@@ -115,6 +117,16 @@ def _accelerator() -> Finding:
         )
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     return Finding(verdict="ok", what=f"CUDA {torch.version.cuda}: {names}")
+
+
+def _compiler() -> Finding:
+    if has_native():
+        return Finding(verdict="ok", what="a C compiler: small models decode quickly on the CPU")
+    return Finding(
+        verdict="note",
+        what="no C compiler that works",
+        advice="install gcc or clang: without one small models decode about half as fast on the CPU",
+    )
 
 
 def _shared_memory() -> Finding:

@@ -65,8 +65,11 @@ def _built(compiler: str) -> Path:
         os.close(handle)
         units = [str(SOURCES / name) for name in UNITS]
         command = [compiler, *flags, *units, "-o", scratch, "-lm"]
-        subprocess.run(command, capture_output=True, text=True, check=True, timeout=COMPILE_TIMEOUT_S)
-        Path(scratch).replace(target)  # at once: another process may be looking
+        try:
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=COMPILE_TIMEOUT_S)
+            Path(scratch).replace(target)  # at once: another process may be looking
+        finally:
+            Path(scratch).unlink(missing_ok=True)
     return target
 
 
@@ -80,7 +83,13 @@ def _private_folder() -> Path:
             return folder
     except (OSError, RuntimeError):
         pass
-    return Path(tempfile.mkdtemp(prefix="tandem-native-"))
+    return Path(_own_folder().name)
+
+
+@functools.cache
+def _own_folder() -> tempfile.TemporaryDirectory[str]:
+    """Goes when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="tandem-native-")
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import torch
 from kernels.quantised_matrix import QuantisedMatrix, Quantization
 from language_worker.config import EngineConfig
 from language_worker.engine import Engine
+from language_worker.engine_builder import check_model
 from language_worker.errors import InvalidRequest, ModelNotSupported
 from language_worker.models.decoder import Decoder
 from language_worker.models.layers import MATRICES
@@ -100,3 +101,5 @@ def test_what_is_not_served_is_refused_by_name(tmp_path: Path) -> None:
     (odd / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelNotSupported, match="quantised by gptq, a layout that is not read; take the original"):
         make_engine(odd)
+    with pytest.raises(ModelNotSupported, match="quantised by gptq"):
+        check_model(odd, EngineConfig())
