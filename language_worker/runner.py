@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -71,13 +72,15 @@ class ModelRunner:
         """Run one non-empty plan. KV of every window is written; provisional positions too."""
         windows = plan.windows
         rows, sampling, sample_rows, slices = _logit_rows(windows)
+        asking = [(w, count) for w in windows if (count := _num_logits(w))]
         inputs = StepInputs(
             token_ids=torch.tensor(_token_ids(windows)).to(self.device),
             positions=self._positions(windows).to(self.device),
             slots=torch.tensor(self._slots(windows)).to(self.device),
-            attention=self._attention(windows),
+            attention=self._attention([(w, w.length) for w in windows]),
             media=self._media(windows),
             logit_rows=None if rows is None else torch.tensor(rows, dtype=torch.int64).to(self.device),
+            last_attention=self._attention(asking) if rows else None,
         )
         logits = self._forward(inputs)
         return StepLogits(logits=logits, sampling=sampling, sample_rows=sample_rows, prompt_slices=slices)
@@ -118,19 +121,17 @@ class ModelRunner:
                 position = stop
         return slots
 
-    def _attention(self, windows: tuple[Window, ...]) -> AttentionBatch:
+    def _attention(self, asking: Sequence[tuple[Window, int]]) -> AttentionBatch:
+        """Of the last so many positions of each window, which lie one after the other."""
         size = self.cache.page_size
-        tables = [w.seq.pages[: -(-w.end // size)] for w in windows]
+        tables = [w.seq.pages[: -(-w.end // size)] for w, _ in asking]
         width = max(map(len, tables))
-        starts, total = [], 0
-        for w in windows:
-            starts.append(total)
-            total += w.length
+        query_lens = [count for _, count in asking]
         return AttentionBatch(
             page_table=torch.tensor([table + [0] * (width - len(table)) for table in tables]),
-            query_lens=[w.length for w in windows],
-            kv_lens=[w.end for w in windows],
-            query_start=starts,
+            query_lens=query_lens,
+            kv_lens=[w.end for w, _ in asking],
+            query_start=[0, *accumulate(query_lens)][:-1],
         )
 
     def _positions(self, windows: tuple[Window, ...]) -> torch.Tensor:
@@ -180,6 +181,13 @@ def _window_positions(window: Window) -> torch.Tensor:
     return torch.cat([prompt, later.expand(3, -1)], dim=1)
 
 
+def _num_logits(window: Window) -> int:
+    """How many of a window's positions have their logits computed; they are its last ones."""
+    if window.seq.wants_prompt_logits and window.start < window.seq.prompt_len:
+        return window.length
+    return window.length - window.num_final + 1 if window.samples else 0
+
+
 def _logit_rows(
     windows: tuple[Window, ...],
 ) -> tuple[list[int] | None, tuple[Window, ...], list[int], tuple[PromptSlice, ...]]:
@@ -190,11 +198,10 @@ def _logit_rows(
     slices: list[PromptSlice] = []
     offset = 0
     for w in windows:
+        count = _num_logits(w)
         if w.seq.wants_prompt_logits and w.start < w.seq.prompt_len:
             slices.append(PromptSlice(window=w, first_row=len(rows), length=min(w.end, w.seq.prompt_len) - w.start))
-            rows.extend(range(offset, offset + w.length))
-        elif w.samples:
-            rows.extend(range(offset + w.num_final - 1, offset + w.length))
+        rows.extend(range(offset + w.length - count, offset + w.length))
         offset += w.length
         if w.samples:
             sampling.append(w)

@@ -105,9 +105,7 @@ class Decoder(LanguageModel):
         for span in inputs.media:
             hidden.index_copy_(0, span.targets, span.rows)
         rotary = self.rotary.table(inputs.positions)
-        rows = run_blocks(
-            self.blocks, hidden, self.final_norm, rotary, caches, inputs.slots, inputs.attention, inputs.logit_rows
-        )
+        rows = run_blocks(self.blocks, hidden, self.final_norm, rotary, caches, inputs)
         return linear(rows, self.head)
 
 

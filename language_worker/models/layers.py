@@ -26,6 +26,7 @@ from kernels.rotary import (
     rotary_table,
     rotate,
 )
+from language_worker.models.base import StepInputs
 from language_worker.models.rope import Rope
 
 MATRICES = ("qkv", "o", "gate_up", "down")  # of a block: what quantisation is for
@@ -117,8 +118,13 @@ class DecoderBlock:
         cache: tuple[torch.Tensor, torch.Tensor],
         slots: torch.Tensor,
         attention: AttentionBatch,
+        rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """normed, residual [T, hidden] -> (what the MLP adds, residual after attention), both [T, hidden]."""
+        """normed, residual [T, hidden] -> (what the MLP adds, residual after attention), both [T, hidden].
+
+        rows: both of these rows [R] alone, in whose order `attention` asks then; the others only leave their keys and
+        values behind.
+        """
         shape = self.shape
         num_tokens, heads, kv_heads = normed.shape[0], shape.num_heads, shape.num_kv_heads
         qkv = linear(normed, self.qkv, self.qkv_bias).view(num_tokens, heads + 2 * kv_heads, shape.head_dim)
@@ -127,8 +133,11 @@ class DecoderBlock:
             qk = rms_norm_heads(qk, self.qk_norm, shape.eps)
         qk = rotate(qk, rotary)
         write_pages(cache[0], cache[1], qk[:, heads:], qkv[:, heads + kv_heads :], slots)
-        mixed = paged_attention(qk[:, :heads], cache[0], cache[1], attention)
-        attended = linear(mixed.reshape(num_tokens, heads * shape.head_dim), self.o, self.o_bias)
+        queries = qk[:, :heads]
+        if rows is not None:
+            queries, residual = queries.index_select(0, rows), residual.index_select(0, rows)
+        mixed = paged_attention(queries, cache[0], cache[1], attention)
+        attended = linear(mixed.reshape(-1, heads * shape.head_dim), self.o, self.o_bias)
         normed, residual = add_rms_norm(attended, residual, self.post_norm, shape.eps)
         return linear(swiglu(linear(normed, self.gate_up)), self.down), residual
 
@@ -139,20 +148,23 @@ def run_blocks(
     final_norm: torch.Tensor,
     rotary: RotaryTable,
     caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    slots: torch.Tensor,
-    attention: AttentionBatch,
-    logit_rows: torch.Tensor | None,
+    inputs: StepInputs,
 ) -> torch.Tensor:
     """All layers and the final norm over hidden [T, H] (consumed); returns the rows asked for [R, H]."""
+    rows, last_attention = inputs.logit_rows, inputs.last_attention
     eps = blocks[0].shape.eps
     residual = hidden
     normed = rms_norm(residual, blocks[0].input_norm, eps)
-    for i, block in enumerate(blocks):
-        added, residual = block.forward(normed, residual, rotary, caches[i], slots, attention)
-        if i + 1 < len(blocks):
-            normed, residual = add_rms_norm(added, residual, blocks[i + 1].input_norm, eps)
-    if logit_rows is not None:
-        added, residual = added.index_select(0, logit_rows), residual.index_select(0, logit_rows)
+    for i, block in enumerate(blocks[:-1]):
+        added, residual = block.forward(normed, residual, rotary, caches[i], inputs.slots, inputs.attention)
+        normed, residual = add_rms_norm(added, residual, blocks[i + 1].input_norm, eps)
+    step = (normed, residual, rotary, caches[len(blocks) - 1], inputs.slots)
+    if last_attention is not None:
+        added, residual = blocks[-1].forward(*step, last_attention, rows)
+    else:
+        added, residual = blocks[-1].forward(*step, inputs.attention)
+        if rows is not None:
+            added, residual = added.index_select(0, rows), residual.index_select(0, rows)
     return add_rms_norm(added, residual, final_norm, eps)[0]
 
 
