@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.report import median
 from benchmarks.serving_models import BenchModel
+from kernels.linear import Weight
 from language_worker.api import GenerateRequest, SamplingParams
 from language_worker.config import EngineConfig
 from language_worker.engine import Engine
@@ -55,8 +56,13 @@ def step_figures(model: BenchModel, dtype: str, threads: int, batch: int) -> dic
         "batch": batch,
         "model_ms": round(1e3 * median(inside), 3),
         "host_ms": round(1e3 * median(around), 3),
-        "weight_bytes": sum(tensor.numel() * tensor.element_size() for tensor in parameters.values()),
+        "weight_bytes": sum(map(num_bytes, parameters.values())),
     }
+
+
+def num_bytes(weight: Weight) -> int:
+    """What a step of one sequence reads of a weight in whatever form."""
+    return weight.numel() * weight.element_size() if isinstance(weight, torch.Tensor) else weight.num_bytes
 
 
 def _decode(engine: Engine, model: BenchModel, batch: int, inside: list[float]) -> list[float]:

@@ -22,6 +22,7 @@ from cluster.errors import ConfigError
 from cluster.router import WorkerKind
 from embedding_worker.config import EmbedConfig
 from embedding_worker.errors import EmbedError
+from kernels.quantised_matrix import Quantization
 from language_worker.config import DTypeName, EngineConfig
 from language_worker.errors import EngineError
 from transfer.config import TransferConfig
@@ -34,14 +35,15 @@ MIN_KEY_CHARS = 16  # of an API key, where the gateway listens for more than thi
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """Which checkpoint is served, and how. dtype and device fill every worker's "auto"; max_model_len 0: the
-    checkpoint's. served_model_name "": the folder's name.
+    """Which checkpoint is served, and how. dtype and device fill every worker's "auto"; quantization is the language
+    workers'; max_model_len 0: the checkpoint's. served_model_name "": the folder's name.
     """
 
     path: str = ""
     served_model_name: str = ""
     dtype: DTypeName = "auto"
     device: str = "auto"
+    quantization: Quantization = "none"
     max_model_len: int = 0
 
     def __post_init__(self) -> None:
@@ -182,6 +184,8 @@ class ClusterConfig:
                 "language.draft_model is set, and a draft model's KV is not handed from prefill to decode workers; use "
                 "language workers, or decode_strategy 'speculative' without a draft model"
             )
+        if language.quantization == "none":
+            language = dataclasses.replace(language, quantization=model.quantization)
         if embedding.dtype != language.dtype:
             raise ConfigError(
                 f"embedding.dtype is {embedding.dtype} and language.dtype is {language.dtype}; embedding rows travel "

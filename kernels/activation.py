@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels.dispatch import twin
+from kernels.dispatch import fused, twin
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
@@ -16,9 +16,9 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """
     if gate_up.shape[-1] % 2:
         raise ValueError(f"swiglu: the last dimension holds gate and up and must be even, got {tuple(gate_up.shape)}")
-    triton = twin("activation", gate_up)
-    if triton is not None:
-        return triton.swiglu(gate_up)  # type: ignore[no-any-return]
+    quick = fused("activation", gate_up)
+    if quick is not None:
+        return quick.swiglu(gate_up)  # type: ignore[no-any-return]
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 

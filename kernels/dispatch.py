@@ -1,7 +1,8 @@
-"""Which path an op takes: its Triton twin (the same name in `kernels/_triton/`) or its torch path.
+"""Which path an op takes: its Triton twin (`kernels/_triton/`), its C twin (`kernels/_native/`) or its torch path.
 
-CUDA tensors of float16, bfloat16 or float32 take the twin where Triton is installed; everything else takes torch.
-`forced` overrides that for tests and comparisons. Importing this package never imports Triton.
+CUDA tensors of float16, bfloat16 or float32 take the Triton twin where Triton is installed. On the CPU small tensors of
+float32 or bfloat16 take the C twin of ops that have one, where a C compiler is installed. Everything else takes torch.
+`forced` overrides that for tests and comparisons. Importing this package never imports Triton, and compiles nothing.
 """
 
 from __future__ import annotations
@@ -17,17 +18,20 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from kernels.errors import TritonUnavailable
+from kernels.errors import NativeUnavailable, TritonUnavailable
 
-Path: TypeAlias = Literal["torch", "triton"]
+Path: TypeAlias = Literal["torch", "triton", "native"]
 
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32})
+_NATIVE_FLOATS = frozenset({torch.bfloat16, torch.float32})
+NATIVE_NUMBERS = 1 << 17  # of a tensor on the CPU: larger ones keep both torch's threads busy, and calls cost little
 _forced: ContextVar[Path | None] = ContextVar("kernel_path", default=None)
 
 
 @contextlib.contextmanager
 def forced(path: Path) -> Iterator[None]:
-    """Every op called inside takes `path`. Raises TritonUnavailable (at the first op) where that cannot be."""
+    """Every op called inside takes `path`, an op without a C twin torch's instead of "native". Raises TritonUnavailable
+    or NativeUnavailable (at the first op) where that cannot be."""
     token = _forced.set(path)
     try:
         yield
@@ -44,7 +48,7 @@ def twin(module: str, tensor: torch.Tensor) -> ModuleType | None:
     if path is None:
         takes = tensor.is_cuda and tensor.dtype in _FLOATS and has_triton()
         return _load(module) if takes else None
-    if path == "torch":
+    if path != "triton":
         return None
     if not has_triton():
         raise TritonUnavailable("the Triton path was asked for and Triton is not installed: pip install triton")
@@ -59,6 +63,33 @@ def twin(module: str, tensor: torch.Tensor) -> ModuleType | None:
     return loaded
 
 
+def fused(module: str, tensor: torch.Tensor) -> ModuleType | None:
+    """`twin`, or `kernels._native.<module>` when an op on `tensor` is to take the C path.
+
+    Raises TritonUnavailable or NativeUnavailable when a path is forced and cannot be taken.
+    """
+    return twin(module, tensor) or native(module, tensor)
+
+
+def native(module: str, tensor: torch.Tensor, most: int = NATIVE_NUMBERS) -> ModuleType | None:
+    """`kernels._native.<module>` when an op on `tensor` (of at most `most` numbers) is to take the C path, else None.
+
+    Raises NativeUnavailable when that path is forced and cannot be taken; other dtypes take torch's even then.
+    """
+    path = _forced.get()
+    if path is None:
+        takes = tensor.dtype in _NATIVE_FLOATS and not tensor.is_cuda and tensor.numel() <= most
+    else:
+        takes = path == "native" and tensor.dtype in _NATIVE_FLOATS
+    if not takes or tensor.device.type != "cpu" or (tensor.requires_grad and torch.is_grad_enabled()):
+        return None
+    if has_native():
+        return _load_native(module)
+    if path == "native":
+        raise NativeUnavailable("the C path was asked for and no C compiler could make it: install gcc or clang")
+    return None
+
+
 def attention_twin(module: str, q: torch.Tensor) -> ModuleType | None:
     """`twin` for queries [..., D] whose head fits the registers of a tile; wider heads take the torch path."""
     widest = 128 if q.dtype == torch.float32 else 256
@@ -71,6 +102,12 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def has_native() -> bool:
+    """Whether the C twins can be had; the first call compiles them unless that was done before."""
+    return importlib.import_module("kernels._native.library").library() is not None
+
+
 def is_interpreted() -> bool:
     """Whether Triton kernels run in its interpreter, on the CPU."""
     return has_triton() and bool(_load("launch").IS_INTERPRETED)
@@ -79,3 +116,8 @@ def is_interpreted() -> bool:
 @functools.cache
 def _load(module: str) -> ModuleType:
     return importlib.import_module(f"kernels._triton.{module}")
+
+
+@functools.cache
+def _load_native(module: str) -> ModuleType:
+    return importlib.import_module(f"kernels._native.{module}")

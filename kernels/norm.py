@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels.dispatch import twin
+from kernels.dispatch import fused, native, twin
 
 
 def rms_norm(
@@ -24,6 +24,8 @@ def rms_norm(
     triton = twin("norm", x)
     if triton is not None:
         return triton.rms_norm(x, weight, eps, round_before_weight)  # type: ignore[no-any-return]
+    if weight is not None and not round_before_weight and (small := native("norm", x)) is not None:
+        return small.rms_norm(x, weight, eps)  # type: ignore[no-any-return]
     if round_before_weight and weight is not None:
         return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
     return F.rms_norm(x, x.shape[-1:], weight, eps)
@@ -32,8 +34,11 @@ def rms_norm(
 def rms_norm_heads(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """`rms_norm` of every head of x [T, H, D] with its own row of weight [H, D], same floating dtype; any strides.
 
-    Takes the torch path on every device. Returns a new tensor like `x`.
+    Has no Triton twin. Returns a new tensor like `x`.
     """
+    small = native("norm", x)
+    if small is not None:
+        return small.rms_norm(x, weight, eps)  # type: ignore[no-any-return]
     return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
 
 
@@ -44,9 +49,9 @@ def add_rms_norm(
 
     x, residual: [..., D] of equal dtype. The sum is written into `residual`, which is also what comes back second.
     """
-    triton = twin("norm", x)
-    if triton is not None:
-        return triton.add_rms_norm(x, residual, weight, eps)  # type: ignore[no-any-return]
+    quick = fused("norm", x) if residual.is_contiguous() else twin("norm", x)
+    if quick is not None:
+        return quick.add_rms_norm(x, residual, weight, eps)  # type: ignore[no-any-return]
     residual.add_(x)
     return F.rms_norm(residual, weight.shape, weight, eps), residual
 

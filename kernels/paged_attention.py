@@ -2,8 +2,9 @@
 
 Each sequence of a step asks with its last `query_len` positions, and sees those of its `kv_len` positions that the mask
 allows: all up to its own unless told otherwise.
-Short windows (decode, small drafts) of equal length are answered together over gathered slots; a long window (prefill)
-alone. What is the same for all layers of a step (gather indices, masks) is computed once and kept in the batch.
+Short windows (decode, small drafts) are answered together: by the C twin where the keys lie, else those of equal length
+over gathered slots. A long window (prefill) is answered alone. What is the same for all layers of a step (gather
+indices, masks) is computed once and kept in the batch.
 Slots that no sequence owns are never read, whatever they hold.
 """
 
@@ -19,12 +20,14 @@ import torch
 import torch.nn.functional as F
 
 from kernels.attention_mask import CAUSAL, AttentionMask
-from kernels.dispatch import attention_twin
+from kernels.dispatch import attention_twin, native
 from kernels.pages import kv_slots
 
 SHORT_WINDOW = 16  # longest window that is answered in a padded group
 PADDING_RATIO = 2  # in a group, no key length exceeds the shortest by more than this factor...
 PADDING_FLOOR = 64  # ...except below this length, where padding costs less than another call
+NATIVE_PRODUCTS = 1 << 24  # of query and key numbers in all short windows, up to which one thread answers them in C
+NATIVE_HEAD_DIM = 256
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -40,22 +43,25 @@ class AttentionBatch:
     kv_lens: Sequence[int]
     query_start: Sequence[int]
     _plan: tuple[_Group, ...] | None = None
+    _small: _SmallWindows | None = None
     _tiles: Any = None  # what the Triton path prepared
 
     def prepare(
-        self, *, page_size: int, heads_per_key: int, dtype: torch.dtype, device: torch.device
-    ) -> tuple[_Group, ...]:
-        """Compute gather indices and masks for all layers. `heads_per_key`: query heads per key head.
+        self, *, page_size: int, heads_per_key: int, dtype: torch.dtype, device: torch.device, small_width: int = 0
+    ) -> tuple[tuple[_Group, ...], _SmallWindows | None]:
+        """Compute gather indices and masks for all layers. `heads_per_key`: query heads per key head. small_width:
+        numbers of all heads of a token, where the C path may answer the short windows; 0 where it may not.
 
         Raises ValueError when the lengths contradict each other or the page table.
         """
         if self._plan is None:
             self.check(page_size)
-            groups = _group(self.query_lens, self.kv_lens)
+            self._small = _SmallWindows.build(self, small_width) if small_width else None
+            groups = _group(self.query_lens, self.kv_lens, with_short=self._small is None)
             self._plan = tuple(
                 _Group.build(self, members, page_size, heads_per_key, dtype, device) for members in groups
             )
-        return self._plan
+        return self._plan, self._small
 
     def tiles(self, triton: ModuleType, q: torch.Tensor, page_size: int, heads_per_key: int) -> tuple[Any, Any]:
         """(tiles, shape) of the Triton path for all layers. Raises ValueError as `prepare` does."""
@@ -124,6 +130,29 @@ class _Group:
         )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _SmallWindows:
+    """The short windows of a step for the C path: page_table [S, P] and windows [3, S] (query lengths, key lengths,
+    first rows), int64."""
+
+    page_table: torch.Tensor
+    windows: torch.Tensor
+
+    @classmethod
+    def build(cls, batch: AttentionBatch, width: int) -> _SmallWindows | None:
+        """None when there are none, or they are so much work that more threads should share it."""
+        short = [i for i, length in enumerate(batch.query_lens) if length <= SHORT_WINDOW]
+        if not short or width * sum(batch.query_lens[i] * batch.kv_lens[i] for i in short) > NATIVE_PRODUCTS:
+            return None
+        columns = (batch.query_lens, batch.kv_lens, batch.query_start)
+        if len(short) < len(batch.query_lens):
+            return cls(
+                page_table=batch.page_table[short].to(torch.int64),
+                windows=torch.tensor([[column[i] for i in short] for column in columns]),
+            )
+        return cls(page_table=batch.page_table.to(torch.int64).contiguous(), windows=torch.tensor(columns))
+
+
 def paged_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -157,10 +186,20 @@ def paged_attention(
     if mask != CAUSAL or softcap is not None or lse is not None:
         batch.check(page_size)
         return _by_definition(q, k_flat, v_flat, batch, page_size, scale, mask, softcap, lse)
-    groups = batch.prepare(page_size=page_size, heads_per_key=heads_per_key, dtype=q.dtype, device=q.device)
-    if len(groups) == 1 and isinstance(groups[0].rows, slice):
+    quick = native("paged_attention", q, q.numel()) if head_dim <= NATIVE_HEAD_DIM else None
+    groups, small = batch.prepare(
+        page_size=page_size,
+        heads_per_key=heads_per_key,
+        dtype=q.dtype,
+        device=q.device,
+        small_width=0 if quick is None else q.shape[1] * head_dim,
+    )
+    if small is None and len(groups) == 1 and isinstance(groups[0].rows, slice):
         return _answer(q, k_flat, v_flat, groups[0], scale)
-    out = torch.empty_like(q)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if quick is not None and small is not None:
+        scale = 1 / math.sqrt(head_dim) if scale is None else scale
+        quick.paged_attention(q, k_cache, v_cache, small.page_table, small.windows, scale, out)
     for group in groups:
         out[group.rows] = _answer(q[group.rows], k_flat, v_flat, group, scale)
     return out
@@ -240,9 +279,11 @@ def _long_window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: _Grou
     return out.permute(2, 0, 1, 3).reshape(num_tokens, num_heads, head_dim)
 
 
-def _group(query_lens: Sequence[int], kv_lens: Sequence[int]) -> list[list[int]]:
+def _group(query_lens: Sequence[int], kv_lens: Sequence[int], *, with_short: bool) -> list[list[int]]:
     """Indices of sequences to answer together: long windows alone, short ones with their like in both lengths."""
     long = [[i] for i, length in enumerate(query_lens) if length > SHORT_WINDOW]
+    if not with_short:
+        return long
     short = sorted((i for i, length in enumerate(query_lens) if length <= SHORT_WINDOW), key=lambda i: kv_lens[i])
     groups: list[list[int]] = []
     open_groups: dict[int, list[int]] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.dispatch import twin
+from kernels.dispatch import fused
 
 
 def write_pages(
@@ -18,9 +18,9 @@ def write_pages(
 
     Caches must be contiguous; slots must be distinct and on the cache's device.
     """
-    triton = twin("pages", k)
-    if triton is not None:
-        triton.write_pages(k_cache, v_cache, k, v, slots)
+    quick = fused("pages", k)
+    if quick is not None:
+        quick.write_pages(k_cache, v_cache, k, v, slots)
         return
     num_slots = k_cache.shape[0] * k_cache.shape[1]
     k_cache.view(num_slots, -1).index_copy_(0, slots, k.reshape(k.shape[0], -1))

@@ -3,20 +3,29 @@
 int8: weight [N, K] int8, one float32 scale per output row. int4: groups of `group_size` neighbouring inputs share a
 scale; a byte of packed [N, K / 2] holds two numbers, each stored with 8 added: inside group g, byte b holds input
 `g * group_size + b` in its low half and the input half a group further in its high half. Activations stay in their
-dtype, sums are float32, no bias is quantised.
+dtype but for `int8_dynamic_linear`, sums are float32, no bias is quantised.
+
+On the CPU torch brings operations for bfloat16 activations and for 8-bit ones that read the weights at the speed of
+memory; float32 takes a C twin for few rows. The rest widens a part of the weight at a time. `PackedInt8` and
+`PackedInt4` hold weights in the layouts that torch's operations read.
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 
-from kernels.dispatch import twin
+from kernels.dispatch import native, twin
 from kernels.quantise import quantise_rows
 
 GROUP_SIZE = 128
 SMALLEST_GROUP = 32
 CHUNK_ELEMENTS = 1 << 20  # of the weight, widened at one time on the torch path
+NATIVE_ROWS, NATIVE_GROUP = 16, 2048  # as linear.c has them
+PACKED_ROWS = 10  # of bfloat16 activations, up to which torch's own product with 8-bit weights is the quicker one
+INT4_COLUMNS = 16  # of which torch's layout for 4 bits takes a multiple
 
 
 def quantise_weight_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,6 +68,16 @@ def int8_linear(
     triton = twin("quantised_linear", x)
     if triton is not None:
         return triton.int8_linear(x, weight, scales, bias)  # type: ignore[no-any-return]
+    flat = x.reshape(-1, x.shape[-1])
+    if _takes_native(flat, weight):
+        small = native("linear", flat)
+        if small is not None:
+            few: torch.Tensor = small.int8_linear(flat, weight, scales, bias)
+            return few.view(*x.shape[:-1], len(weight))
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and 0 < len(flat) <= PACKED_ROWS and weight.numel():
+        ones = torch.ones(len(weight), dtype=x.dtype)  # scales in bfloat16 would lose a part of their precision
+        total = torch._weight_int8pack_mm(flat.contiguous(), weight, ones)
+        return _finish([total], x, weight.shape[0], scales, bias).view(*x.shape[:-1], len(weight))
     rows = max(1, CHUNK_ELEMENTS // max(1, weight.shape[1]))
     parts = [F.linear(x, weight[start : start + rows].to(x.dtype)) for start in range(0, len(weight), rows)]
     return _finish(parts, x, weight.shape[0], scales, bias)
@@ -81,10 +100,109 @@ def int4_linear(
     triton = twin("quantised_linear", x)
     if triton is not None:
         return triton.int4_linear(x, packed, scales, bias)  # type: ignore[no-any-return]
+    flat = x.reshape(-1, columns)
+    if _takes_native(flat, packed) and columns // scales.shape[1] <= NATIVE_GROUP:
+        small = native("linear", flat)
+        if small is not None:
+            total: torch.Tensor = small.int4_linear(flat, packed, scales, bias)
+            return total.view(*x.shape[:-1], len(packed))
     rows = max(1, CHUNK_ELEMENTS // columns)
     chunks = (slice(start, start + rows) for start in range(0, len(packed), rows))
     parts = [F.linear(x, unpack_int4(packed[chunk], scales[chunk], x.dtype)) for chunk in chunks]
     return _finish(parts, x, packed.shape[0], None, bias)
+
+
+def int8_dynamic_linear(
+    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`int8_linear` of x [T, K] whose rows are rounded to 8 bits first, each by its own largest number: [T, N].
+
+    The sums are exact, so no row's result depends on the others. Raises ValueError on other shapes.
+    """
+    if x.dim() != 2 or weight.dim() != 2 or weight.shape[1] != x.shape[1] or scales.shape != weight.shape[:1]:
+        raise ValueError(
+            f"int8_dynamic_linear: inputs {tuple(x.shape)}, weight {tuple(weight.shape)} and scales "
+            f"{tuple(scales.shape)} do not fit"
+        )
+    values, row_scales = quantise_rows(x)
+    if x.is_cuda:  # the product takes more than 16 rows, and eights of everything
+        lacking = max(17 - len(x), 0) + -max(17, len(x)) % 8
+        values = torch.cat((values, values.new_zeros(lacking, x.shape[1])))
+    sums = torch._int_mm(values, weight.T)[: len(x)].float()
+    return _scaled(sums * scales, row_scales, bias, x.dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PackedInt8:
+    """An int8 weight in the layout of oneDNN's products of 8-bit numbers, with its scales."""
+
+    numbers: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+
+    @staticmethod
+    def is_served(device: torch.device) -> bool:
+        """Whether there is such a layout for weights on `device`."""
+        return device.type == "cpu" and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, scales: torch.Tensor) -> PackedInt8:
+        packed = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
+        return cls(numbers=packed, scales=scales, zeros=torch.zeros(len(scales), dtype=torch.int64))
+
+
+def packed_int8_dynamic_linear(x: torch.Tensor, weight: PackedInt8, bias: torch.Tensor | None) -> torch.Tensor:
+    """`int8_dynamic_linear` on a packed weight."""
+    values, row_scales = quantise_rows(x)
+    shifted = values.view(torch.uint8) ^ 128  # 128 more, as bytes without a sign: the product is quickest so
+    sums = torch.ops.onednn.qlinear_pointwise(
+        shifted, 1.0, 128, weight.numbers, weight.scales, weight.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return _scaled(sums, row_scales, bias, x.dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PackedInt4:
+    """An int4 weight in the layout of torch's product on the CPU: scales [groups, N, 2], each beside a zero."""
+
+    numbers: torch.Tensor
+    scales: torch.Tensor
+    group_size: int
+
+    @staticmethod
+    def is_served(columns: int, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether the layout serves a weight of so many rows for activations of `dtype` on `device`."""
+        return device.type == "cpu" and dtype == torch.bfloat16 and columns % INT4_COLUMNS == 0
+
+    @classmethod
+    def of(cls, packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> PackedInt4:
+        """From what `quantise_weight_int4` returns."""
+        rows, num_groups = scales.shape
+        halves = packed.view(rows, num_groups, -1)
+        numbers = torch.cat((halves & 15, halves >> 4), dim=-1).view(rows, -1).to(torch.int32)
+        columns = scales.T.to(dtype)
+        return cls(
+            numbers=torch._convert_weight_to_int4pack_for_cpu(numbers, 1),
+            scales=torch.stack((columns, torch.zeros_like(columns)), dim=-1).contiguous(),
+            group_size=numbers.shape[1] // num_groups,
+        )
+
+
+def packed_int4_linear(x: torch.Tensor, weight: PackedInt4, bias: torch.Tensor | None) -> torch.Tensor:
+    """`int4_linear` on a packed weight: x [T, K] bfloat16."""
+    total = torch._weight_int4pack_mm_for_cpu(x.contiguous(), weight.numbers, weight.group_size, weight.scales)
+    return total if bias is None else total + bias
+
+
+def _takes_native(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return x.dtype == torch.float32 and 0 < len(x) <= NATIVE_ROWS and weight.numel() > 0 and weight.is_contiguous()
+
+
+def _scaled(
+    sums: torch.Tensor, row_scales: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    total = sums * row_scales[:, None]
+    return (total if bias is None else total + bias).to(dtype)
 
 
 def _finish(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kernels.dispatch import twin
+from kernels.dispatch import fused
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,9 +80,9 @@ def rotate(x: torch.Tensor, table: RotaryTable) -> torch.Tensor:
 
     Query and key heads that sit side by side in one tensor are rotated in one call.
     """
-    triton = twin("rotary", x)
-    if triton is not None:
-        return triton.rotate(x, table.cos, table.signed_sin)  # type: ignore[no-any-return]
+    quick = fused("rotary", x)
+    if quick is not None:
+        return quick.rotate(x, table.cos, table.signed_sin)  # type: ignore[no-any-return]
     wide = x.to(torch.float32)
     turned = torch.addcmul(wide * table.cos, wide.roll(x.shape[-1] // 2, -1), table.signed_sin)
     return turned.to(x.dtype)

@@ -7,6 +7,7 @@ once the model's shape is known, into a new object.
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from kernels.quantised_matrix import QUANTIZATIONS, Quantization
 from language_worker.errors import InvalidRequest
 
 StrategyName = Literal["auto", "autoregressive", "speculative"]
@@ -20,6 +21,8 @@ class EngineConfig:
     """Settings of one engine.
 
     dtype: "auto" takes the checkpoint's. device: "auto" takes CUDA where there is one.
+    quantization: how the matrices of the model's layers are stored. "none": in dtype; "int8", "int4": in a half and a
+    quarter of bfloat16's bytes, which bound a decode step; "int8_dynamic": as int8, with activations of 8 bits as well.
     num_threads: torch threads of the engine, 0 leaves torch's default.
     page_size: tokens per KV page. kv_cache_tokens: capacity in tokens; 0 derives it from kv_cache_bytes,
     which itself is 0 for "512 MiB on CPU, gpu_memory_fraction of the free memory on a GPU".
@@ -37,6 +40,7 @@ class EngineConfig:
 
     dtype: DTypeName = "auto"
     device: str = "auto"
+    quantization: Quantization = "none"
     num_threads: int = 0
     page_size: int = 32
     kv_cache_tokens: int = 0
@@ -59,6 +63,8 @@ class EngineConfig:
         """Raises InvalidRequest naming the first field that is out of range."""
         if self.dtype not in get_args(DTypeName):
             raise InvalidRequest(f"dtype is {self.dtype!r}; use one of {', '.join(get_args(DTypeName))}")
+        if self.quantization not in QUANTIZATIONS:
+            raise InvalidRequest(f"quantization is {self.quantization!r}; use one of {', '.join(QUANTIZATIONS)}")
         if self.decode_strategy not in get_args(StrategyName):
             known = ", ".join(get_args(StrategyName))
             raise InvalidRequest(f"decode_strategy is {self.decode_strategy!r}; use one of {known}")

@@ -5,13 +5,15 @@ The only place of this half that resolves "auto". Knows no transport.
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from kernels.quantised_matrix import Quantization
 from language_worker.config import EngineConfig
 from language_worker.decode import create_strategy
 from language_worker.decode.base import DecodeStrategy
@@ -21,6 +23,7 @@ from language_worker.errors import ModelNotSupported
 from language_worker.kv_cache import KVCache
 from language_worker.models import resolve_model
 from language_worker.models.base import LanguageModel, ModelSpec
+from language_worker.models.decoder import Decoder
 from language_worker.page_pool import PagePool
 from language_worker.prefix_cache import DIGEST_BYTES, PrefixCache
 from language_worker.roster import EngineLimits
@@ -58,8 +61,7 @@ def build_engine(
     checkpoint = Checkpoint.open(model_path)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, checkpoint)
-    with torch.inference_mode():
-        model = resolve_model(checkpoint.config()).load(checkpoint, dtype=dtype, device=device)
+    model = _load_model(checkpoint, config.quantization, dtype, device)
     tokenizer = Tokenizer(model_path)
     draft_model = _load_draft_model(config, tokenizer, dtype, device) if config.draft_model else None
     size = resolve_cache(config, model.spec, dtype, device, None if draft_model is None else draft_model.spec)
@@ -100,6 +102,32 @@ def build_engine(
     )
 
 
+def _load_model(
+    checkpoint: Checkpoint, quantization: Quantization, dtype: torch.dtype, device: torch.device
+) -> LanguageModel:
+    """ModelNotSupported for a checkpoint that is quantised already, and for a family that is not quantised here."""
+    config = checkpoint.config()
+    _refuse_quantised(config)
+    kind = resolve_model(config)
+    with torch.inference_mode():
+        if quantization == "none":
+            return kind.load(checkpoint, dtype=dtype, device=device)
+        if not issubclass(kind, Decoder):
+            raise ModelNotSupported(f"quantization {quantization!r} is not served for {kind.__name__}; use 'none'")
+        return kind.load(checkpoint, dtype=dtype, device=device, quantization=quantization)
+
+
+def _refuse_quantised(config: Mapping[str, Any]) -> None:
+    """ModelNotSupported where config.json says that the stored weights are quantised: their layouts are not read."""
+    stored = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    if stored:
+        method = stored.get("quant_method", "an unnamed method") if isinstance(stored, dict) else stored
+        raise ModelNotSupported(
+            f"the checkpoint's weights are quantised by {method}, a layout that is not read; take the original "
+            "checkpoint and set quantization to 'int8' or 'int4'"
+        )
+
+
 def _load_draft_model(
     config: EngineConfig, tokenizer: Tokenizer, dtype: torch.dtype, device: torch.device
 ) -> LanguageModel:
@@ -109,8 +137,7 @@ def _load_draft_model(
             f"draft model {config.draft_model} has another tokenizer than the model; use a smaller one of its family"
         )
     checkpoint = Checkpoint.open(config.draft_model)
-    with torch.inference_mode():
-        model = resolve_model(checkpoint.config()).load(checkpoint, dtype=dtype, device=device)
+    model = _load_model(checkpoint, "none", dtype, device)
     if model.spec.vocab_size < tokenizer.vocab_size:
         raise ModelNotSupported(
             f"draft model {config.draft_model} knows {model.spec.vocab_size} token ids of {tokenizer.vocab_size}"
@@ -130,6 +157,7 @@ def check_model(model_path: str | Path, config: EngineConfig) -> int:
     """What `build_engine` would say of the tensors, from their headers alone; returns how many it would read."""
     checkpoint = Checkpoint.open(model_path)
     resolve_dtype(config.dtype, checkpoint)
+    _refuse_quantised(checkpoint.config())
     return resolve_model(checkpoint.config()).check(checkpoint)
 
 

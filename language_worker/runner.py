@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -19,11 +20,12 @@ from language_worker.models.base import LanguageModel, MediaSpan, PromptPosition
 from language_worker.plan import KVImport, StepPlan, Window
 from language_worker.request import Sequence as TokenSequence
 
-# Multiplications of one token-by-hidden x hidden-by-hidden product up to which a CPU step runs on one thread. Measured
-# on two cores, in bfloat16: 1 x 192 x 896 takes 27 us on one thread and 39 us on two, 16 x 192 x 896 64 us and 60 us.
-# Where other processes want the cores too, threads that wait for each other cost many times more: 8 sequences of the
-# demo model took 7.6 ms a step on one thread and 64-80 ms on two at a load of 8.
-SERIAL_WORK = 1 << 19
+# A CPU step runs on one thread up to so many multiplications of one token-by-hidden x hidden-by-hidden product, where
+# hidden x hidden weights stay in a core's cache. In float32, 32 x 192 x 896 takes 0.13 ms on one of two cores. A second
+# thread would save half of that at best, and takes the core on which answers are handed out meanwhile: 32 sequences of
+# the demo model then took 12 ms a step (2.3 ms on one), and 8 of them 64-80 ms (7.6 ms on one) at a load of 8.
+SERIAL_WORK = 1 << 21
+SERIAL_WEIGHTS = 1 << 17
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,13 +88,15 @@ class ModelRunner:
         """Run one non-empty plan. KV of every window is written; provisional positions too."""
         windows = plan.windows
         rows, sampling, sample_rows, slices = _logit_rows(windows)
+        asking = [(w, count) for w in windows if (count := _num_logits(w))]
         inputs = StepInputs(
             token_ids=torch.tensor(_token_ids(windows)).to(self.device),
             positions=self._positions(windows).to(self.device),
             slots=torch.tensor([s for w in windows for s in self._slots(w.seq, w.start, w.end)]).to(self.device),
-            attention=self._attention(windows),
+            attention=self._attention([(w, w.length) for w in windows]),
             media=self._media(windows),
             logit_rows=None if rows is None else torch.tensor(rows, dtype=torch.int64).to(self.device),
+            last_attention=self._attention(asking) if rows else None,
         )
         logits = self._forward(inputs)
         return StepLogits(logits=logits, sampling=sampling, sample_rows=sample_rows, prompt_slices=slices)
@@ -113,7 +117,8 @@ class ModelRunner:
             return self.model.forward(inputs, self.cache.layers)
         with cpu_turn(self.device):
             before = torch.get_num_threads()
-            is_small = inputs.token_ids.shape[0] * self.model.spec.hidden_size**2 <= SERIAL_WORK
+            weights = self.model.spec.hidden_size**2
+            is_small = weights <= SERIAL_WEIGHTS and inputs.token_ids.shape[0] * weights <= SERIAL_WORK
             torch.set_num_threads(1 if is_small else self._num_threads or before)  # takes 0.1 us
             try:
                 return self.model.forward(inputs, self.cache.layers)
@@ -130,19 +135,17 @@ class ModelRunner:
             position = stop
         return slots
 
-    def _attention(self, windows: tuple[Window, ...]) -> AttentionBatch:
+    def _attention(self, asking: Sequence[tuple[Window, int]]) -> AttentionBatch:
+        """Of the last so many positions of each window, which lie one after the other."""
         size = self.cache.page_size
-        tables = [w.seq.pages[: -(-w.end // size)] for w in windows]
+        tables = [w.seq.pages[: -(-w.end // size)] for w, _ in asking]
         width = max(map(len, tables))
-        starts, total = [], 0
-        for w in windows:
-            starts.append(total)
-            total += w.length
+        query_lens = [count for _, count in asking]
         return AttentionBatch(
             page_table=torch.tensor([table + [0] * (width - len(table)) for table in tables]),
-            query_lens=[w.length for w in windows],
-            kv_lens=[w.end for w in windows],
-            query_start=starts,
+            query_lens=query_lens,
+            kv_lens=[w.end for w, _ in asking],
+            query_start=[0, *accumulate(query_lens)][:-1],
         )
 
     def _positions(self, windows: tuple[Window, ...]) -> torch.Tensor:
@@ -192,6 +195,13 @@ def _window_positions(window: Window) -> torch.Tensor:
     return torch.cat([prompt, later.expand(3, -1)], dim=1)
 
 
+def _num_logits(window: Window) -> int:
+    """How many of a window's positions have their logits computed; they are its last ones."""
+    if window.seq.wants_prompt_logits and window.start < window.seq.prompt_len:
+        return window.length
+    return window.length - window.num_final + 1 if window.samples else 0
+
+
 def _logit_rows(
     windows: tuple[Window, ...],
 ) -> tuple[list[int] | None, tuple[Window, ...], list[int], tuple[PromptSlice, ...]]:
@@ -202,11 +212,10 @@ def _logit_rows(
     slices: list[PromptSlice] = []
     offset = 0
     for w in windows:
+        count = _num_logits(w)
         if w.seq.wants_prompt_logits and w.start < w.seq.prompt_len:
             slices.append(PromptSlice(window=w, first_row=len(rows), length=min(w.end, w.seq.prompt_len) - w.start))
-            rows.extend(range(offset, offset + w.length))
-        elif w.samples:
-            rows.extend(range(offset + w.num_final - 1, offset + w.length))
+        rows.extend(range(offset + w.length - count, offset + w.length))
         offset += w.length
         if w.samples:
             sampling.append(w)

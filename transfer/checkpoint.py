@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from transfer.checkpoint_rules import Planned, Rule, StoredTensor, part, plan
+from transfer.checkpoint_rules import Destination, Planned, Rule, StoredTensor, part, plan
 from transfer.errors import TransferError
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -100,7 +100,7 @@ class Checkpoint:
 
 def check_checkpoint(
     checkpoint: Checkpoint,
-    destinations: Mapping[str, torch.Tensor],
+    destinations: Mapping[str, Destination],
     rules: Sequence[Rule],
     *,
     foreign: Sequence[str] = (),
@@ -117,7 +117,7 @@ def check_checkpoint(
 
 def load_checkpoint(
     checkpoint: Checkpoint,
-    destinations: Mapping[str, torch.Tensor],
+    destinations: Mapping[str, Destination],
     rules: Sequence[Rule],
     *,
     foreign: Sequence[str] = (),

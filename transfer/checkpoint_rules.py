@@ -11,8 +11,26 @@ import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+
+
+class Part(Protocol):
+    """Rows that a source fills."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    def copy_(self, source: torch.Tensor, /) -> Any:
+        """Take all of `source`, converting what must be."""
+
+
+class Destination(Part, Protocol):
+    """What sources are copied into: a tensor, or something that keeps its rows in a form of its own."""
+
+    def __getitem__(self, rows: slice, /) -> Part:
+        """A range of its rows."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +63,7 @@ Planned = dict[str, tuple[Rule, str]]
 
 
 def plan(
-    stored: Stored, destinations: Mapping[str, torch.Tensor], rules: Sequence[Rule], foreign: Sequence[str]
+    stored: Stored, destinations: Mapping[str, Destination], rules: Sequence[Rule], foreign: Sequence[str]
 ) -> tuple[Planned, int, list[str]]:
     """{source: (rule, destination)}, the number of foreign names, and every problem there is (none: it can be loaded).
 
@@ -77,7 +95,7 @@ def _assign(stored: Stored, rules: Sequence[Rule], foreign: Sequence[str]) -> tu
     return planned, num_foreign, problems
 
 
-def _shape_problems(stored: Stored, destinations: Mapping[str, torch.Tensor], planned: Planned) -> list[str]:
+def _shape_problems(stored: Stored, destinations: Mapping[str, Destination], planned: Planned) -> list[str]:
     problems = []
     for name, (rule, target) in planned.items():
         if target not in destinations:
@@ -101,7 +119,7 @@ def _arriving_shape(stored: StoredTensor, rule: Rule) -> tuple[int, ...] | str:
 
 
 def _coverage_problems(
-    stored: Stored, destinations: Mapping[str, torch.Tensor], planned: Planned, rules: Sequence[Rule]
+    stored: Stored, destinations: Mapping[str, Destination], planned: Planned, rules: Sequence[Rule]
 ) -> list[str]:
     """Every destination must be tiled by its sources, without gap or overlap."""
     filled: dict[str, list[tuple[int, int, str]]] = {target: [] for target in destinations}
@@ -166,6 +184,6 @@ def _source_name(stored: Stored, rule: Rule, target: str) -> str | None:
     return name if re.fullmatch(rule.pattern, name) else None
 
 
-def part(destination: torch.Tensor, rule: Rule) -> torch.Tensor:
+def part(destination: Destination, rule: Rule) -> Part:
     """What of a destination the rule's source fills."""
     return destination if rule.rows is None else destination[rule.rows[0] : rule.rows[1]]

@@ -15,6 +15,7 @@ from cluster.errors import ConfigError
 BENCHMARKS: dict[str, tuple[str, str]] = {
     "transfer": ("benchmarks.bench_transfer", "the wire against raw TCP and memcpy, between two processes"),
     "decode": ("benchmarks.bench_decode", "decoding, alone and in a crowd, against transformers on the CPU"),
+    "quantised": ("benchmarks.bench_quantised", "weights in 8 and 4 bits: bytes, speed, and what answers lose"),
     "serve": ("benchmarks.bench_serving", "serving against transformers on the CPU"),
     "split": ("benchmarks.bench_split", "prefill and decode apart against together: first token, bytes of KV"),
     "kernels": ("benchmarks.gpu.__main__", "every kernel on this machine's GPU, after the kernel tests there"),

@@ -30,6 +30,7 @@ from cluster.model_info import ModelInfo, has_vision
 from embedding_worker.config import EmbedConfig
 from embedding_worker.errors import EmbedError
 from embedding_worker.runner import VisionRunner
+from kernels.dispatch import has_native
 from language_worker.config import EngineConfig
 from language_worker.engine_builder import check_model
 from language_worker.errors import EngineError
@@ -85,6 +86,7 @@ def findings(model: str, host: str, port: int) -> Iterator[Finding]:
     yield from _packages()
     yield _machine()
     yield _accelerator()
+    yield _compiler()
     yield _shared_memory()
     yield _temporary_folder()
     yield _port(host, port)
@@ -139,6 +141,16 @@ def _accelerator() -> Finding:
         )
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     return Finding(verdict="ok", what=f"CUDA {torch.version.cuda}: {names}")
+
+
+def _compiler() -> Finding:
+    if has_native():
+        return Finding(verdict="ok", what="a C compiler: small models decode quickly on the CPU")
+    return Finding(
+        verdict="note",
+        what="no C compiler that works",
+        advice="install gcc or clang: without one small models decode about half as fast on the CPU",
+    )
 
 
 def _shared_memory() -> Finding:

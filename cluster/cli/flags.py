@@ -23,6 +23,7 @@ MODEL_FLAGS: dict[str, tuple[tuple[str, ...], Any, str]] = {
     "--served-model-name": (("model.served_model_name",), str, "the name clients ask for (default: the folder's)"),
     "--device": (("model.device",), str, "auto (default), cpu, cuda, cuda:1, ..."),
     "--dtype": (("model.dtype",), str, "auto (default: the checkpoint's), float32, bfloat16 or float16"),
+    "--quantization": (("model.quantization",), str, "none (default), int8, int8_dynamic or int4: stored weights"),
     "--max-model-len": (("model.max_model_len",), int, "longest prompt plus answer in tokens"),
     "--block-size": (("transfer.block_size",), int, "rows per transfer block (default 128)"),
     "--default-allocate-tokens": (

@@ -65,7 +65,8 @@ class MediaSpan:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepInputs:
     """One step: token_ids [T] int64; positions [T] or [3, T] int64; slots [T] int64; logit_rows [R] int64 or None
-    for all T rows. Sequences lie one after the other."""
+    for all T rows. Sequences lie one after the other. last_attention: of the `logit_rows` alone, for a last layer that
+    computes no more than these; None where that saves nothing."""
 
     token_ids: torch.Tensor
     positions: torch.Tensor
@@ -73,6 +74,7 @@ class StepInputs:
     attention: AttentionBatch
     media: tuple[MediaSpan, ...]
     logit_rows: torch.Tensor | None
+    last_attention: AttentionBatch | None = None
 
 
 class LanguageModel(ABC):

@@ -12,6 +12,8 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 
+from kernels.linear import Weight, linear
+from kernels.quantised_matrix import Quantization
 from language_worker.errors import MediaMismatch, ModelNotSupported
 from language_worker.models.base import LanguageModel, ModelSpec, PromptPositions, StepInputs
 from language_worker.models.layers import BlockShape, DecoderBlock, RotaryPositions, run_blocks
@@ -47,9 +49,17 @@ class Decoder(LanguageModel):
         """A model without its weights, the rules that fill it, and patterns of the names that belong to others."""
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> Self:
-        model, rules, foreign = cls.empty(checkpoint, dtype=dtype, device=device)
+    def load(
+        cls, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, quantization: Quantization = "none"
+    ) -> Self:
+        """quantization: how the matrices of the blocks are stored; they are quantised as they are read."""
+        is_plain = quantization == "none"
+        model, rules, foreign = cls.empty(checkpoint, dtype=dtype, device=device if is_plain else torch.device("cpu"))
+        if not is_plain:  # nothing of it was touched yet: on the CPU it costs no memory
+            model.quantise(quantization, device)
         load_checkpoint(checkpoint, model.parameters(), rules, foreign=foreign)
+        for block in model.blocks:
+            block.finish()
         return model
 
     @classmethod
@@ -57,9 +67,22 @@ class Decoder(LanguageModel):
         model, rules, foreign = cls.empty(checkpoint, dtype=torch.float32, device=torch.device("meta"))
         return len(check_checkpoint(checkpoint, model.parameters(), rules, foreign=foreign)[0])
 
-    def parameters(self) -> dict[str, torch.Tensor]:
+    def quantise(self, method: Quantization, device: torch.device) -> None:
+        """Before it is filled: the blocks' matrices in the format that `method` names, everything on `device`.
+        ModelNotSupported where the format cannot hold them."""
+        is_tied = self.head is self.embedding
+        self.embedding, self.final_norm = self.embedding.to(device), self.final_norm.to(device)
+        self.head = self.embedding if is_tied else self.head.to(device)
+        self.rotary.move(device)
+        try:
+            for block in self.blocks:
+                block.quantise(method, device)
+        except ValueError as error:
+            raise ModelNotSupported(f"quantization {method!r} does not serve this model: {error}") from error
+
+    def parameters(self) -> dict[str, Weight]:
         """Every tensor to fill, by name; a tied head is not listed twice."""
-        named = {"embedding.weight": self.embedding, "final_norm.weight": self.final_norm}
+        named: dict[str, Weight] = {"embedding.weight": self.embedding, "final_norm.weight": self.final_norm}
         if self.head is not self.embedding:
             named["head.weight"] = self.head
         for i, block in enumerate(self.blocks):
@@ -82,10 +105,8 @@ class Decoder(LanguageModel):
         for span in inputs.media:
             hidden.index_copy_(0, span.targets, span.rows)
         rotary = self.rotary.table(inputs.positions)
-        rows = run_blocks(
-            self.blocks, hidden, self.final_norm, rotary, caches, inputs.slots, inputs.attention, inputs.logit_rows
-        )
-        return F.linear(rows, self.head)
+        rows = run_blocks(self.blocks, hidden, self.final_norm, rotary, caches, inputs)
+        return linear(rows, self.head)
 
 
 def read_size(text: Mapping[str, Any], name: str) -> int:

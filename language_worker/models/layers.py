@@ -11,12 +11,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 
 from kernels.activation import swiglu
+from kernels.halved_matrix import halved
+from kernels.linear import Weight, linear
 from kernels.norm import add_rms_norm, rms_norm, rms_norm_heads
 from kernels.paged_attention import AttentionBatch, paged_attention
 from kernels.pages import write_pages
+from kernels.quantised_matrix import QuantisedMatrix, Quantization, new_matrix
 from kernels.rotary import (
     RotaryTable,
     mrope_cos_sin,
@@ -24,8 +26,10 @@ from kernels.rotary import (
     rotary_table,
     rotate,
 )
+from language_worker.models.base import StepInputs
 from language_worker.models.rope import Rope
 
+MATRICES = ("qkv", "o", "gate_up", "down")  # of a block: what quantisation is for
 _FIRST_BIAS = r"layers\.0\.self_attn\.([qo])_proj\.bias"
 
 
@@ -65,18 +69,37 @@ class DecoderBlock:
 
         self.shape = shape
         self.input_norm = empty(shape.hidden_size)
-        self.qkv = empty(shape.qkv_rows, shape.hidden_size)
+        self.qkv: Weight = empty(shape.qkv_rows, shape.hidden_size)
         self.qkv_bias = empty(shape.qkv_rows) if shape.has_qkv_bias else None
         self.qk_norm = empty(shape.num_heads + shape.num_kv_heads, shape.head_dim) if shape.has_qk_norm else None
-        self.o = empty(shape.hidden_size, shape.num_heads * shape.head_dim)
+        self.o: Weight = empty(shape.hidden_size, shape.num_heads * shape.head_dim)
         self.o_bias = empty(shape.hidden_size) if shape.has_o_bias else None
         self.post_norm = empty(shape.hidden_size)
-        self.gate_up = empty(2 * shape.intermediate_size, shape.hidden_size)
-        self.down = empty(shape.hidden_size, shape.intermediate_size)
+        self.gate_up: Weight = empty(2 * shape.intermediate_size, shape.hidden_size)
+        self.down: Weight = empty(shape.hidden_size, shape.intermediate_size)
 
-    def parameters(self, prefix: str) -> dict[str, torch.Tensor]:
+    def quantise(self, method: Quantization, device: torch.device) -> None:
+        """Before it is filled: matrices of the format that `method` names in place of its own, all of it on `device`.
+        Raises ValueError where the format cannot hold them."""
+        for name in self.__slots__:
+            held = getattr(self, name)
+            if name in MATRICES:
+                setattr(self, name, new_matrix(method, *held.shape, dtype=held.dtype, device=device))
+            elif isinstance(held, torch.Tensor):
+                setattr(self, name, held.to(device))
+
+    def finish(self) -> None:
+        """It is filled: bring the matrices into the form that is read fastest."""
+        for name in MATRICES:
+            matrix = getattr(self, name)
+            if isinstance(matrix, QuantisedMatrix):
+                matrix.finish()
+            elif isinstance(matrix, torch.Tensor):
+                setattr(self, name, halved(matrix))
+
+    def parameters(self, prefix: str) -> dict[str, Weight]:
         """Tensors to fill, by name under `prefix`."""
-        named = {
+        named: dict[str, Weight] = {
             f"{prefix}.input_norm.weight": self.input_norm,
             f"{prefix}.qkv.weight": self.qkv,
             f"{prefix}.o.weight": self.o,
@@ -95,20 +118,28 @@ class DecoderBlock:
         cache: tuple[torch.Tensor, torch.Tensor],
         slots: torch.Tensor,
         attention: AttentionBatch,
+        rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """normed, residual [T, hidden] -> (what the MLP adds, residual after attention), both [T, hidden]."""
+        """normed, residual [T, hidden] -> (what the MLP adds, residual after attention), both [T, hidden].
+
+        rows: both of these rows [R] alone, in whose order `attention` asks then; the others only leave their keys and
+        values behind.
+        """
         shape = self.shape
         num_tokens, heads, kv_heads = normed.shape[0], shape.num_heads, shape.num_kv_heads
-        qkv = F.linear(normed, self.qkv, self.qkv_bias).view(num_tokens, heads + 2 * kv_heads, shape.head_dim)
+        qkv = linear(normed, self.qkv, self.qkv_bias).view(num_tokens, heads + 2 * kv_heads, shape.head_dim)
         qk = qkv[:, : heads + kv_heads]
         if self.qk_norm is not None:
             qk = rms_norm_heads(qk, self.qk_norm, shape.eps)
         qk = rotate(qk, rotary)
         write_pages(cache[0], cache[1], qk[:, heads:], qkv[:, heads + kv_heads :], slots)
-        mixed = paged_attention(qk[:, :heads], cache[0], cache[1], attention)
-        attended = F.linear(mixed.reshape(num_tokens, heads * shape.head_dim), self.o, self.o_bias)
+        queries = qk[:, :heads]
+        if rows is not None:
+            queries, residual = queries.index_select(0, rows), residual.index_select(0, rows)
+        mixed = paged_attention(queries, cache[0], cache[1], attention)
+        attended = linear(mixed.reshape(-1, heads * shape.head_dim), self.o, self.o_bias)
         normed, residual = add_rms_norm(attended, residual, self.post_norm, shape.eps)
-        return F.linear(swiglu(F.linear(normed, self.gate_up)), self.down), residual
+        return linear(swiglu(linear(normed, self.gate_up)), self.down), residual
 
 
 def run_blocks(
@@ -117,20 +148,23 @@ def run_blocks(
     final_norm: torch.Tensor,
     rotary: RotaryTable,
     caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    slots: torch.Tensor,
-    attention: AttentionBatch,
-    logit_rows: torch.Tensor | None,
+    inputs: StepInputs,
 ) -> torch.Tensor:
     """All layers and the final norm over hidden [T, H] (consumed); returns the rows asked for [R, H]."""
+    rows, last_attention = inputs.logit_rows, inputs.last_attention
     eps = blocks[0].shape.eps
     residual = hidden
     normed = rms_norm(residual, blocks[0].input_norm, eps)
-    for i, block in enumerate(blocks):
-        added, residual = block.forward(normed, residual, rotary, caches[i], slots, attention)
-        if i + 1 < len(blocks):
-            normed, residual = add_rms_norm(added, residual, blocks[i + 1].input_norm, eps)
-    if logit_rows is not None:
-        added, residual = added.index_select(0, logit_rows), residual.index_select(0, logit_rows)
+    for i, block in enumerate(blocks[:-1]):
+        added, residual = block.forward(normed, residual, rotary, caches[i], inputs.slots, inputs.attention)
+        normed, residual = add_rms_norm(added, residual, blocks[i + 1].input_norm, eps)
+    step = (normed, residual, rotary, caches[len(blocks) - 1], inputs.slots)
+    if last_attention is not None:
+        added, residual = blocks[-1].forward(*step, last_attention, rows)
+    else:
+        added, residual = blocks[-1].forward(*step, inputs.attention)
+        if rows is not None:
+            added, residual = added.index_select(0, rows), residual.index_select(0, rows)
     return add_rms_norm(added, residual, final_norm, eps)[0]
 
 
@@ -144,6 +178,11 @@ class RotaryPositions:
         self._head_dim = head_dim
         self._device = device
         self._sections = tuple(sections)
+        self.reserve(0)
+
+    def move(self, device: torch.device) -> None:
+        """To another device, with nothing reserved."""
+        self._device = device
         self.reserve(0)
 
     def reserve(self, max_len: int) -> None:

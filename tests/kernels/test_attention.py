@@ -17,7 +17,7 @@ from kernels.paged_attention import AttentionBatch, paged_attention
 from kernels.pages import copy_pages, write_pages
 from kernels.varlen_attention import Segments, varlen_attention
 from tests import oracles
-from tests.kernels.paths import PATHS, paths
+from tests.kernels.paths import WITH_NATIVE, paths, with_native
 from tests.profiles import IS_SOAK
 from tests.tolerances import assert_matches
 
@@ -103,7 +103,7 @@ def _steps(draw: st.DrawFn) -> tuple[list[int], list[int]]:
     neighbours=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
-    path=paths,
+    path=with_native,
 )
 def test_paged_attention(
     step: tuple[list[int], list[int]],
@@ -131,7 +131,7 @@ def test_paged_attention(
         assert_matches(actual[window], oracles.attention(q[window], k, v, causal_end=True), reduced=4)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", WITH_NATIVE)
 def test_rows_may_lie_in_any_order_and_scale_is_honoured(path: Path) -> None:
     cache = _Cache(page_size=4, kv_heads=1, head_dim=8, dtype=torch.float32)
     cache.fill([9, 20, 9], seed=1, neighbours=False)
@@ -167,7 +167,7 @@ def _sees(mask: AttentionMask, query: int, key: int) -> bool:
     num_splits=st.sampled_from([1, 2, 5]),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
-    path=paths,
+    path=with_native,
 )
 def test_masks_soft_caps_and_log_sum_exps(
     step: tuple[list[int], list[int]],
@@ -203,7 +203,7 @@ def test_masks_soft_caps_and_log_sum_exps(
         assert_matches(lse[rows], expected_lse, reduced=16 if dtype == torch.float32 else 10**6)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", WITH_NATIVE)
 def test_a_window_of_one_sees_itself_alone(path: Path) -> None:
     cache = _Cache(page_size=4, kv_heads=1, head_dim=8, dtype=torch.float32)
     cache.fill([5], seed=1, neighbours=True)
@@ -238,7 +238,7 @@ def test_keys_shared_among_programs_give_the_same_answer(num_splits: int, dtype:
         assert_matches(actual[window], oracles.attention(q[window], k, v, causal_end=True), reduced=4)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", WITH_NATIVE)
 def test_written_pages_hold_the_rows_and_nothing_else_changes(path: Path) -> None:
     cache = _Cache(page_size=4, kv_heads=2, head_dim=3, dtype=torch.float32)
     with forced(path):

@@ -11,7 +11,7 @@ from kernels.activation import gelu, gelu_tanh, swiglu
 from kernels.dispatch import Path, forced
 from kernels.norm import add_rms_norm, layer_norm, rms_norm, rms_norm_heads
 from tests import oracles
-from tests.kernels.paths import PATHS, paths
+from tests.kernels.paths import WITH_NATIVE, with_native
 from tests.tolerances import assert_matches
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,7 +28,7 @@ def _draw(seed: int, *shape: int, dtype: torch.dtype, scale: float = 1.0) -> tor
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
     scale=st.sampled_from([1e-3, 1.0, 30.0]),
-    path=paths,
+    path=with_native,
 )
 def test_rms_norm(shape: tuple[int, int, int], dtype: torch.dtype, seed: int, scale: float, path: Path) -> None:
     x, weight = _draw(seed, *shape, dtype=dtype, scale=scale), _draw(seed + 1, shape[-1], dtype=dtype)
@@ -36,7 +36,7 @@ def test_rms_norm(shape: tuple[int, int, int], dtype: torch.dtype, seed: int, sc
         assert_matches(rms_norm(x, weight, 1e-6), oracles.rms_norm(x, weight, 1e-6))
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", WITH_NATIVE)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rms_norm_of_a_strided_view(dtype: torch.dtype, path: Path) -> None:
     x, weight = _draw(0, 9, 80, dtype=dtype)[:, 8:72], _draw(1, 64, dtype=dtype)
@@ -44,7 +44,7 @@ def test_rms_norm_of_a_strided_view(dtype: torch.dtype, path: Path) -> None:
         assert_matches(rms_norm(x, weight, 1e-5), oracles.rms_norm(x, weight, 1e-5))
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", WITH_NATIVE)
 def test_rms_norm_takes_statistics_in_float32(path: Path) -> None:
     x = torch.full((1, 4096), 300.0, dtype=torch.float16)  # squares overflow float16
     weight = torch.ones(4096, dtype=torch.float16)
@@ -68,7 +68,7 @@ def test_every_head_is_normalised_with_its_own_weight(
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(shape=shapes, dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99), path=paths)
+@given(shape=shapes, dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99), path=with_native)
 def test_add_rms_norm_adds_then_normalises(
     shape: tuple[int, int, int], dtype: torch.dtype, seed: int, path: Path
 ) -> None:
@@ -82,7 +82,7 @@ def test_add_rms_norm_adds_then_normalises(
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(shape=shapes, dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99), path=paths)
+@given(shape=shapes, dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99), path=with_native)
 def test_layer_norm(shape: tuple[int, int, int], dtype: torch.dtype, seed: int, path: Path) -> None:
     width = shape[-1]
     x, weight, bias = (_draw(seed + i, *size, dtype=dtype) for i, size in enumerate((shape, (width,), (width,))))
@@ -98,7 +98,7 @@ def test_layer_norm(shape: tuple[int, int, int], dtype: torch.dtype, seed: int, 
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
     scale=st.sampled_from([0.1, 3.0, 20.0]),
-    path=paths,
+    path=with_native,
 )
 def test_activations(shape: tuple[int, int, int], dtype: torch.dtype, seed: int, scale: float, path: Path) -> None:
     x = _draw(seed, *shape[:2], 2 * shape[2], dtype=dtype, scale=scale)

@@ -25,7 +25,7 @@ from kernels.quantised_linear import (
     quantise_weight_int8,
     unpack_int4,
 )
-from tests.kernels.paths import PATHS, paths
+from tests.kernels.paths import WITH_NATIVE, paths, with_native
 from tests.profiles import IS_SOAK
 from tests.tolerances import assert_matches
 
@@ -116,7 +116,7 @@ def test_pages_are_quantised_in_place_and_read_by_slot(
     has_bias=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
-    path=paths,
+    path=with_native,
 )
 def test_int8_linear(
     rows: int, columns: int, inputs: int, has_bias: bool, dtype: torch.dtype, seed: int, path: Path
@@ -138,7 +138,7 @@ def test_int8_linear(
     group_size=st.sampled_from([32, 64, 128]),
     has_bias=st.booleans(),
     dtype=st.sampled_from(DTYPES),
-    path=paths,
+    path=with_native,
 )
 def test_int4_linear(
     rows: int, columns: int, groups: int, group_size: int, has_bias: bool, dtype: torch.dtype, path: Path
@@ -166,7 +166,7 @@ def test_four_bits_keep_every_number_within_half_a_step() -> None:
     assert bool(((back - weight).abs() <= steps / 2 * 1.0001).all())
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", WITH_NATIVE)
 def test_leading_dimensions_are_kept(path: Path) -> None:
     numbers, scales = quantise_weight_int8(_draw(0, 6, 8, dtype=torch.float32))
     packed, group_scales = quantise_weight_int4(_draw(0, 6, 32, dtype=torch.float32), 32)

@@ -17,7 +17,7 @@ from kernels.rotary import (
     rotate,
 )
 from tests import oracles
-from tests.kernels.paths import paths
+from tests.kernels.paths import with_native
 from tests.tolerances import assert_matches
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,7 +37,7 @@ def _heads(seed: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype
     heads=st.tuples(st.integers(1, 5), st.integers(1, 3)),
     half=st.integers(1, 40),
     dtype=st.sampled_from(DTYPES),
-    path=paths,
+    path=with_native,
 )
 def test_one_dimensional(
     positions: list[int], heads: tuple[int, int], half: int, dtype: torch.dtype, path: Path
@@ -59,7 +59,7 @@ def test_one_dimensional(
 @given(
     positions=st.lists(st.tuples(*[st.integers(0, 300)] * 3), min_size=1, max_size=9),
     sections=st.lists(st.integers(0, 9), min_size=3, max_size=3).filter(any),
-    path=paths,
+    path=with_native,
 )
 def test_mrope_sections_follow_their_row(
     positions: list[tuple[int, int, int]], sections: list[int], path: Path
@@ -79,7 +79,7 @@ def test_mrope_sections_follow_their_row(
 @given(
     positions=st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), min_size=1, max_size=9),
     quarter=st.integers(1, 20),
-    path=paths,
+    path=with_native,
 )
 def test_two_dimensional(positions: list[tuple[int, int]], quarter: int, path: Path) -> None:
     head_dim, theta = 4 * quarter, 1e4

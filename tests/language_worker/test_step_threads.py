@@ -11,7 +11,7 @@ from language_worker.engine import Engine
 from tests.language_worker.helpers import SamplingParams, drive, make_engine, prompt, request
 from tests.tiny_models import make_qwen2_5_vl
 
-HIDDEN = 64
+HIDDEN = 128
 SAMPLING = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
 
 

@@ -1,0 +1,121 @@
+"""The C twins as a shared library: compiled by the machine's own C compiler at first use, for its own processor.
+
+The result is kept in the user's cache folder under a name that says from which sources, compiler and processor it was
+made; a folder that others may write to is not trusted, and without one each process compiles for itself. Where there
+is no compiler, or it fails, there is no library, and the ops take their torch path.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent
+UNITS = ("pointwise.c", "attention.c", "linear.c")
+COMPILERS = ("cc", "gcc", "clang")
+FLAGS = (
+    "-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math",
+)  # fmt: skip
+WIDE_FLAGS = ("-mprefer-vector-width=512",)  # where the processor has such registers
+COMPILE_TIMEOUT_S = 120
+
+
+@functools.cache
+def library() -> Path | None:
+    """The library's file, None where it cannot be made."""
+    compiler = next((path for name in COMPILERS if (path := shutil.which(name))), None)
+    if compiler is None:
+        logger.info("no C compiler is installed: on the CPU small steps take torch's operations, which is slower")
+        return None
+    try:
+        built = _built(compiler)
+        ctypes.CDLL(str(built))  # whether it can be loaded
+        return built
+    except (OSError, subprocess.SubprocessError) as error:
+        details = getattr(error, "stderr", None) or error
+        logger.warning("the C twins could not be compiled by %s, small steps will be slower: %s", compiler, details)
+        return None
+
+
+def _built(compiler: str) -> Path:
+    """The library's file, compiled unless a cache has it."""
+    flags = [*FLAGS, *(WIDE_FLAGS if "avx512f" in _processor() else ())]
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_TIMEOUT_S).stdout
+    digest = hashlib.blake2b(repr((compiler, version, flags, _processor())).encode(), digest_size=16)
+    for name in ("common.h", *UNITS):
+        digest.update((SOURCES / name).read_bytes())
+    cache = _private_folder()
+    target = cache / f"native-{digest.hexdigest()}.so"
+    if not target.is_file():
+        handle, scratch = tempfile.mkstemp(suffix=".so", dir=cache)
+        os.close(handle)
+        units = [str(SOURCES / name) for name in UNITS]
+        command = [compiler, *flags, *units, "-o", scratch, "-lm"]
+        try:
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=COMPILE_TIMEOUT_S)
+            Path(scratch).replace(target)  # at once: another process may be looking
+        finally:
+            Path(scratch).unlink(missing_ok=True)
+    return target
+
+
+def _private_folder() -> Path:
+    """A folder that nobody else can write to: in the user's cache, or one of this process alone."""
+    folder = Path.home() / ".cache" / "tandem"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+        if found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            return folder
+    except (OSError, RuntimeError):
+        pass
+    return Path(_own_folder().name)
+
+
+@functools.cache
+def _own_folder() -> tempfile.TemporaryDirectory[str]:
+    """Goes when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="tandem-native-")
+
+
+@functools.cache
+def _processor() -> str:
+    """What decides which instructions the compiler may use."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+
+
+POINTER, SIZE, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+Function = Callable[..., None]
+
+
+def functions(name: str, *arguments: type, takes_long: bool = False) -> dict[torch.dtype, Function]:
+    """The C function `name` for each dtype that it has. takes_long: it lets other Python threads run meanwhile, which
+    one of a few microseconds had better not: getting the interpreter lock back may take longer than that."""
+    path = library()
+    assert path is not None, "dispatch asks first"
+    loaded = ctypes.CDLL(str(path)) if takes_long else ctypes.PyDLL(str(path))
+    found = {}
+    for dtype, suffix in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
+        function = getattr(loaded, f"{name}_{suffix}", None)
+        if function is not None:
+            function.argtypes, function.restype = arguments, None
+            found[dtype] = function
+    return found

@@ -1,0 +1,22 @@
+"""Rotation of few tokens. See kernels.rotary."""
+
+from __future__ import annotations
+
+import torch
+
+from kernels._native.library import POINTER, SIZE, functions
+
+_ROTATE = functions("rotate", POINTER, SIZE, POINTER, POINTER, POINTER, SIZE, SIZE, SIZE)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
+    """x [T, H, D], tokens any distance apart; cos, signed_sin [T, 1, D] float32 contiguous."""
+    tokens, heads, dim = x.shape
+    if x.stride(2) != 1 or x.stride(1) != dim:
+        x = x.contiguous()
+    cos, signed_sin = cos.contiguous(), signed_sin.contiguous()
+    out = torch.empty((tokens, heads, dim), dtype=x.dtype)
+    _ROTATE[x.dtype](
+        x.data_ptr(), x.stride(0), cos.data_ptr(), signed_sin.data_ptr(), out.data_ptr(), tokens, heads, dim
+    )
+    return out

@@ -1,0 +1,94 @@
+"""The C twins' library: made once, found again, not made where it cannot be, and never taken from an open folder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import dispatch
+from kernels._native import library
+from kernels.norm import rms_norm
+
+WITHOUT_COMPILER = """
+import shutil, torch
+shutil.which = lambda name, *rest: None
+from kernels import dispatch, norm
+from kernels.errors import NativeUnavailable
+rows, weight = torch.ones(2, 8), torch.ones(8)
+print(norm.rms_norm(rows, weight, 0.0).tolist() == rows.tolist(), dispatch.has_native())
+try:
+    with dispatch.forced("native"):
+        norm.rms_norm(rows, weight, 0.0)
+except NativeUnavailable as error:
+    print(error)
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A home folder of its own, and nothing remembered."""
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    library.library.cache_clear()
+    yield tmp_path
+    library.library.cache_clear()
+
+
+def test_without_a_compiler_ops_take_torch_and_asking_for_c_is_a_clear_error() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[0] == "True False", done.stderr
+    assert "install gcc or clang" in done.stdout
+
+
+def test_it_is_compiled_once_and_found_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = library.library()
+    assert first is not None and first.parent == home / ".cache" / "tandem"
+    assert first.parent.stat().st_mode & 0o077 == 0, "nobody else may put a library there"
+    library.library.cache_clear()
+    runs: list[list[str]] = []
+    run = subprocess.run
+
+    def recording(command: list[str], **options: object) -> object:
+        runs.append(command)
+        return run(command, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(subprocess, "run", recording)
+    assert library.library() == first
+    assert [command[1:] for command in runs] == [["--version"]], "asked for its version, and not to compile"
+    assert [path.name for path in first.parent.iterdir()] == [first.name], "no scratch is left"
+
+
+def test_a_folder_that_others_may_write_to_is_not_used(home: Path) -> None:
+    shared = home / ".cache" / "tandem"
+    shared.mkdir(parents=True)
+    shared.chmod(0o777)
+    made = library.library()
+    assert made is not None and made.parent != shared and not list(shared.iterdir())
+    assert made.parent.stat().st_mode & 0o077 == 0
+
+
+def test_sources_that_do_not_compile_are_a_warning_and_the_torch_path(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "--no-such-flag"))
+    assert library.library() is None
+    assert "could not be compiled" in caplog.text and "no-such-flag" in caplog.text
+
+
+def test_what_trains_and_what_is_large_takes_torch() -> None:
+    small, weight = torch.ones(2, 8), torch.ones(8)
+    assert dispatch.native("norm", small) is not None
+    assert dispatch.native("norm", torch.ones(1 + dispatch.NATIVE_NUMBERS // 8, 8)) is None
+    assert dispatch.native("norm", small.double()) is None
+    assert dispatch.native("norm", small.to("meta")) is None
+    learned = torch.ones(2, 8, requires_grad=True)
+    rms_norm(learned, weight, 1e-6).sum().backward()
+    assert learned.grad is not None
+    with torch.no_grad():
+        assert dispatch.native("norm", learned) is not None
+    with dispatch.forced("torch"):
+        assert dispatch.native("norm", small) is None
