@@ -60,6 +60,8 @@ class Link:
     def announce(self, total_rows: int, items: Any) -> None:
         self._total = total_rows
         self._decode.announce(self._name, total_rows, items)
+        if total_rows == 0:  # complete at once, as a real stream is
+            self._end(None)
 
     def write(self, first_row: int, planes: dict[str, torch.Tensor]) -> None:
         assert planes[PLANE].is_contiguous() and first_row == sum(map(len, self._chunks))
