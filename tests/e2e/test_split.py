@@ -65,8 +65,7 @@ def _await_empty(stats_of: Any) -> None:
     raise AssertionError(f"left behind: {left}")
 
 
-@pytest.mark.parametrize("index", [0, 3, 7])
-@pytest.mark.parametrize("page_size", [4, 32])
+@pytest.mark.parametrize(("index", "page_size"), [(0, 4), (3, 32), (7, 4)])
 def test_the_tokens_are_those_of_the_reference(index: int, page_size: int, tmp_path: Path) -> None:
     folder = make_qwen2_5_vl(tmp_path, seed=300 + index, **QWEN2_5_VL_CONFIGS[index])
     model = reference(folder)

@@ -21,7 +21,7 @@ from tests.tiny_models import random_image
 
 pytestmark = pytest.mark.ray
 
-NUM_REQUESTS = 200 if IS_SOAK else 16
+NUM_REQUESTS = 200 if IS_SOAK else 12
 SAMPLED = ("temperature", "seed", "n", "stop", "max_tokens", "ignore_eos", "logit_bias", "top_p", "frequency_penalty")
 
 

@@ -60,6 +60,8 @@ class Link:
     def announce(self, total_rows: int, items: Any) -> None:
         self._total = total_rows
         self._decode.announce(self._name, total_rows, items)
+        if total_rows == 0:  # complete at once, as a real stream is
+            self._end(None)
 
     def write(self, first_row: int, planes: dict[str, torch.Tensor]) -> None:
         assert planes[PLANE].is_contiguous() and first_row == sum(map(len, self._chunks))
@@ -106,7 +108,7 @@ class Split(RuleBasedStateMachine):
     reached: ClassVar[Counter[str]] = Counter()
 
     @initialize(
-        capacity=st.tuples(st.integers(20, 90), st.integers(20, 90)),
+        capacity=st.tuples(st.integers(16, 50), st.integers(16, 50)),
         page_size=st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4])),
         seats=st.sampled_from([1, 2, 3, 6]),
         chunk=st.sampled_from([0, 1, 3, 7]),
@@ -243,11 +245,11 @@ class Split(RuleBasedStateMachine):
         if result.error is None:
             assert ours == expected, name
             self.reached["answered"] += 1
-        elif name in self.broken:
-            assert isinstance(result.error, (Cancelled, KVStreamFailed))
+        elif "maximum length" in str(result.error):
+            assert not any(ours), name
+        else:
+            assert name in self.broken and isinstance(result.error, (Cancelled, KVStreamFailed)), result.error
             assert all(part == whole[: len(part)] for part, whole in zip(ours, expected, strict=True)), name
-        else:  # a prompt that does not fit one of the pools
-            assert not any(ours) and "maximum length" in str(result.error), result.error
 
 
 def _settings(max_examples: int, **values: Any) -> settings:
@@ -263,7 +265,7 @@ def _settings(max_examples: int, **values: Any) -> settings:
 
 def test_tokens_and_pages_are_right_whatever_the_traffic() -> None:
     Split.reached.clear()
-    run_state_machine_as_test(Split, settings=_settings(2000 if IS_SOAK else 90))
+    run_state_machine_as_test(Split, settings=_settings(2000 if IS_SOAK else 60))
     assert len(Split.reached) == 4 and min(Split.reached.values()) > 20, Split.reached
 
 
