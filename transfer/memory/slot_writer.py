@@ -160,11 +160,8 @@ class SlotWriter:
                 continue
             fresh.append(index)
             told.append((index, slot, action.serial))
-            if index not in self._placed:
-                first_row = index * self._block_size
-                num_rows = min(self._block_size, action.first_row + action.num_rows - first_row)
-                self._mapped.buffers.place(slot, rows.frames(first_row, num_rows))
         for first_index, count in runs(fresh):
+            self._copy(action, first_index, first_index + count, rows)
             self._seal(action, first_index, count)
         return self._messages(told)
 
@@ -190,6 +187,23 @@ class SlotWriter:
             return 0
         first_row, views = self._reserved
         return first_row + len(next(iter(views.values())))
+
+    def _copy(self, action: SendFilled, index: int, end: int, rows: RowQueue) -> None:
+        """Rows that were not computed in their slots, in as few copies as there are pieces of memory at both ends."""
+        size, end_row = self._block_size, action.first_row + action.num_rows
+        while (index := self.placed_until(index)) < end:
+            slots = action.block_ids[index - action.first_index : end - action.first_index]
+            first_row, count = index * size, 1
+            left, together = end_row - first_row, rows.num_together(first_row)
+            while (
+                count < len(slots)
+                and slots[count] == slots[0] + count
+                and index + count not in self._placed
+                and min((count + 1) * size, left) <= together
+            ):
+                count += 1
+            self._mapped.buffers.place(slots[0], rows.frames(first_row, min(count * size, left)))
+            index += count
 
     def _seal(self, action: SendFilled, first_index: int, count: int) -> None:
         offset = first_index - action.first_index

@@ -217,8 +217,7 @@ class ReceiverSession(ReceiverLife):
         is_placed = payload is not None and payload.is_placed
         actions: list[ReceiverAction] = [Place(message.block_id, () if is_placed else frames)]
         window.store(message.index)
-        waiting = window.next_index - self._acked
-        if window.next_index >= window.num_granted or 4 * waiting >= self.credit:
+        if self._owes_ack():
             actions.append(Send(self._ack()))
         if self.facts.state is not ReceiverState.ADMITTED:
             return actions + self._maybe_finish(now)
@@ -238,23 +237,24 @@ class ReceiverSession(ReceiverLife):
         if not wanted:
             return [Dropped("duplicate"), Send(self._ack())]
         granted = [index for index in wanted if window.held.get(index) == ids[index - first]]
-        filled: list[int] = []
+        filled: list[tuple[int, int]] = []
         for index, count in runs(granted):
             num_rows = min(count * self.block_size, (facts.total_rows or 0) - index * self.block_size)
             if is_filled(message, index - first, count, num_rows):
-                filled += range(index, index + count)
+                filled.append((index, count))
+        num_filled = sum(count for _, count in filled)
         dropped = [Dropped("not_granted")] * (len(granted) < len(wanted))
-        dropped += [Dropped("bad_seal")] * (len(filled) < len(granted))
+        dropped += [Dropped("bad_seal")] * (num_filled < len(granted))
         if len(granted) < len(wanted):
             self._came_late()
         if not filled:
             return [*dropped]
         self._apply(ReceiverEvent.BLOCK)
         self._filled_some(now)
-        for index in filled:
-            window.store(index)
-        actions: list[ReceiverAction] = [Placed(len(filled)), *dropped]
-        if window.next_index >= window.num_granted or 4 * (window.next_index - self._acked) >= self.credit:
+        for index, count in filled:
+            window.store(index, count)
+        actions: list[ReceiverAction] = [Placed(num_filled), *dropped]
+        if self._owes_ack():
             actions.append(Send(self._ack()))
         if self.state is ReceiverState.ADMITTED:
             actions += self._deliver(join=True)
@@ -314,6 +314,16 @@ class ReceiverSession(ReceiverLife):
         if not self._payload.fits(frames, num_rows):
             return "wrong_size"
         return None if self._payload.check(message, frames) else "bad_tag"
+
+    def _owes_ack(self) -> bool:
+        """Whether the sender is to hear now what is stored: soon enough that it need not stop, and seldom.
+
+        Of the last blocks of an admitted stream the Close says the same.
+        """
+        window = self.window
+        if window.next_index >= self.num_blocks and self.facts.state is ReceiverState.ADMITTED:
+            return False
+        return window.next_index >= window.num_granted or 2 * (window.next_index - self._acked) >= self.credit
 
     def _deliver(self, *, join: bool = False) -> list[ReceiverAction]:
         """Hand on what is stored; `join`: blocks that are neighbours in memory go together."""

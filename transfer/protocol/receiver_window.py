@@ -84,13 +84,13 @@ class ReceiverWindow:
         self.open_grants.append(grant)
         self._record = None
 
-    def store(self, index: int) -> None:
-        """Block `index` is verified and stored."""
+    def store(self, index: int, count: int = 1) -> None:
+        """`count` blocks from `index` on are verified and stored."""
         stored = self.stored
         if index == self.next_index and not stored:
-            self.next_index += 1
+            self.next_index += count
         else:
-            stored.add(index)
+            stored.update(range(index, index + count))
             while self.next_index in stored:
                 stored.remove(self.next_index)
                 self.next_index += 1
