@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from itertools import repeat
 
 from transfer.block_pool import runs
 from transfer.errors import LocalProtocolError, RemoteProtocolError
@@ -151,6 +152,9 @@ class SlotWriter:
 
     def fill(self, action: SendFilled, rows: RowQueue) -> list[Filled]:
         """Write what is not written yet, seal it, and what to tell the receiver."""
+        if self._filled.keys().isdisjoint(range(action.first_index, action.first_index + len(action.block_ids))):
+            self._write(action, action.first_index, len(action.block_ids), rows)
+            return [self._message(action.first_index, action.block_ids, action.serial)]
         told: list[tuple[int, int, int]] = []  # index, slot, serial
         fresh: list[int] = []
         for index, slot in enumerate(action.block_ids, action.first_index):
@@ -161,8 +165,7 @@ class SlotWriter:
             fresh.append(index)
             told.append((index, slot, action.serial))
         for first_index, count in runs(fresh):
-            self._copy(action, first_index, first_index + count, rows)
-            self._seal(action, first_index, count)
+            self._write(action, first_index, count, rows)
         return self._messages(told)
 
     def release(self, before_row: int) -> None:
@@ -187,6 +190,10 @@ class SlotWriter:
             return 0
         first_row, views = self._reserved
         return first_row + len(next(iter(views.values())))
+
+    def _write(self, action: SendFilled, first_index: int, count: int, rows: RowQueue) -> None:
+        self._copy(action, first_index, first_index + count, rows)
+        self._seal(action, first_index, count)
 
     def _copy(self, action: SendFilled, index: int, end: int, rows: RowQueue) -> None:
         """Rows that were not computed in their slots, in as few copies as there are pieces of memory at both ends."""
@@ -219,7 +226,9 @@ class SlotWriter:
         if self._mapped.has_checksums:
             filling = with_checksums(filling, self._ticket, slots, self._mapped.buffers, self._block_size)
         self._mapped.segment.seal(slots, filling)
-        self._filled.update((first_index + i, (slot, action.serial)) for i, slot in enumerate(slots))
+        self._filled.update(
+            zip(range(first_index, first_index + count), zip(slots, repeat(action.serial)), strict=True)
+        )
 
     def _messages(self, told: Sequence[tuple[int, int, int]]) -> list[Filled]:
         messages: list[Filled] = []
@@ -227,15 +236,13 @@ class SlotWriter:
         for end in range(1, len(told) + 1):
             if end < len(told) and told[end][2] == told[start][2]:
                 continue
-            part = told[start:end]
-            messages.append(
-                Filled(
-                    stream_id=self._ticket.stream_id,
-                    epoch=self._ticket.epoch,
-                    first_index=part[0][0],
-                    block_ids=tuple(slot for _, slot, _ in part),
-                    serial=part[0][2],
-                )
-            )
+            index, _, serial = told[start]
+            messages.append(self._message(index, tuple(slot for _, slot, _ in told[start:end]), serial))
             start = end
         return messages
+
+    def _message(self, first_index: int, slots: tuple[int, ...], serial: int) -> Filled:
+        ticket = self._ticket
+        return Filled(
+            stream_id=ticket.stream_id, epoch=ticket.epoch, first_index=first_index, block_ids=slots, serial=serial
+        )

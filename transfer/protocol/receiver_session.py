@@ -232,11 +232,15 @@ class ReceiverSession(ReceiverLife):
         if not facts.is_announced:
             return [Dropped("early")]
         ids, first = message.block_ids, message.first_index
-        wanted = [i for i in range(first, first + len(ids)) if i >= window.next_index and i not in window.stored]
+        wanted: Sequence[int] = range(first, first + len(ids))
+        if first < window.next_index or window.stored:
+            wanted = [i for i in wanted if i >= window.next_index and i not in window.stored]
         self.num_repeated += len(ids) - len(wanted)
         if not wanted:
             return [Dropped("duplicate"), Send(self._ack())]
-        granted = [index for index in wanted if window.held.get(index) == ids[index - first]]
+        granted = wanted
+        if tuple(map(window.held.get, wanted)) != ids:
+            granted = [index for index in wanted if window.held.get(index) == ids[index - first]]
         filled: list[tuple[int, int]] = []
         for index, count in runs(granted):
             num_rows = min(count * self.block_size, (facts.total_rows or 0) - index * self.block_size)
@@ -315,29 +319,15 @@ class ReceiverSession(ReceiverLife):
             return "wrong_size"
         return None if self._payload.check(message, frames) else "bad_tag"
 
-    def _owes_ack(self) -> bool:
-        """Whether the sender is to hear now what is stored: soon enough that it need not stop, and seldom.
-
-        Of the last blocks of an admitted stream the Close says the same.
-        """
-        window = self.window
-        if window.next_index >= self.num_blocks and self.facts.state is ReceiverState.ADMITTED:
-            return False
-        return window.next_index >= window.num_granted or 2 * (window.next_index - self._acked) >= self.credit
-
     def _deliver(self, *, join: bool = False) -> list[ReceiverAction]:
         """Hand on what is stored; `join`: blocks that are neighbours in memory go together."""
         actions: list[ReceiverAction] = []
-        taken = self.window.hand_on()
-        start = 0
-        while start < len(taken):
-            (index, block_id), end = taken[start], start + 1
-            while join and end < len(taken) and taken[end][1] == block_id + end - start:
-                end += 1
-            first_row, count = index * self.block_size, end - start
+        index, block_ids = self.window.hand_on()
+        for block_id, count in runs(block_ids) if join else [(block_id, 1) for block_id in block_ids]:
+            first_row = index * self.block_size
             num_rows = min(count * self.block_size, (self.facts.total_rows or 0) - first_row)
-            actions.append(Deliver(index + count - 1, block_id, first_row, num_rows, count))
-            start = end
+            index += count
+            actions.append(Deliver(index - 1, block_id, first_row, num_rows, count))
         return actions
 
     def _maybe_finish(self, now: float) -> list[ReceiverAction]:

@@ -98,11 +98,10 @@ class ReceiverWindow:
         while grants and grants[0].first_index + len(grants[0].block_ids) <= self.next_index:
             grants.popleft()
 
-    def hand_on(self) -> list[tuple[int, int]]:
-        """(index, block id) of every stored block that was not handed on; now it is."""
-        taken = [(index, self.held.pop(index)) for index in range(self.delivered, self.next_index)]
-        self.delivered = self.next_index
-        return taken
+    def hand_on(self) -> tuple[int, list[int]]:
+        """The first index that was not handed on, and the ids of the blocks stored from there on; now they are."""
+        first, self.delivered = self.delivered, self.next_index
+        return first, list(map(self.held.pop, range(first, self.next_index)))
 
     def cut(self, first_index: int) -> tuple[int, ...]:
         """Forget every block at and after `first_index`, stored or not; their ids."""
