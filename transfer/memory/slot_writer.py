@@ -202,12 +202,7 @@ class SlotWriter:
             slots = action.block_ids[index - action.first_index : end - action.first_index]
             first_row, count = index * size, 1
             left, together = end_row - first_row, rows.num_together(first_row)
-            while (
-                count < len(slots)
-                and slots[count] == slots[0] + count
-                and index + count not in self._placed
-                and min((count + 1) * size, left) <= together
-            ):
+            while count < len(slots) and slots[count] == slots[0] + count and min((count + 1) * size, left) <= together:
                 count += 1
             self._mapped.buffers.place(slots[0], rows.frames(first_row, min(count * size, left)))
             index += count
