@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from benchmarks import network_namespace
 from benchmarks.transfer_memory import SOURCE_SEED, TARGET_SEED, Content, Pool, Shape, memcpy_seconds
 from benchmarks.transfer_paths import PATHS, ReceiverPath, SenderPath
@@ -101,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.join:
         network_namespace.join(options.join)
     tuned = tune_allocator()
+    torch.set_num_threads(1)  # copies that stand for a computation would leave a pool of threads spinning on both cores
     shape = Shape(num_items=options.items, block_rows=options.block_rows)
     process = (ReceiverProcess if options.role == "receiver" else SenderProcess)(shape, options.folder)
     congestion = network_namespace.congestion_control()

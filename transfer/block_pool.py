@@ -133,10 +133,15 @@ class BlockPool:
 
 def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
     """(first, length) of the runs of consecutive integers in `numbers`, in their order."""
+    if not numbers:
+        return []
+    first = end = numbers[0]
+    if tuple(numbers) == tuple(range(first, first + len(numbers))):  # mostly they are one run
+        return [(first, len(numbers))]
     found: list[tuple[int, int]] = []
     for number in numbers:
-        if found and number == sum(found[-1]):
-            found[-1] = (found[-1][0], found[-1][1] + 1)
-        else:
-            found.append((number, 1))
-    return found
+        if number != end:
+            found.append((first, end - first))
+            first = number
+        end = number + 1
+    return [*found, (first, end - first)]

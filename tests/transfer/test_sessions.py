@@ -14,7 +14,7 @@ from transfer.errors import AlignmentError, LocalProtocolError
 from transfer.protocol.actions import Accepted, Dropped, Failed, Send, Timers
 from transfer.protocol.grant_planner import Demand, GrantPlanner
 from transfer.protocol.liveness import Liveness
-from transfer.protocol.messages import Abort, Accept, Grant, Open
+from transfer.protocol.messages import Abort, Accept, Ack, Announce, Close, Filled, Grant, Open
 from transfer.protocol.negotiate import Offer
 from transfer.protocol.receiver_session import ReceiverSession
 from transfer.protocol.sender_session import SenderSession
@@ -65,6 +65,24 @@ def test_starting_twice_raises_and_changes_nothing() -> None:
     with pytest.raises(LocalProtocolError):
         session.start(0.0)
     assert session.state is SenderState.OPENING
+
+
+def test_half_a_window_is_acknowledged_at_once_and_the_end_only_closed() -> None:
+    """Credit is four blocks, six are sent: one Ack in the middle, none with the Close, and none that nobody needs."""
+    left, right = opened()
+    for action in right.grant(range(6), 0.0):
+        assert isinstance(action, Send)
+        left.receive(action.message, 0.0)
+    (announcement,) = left.announce(6 * 16, (), 0.0)
+    assert isinstance(announcement, Send) and isinstance(announcement.message, Announce)
+    right.announce(announcement.message, 0.0)
+    right.admit(0.0)
+    said = []
+    for index in range(6):
+        filled = Filled(stream_id=TICKET.stream_id, epoch=1, first_index=index, block_ids=(index,), serial=index + 1)
+        actions = right.filled(filled, lambda message, first, count, num_rows: True, 0.0)
+        said.append([type(action.message) for action in actions if isinstance(action, Send)])
+    assert said == [[], [Ack], [], [Ack], [], [Close]]
 
 
 def test_a_grant_whose_predecessor_was_lost_waits_for_it() -> None:

@@ -163,6 +163,7 @@ def packed(record: object) -> bytes:
 
 
 ACK = {"type": "ack", "stream_id": "0" * 32, "epoch": 1, "serial": 0, "next_index": 0, "kept_index": 0}
+FILLED = {"type": "filled", "stream_id": "0" * 32, "epoch": 1, "first_index": 0, "block_ids": [1, 2], "serial": 1}
 CALL = {"type": "call", "call_id": 1, "method": "m", "body": {}}
 
 
@@ -192,6 +193,7 @@ def nested(depth: int) -> object:
         packed({**ACK, "next_index": -1}),
         packed({**ACK, "next_index": 1.0}),
         packed({**ACK, "next_index": 2**32}),
+        *(packed({**FILLED, "block_ids": [1, wrong, 2]}) for wrong in (-1, 2**32, True, 1.0, "1", None, [1])),
         packed({**ACK, "stream_id": "0" * 31}),
         packed({**ACK, "stream_id": "G" * 32}),
         packed({**ACK, "stream_id": b"0" * 32}),

@@ -90,13 +90,15 @@ class PlaneBuffers:
         self._block_size = block_size
         self._tensors = {name: tensor.flatten(0, 1) for name, tensor in tensors.items()}
         self._bytes = [t.view(t.shape[0], -1).view(torch.uint8).numpy() for t in tensors.values()]
+        self._flat = [(part.reshape(-1), part.shape[1]) for part in self._bytes]
         self._memory = [_memory_of(tensor) for tensor in tensors.values()]
         self._whole: dict[int, dict[str, Tensor]] = {}  # views of whole blocks that were handed out before
 
     def place(self, block_id: int, frames: Sequence[memoryview]) -> None:
-        """The one copy of the receive side: frames (one per plane, in order) into the head of a block."""
-        for target, frame in zip(self._bytes, frames, strict=True):
-            target[block_id, : len(frame)] = np.frombuffer(frame, dtype=np.uint8)
+        """The one copy of the receive side: frames, one per plane, into a block and on into its neighbours."""
+        for (flat, block_bytes), frame in zip(self._flat, frames, strict=True):
+            start = block_id * block_bytes
+            flat[start : start + len(frame)] = np.frombuffer(frame, dtype=np.uint8)
 
     def rows(self, block_id: int, num_rows: int) -> dict[str, Tensor]:
         """Views [num_rows, *row_shape] from the head of a block on, into its neighbours; valid until they are freed."""
@@ -163,6 +165,11 @@ class RowQueue:
                 sizes = zip(self._row_bytes, chunk, strict=True)
                 return [data[low * size : (low + num_rows) * size] for size, data in sizes]
         return self._joined(max(at, self._num_released), first_row, first_row + num_rows)
+
+    def num_together(self, first_row: int) -> int:
+        """How many rows from `first_row` on were written in one go, and so lie side by side."""
+        at = bisect.bisect_right(self._starts, first_row, self._num_released) - 1
+        return self._starts[at] + self._chunks[at][0] - first_row if at >= self._num_released else 0
 
     def _joined(self, at: int, first_row: int, end: int) -> list[memoryview]:
         pieces: list[list[memoryview]] = [[] for _ in self._planes]

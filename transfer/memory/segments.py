@@ -15,6 +15,7 @@ import functools
 import mmap
 import os
 import secrets
+import struct
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ PAGE_BYTES = 4096
 POPULATE_STEP_BYTES = 256 << 10  # other threads may need the address space in between
 MADV_POPULATE_WRITE = 23  # Linux 5.14; not in the mmap module yet
 _MAX_BYTES = 1 << 46
+_STREAM_WORDS = struct.Struct("<QQ")
 
 
 def is_supported() -> bool:
@@ -121,28 +123,25 @@ class Segment:
         self._check_slots(slots)
         if self._seals is None:
             raise LocalProtocolError(f"segment {self.generation:016x} is closed")
-        self._seals[list(slots)] = self._words(len(slots), filling)
+        self._seals[_side_by_side(slots)] = self._words(len(slots), filling)
 
     def is_sealed(self, slots: Sequence[int], filling: Filling) -> bool:
         """Whether every one of the slots holds exactly this."""
         self._check_slots(slots)
-        return self._seals is not None and bool(
-            np.array_equal(self._seals[list(slots)], self._words(len(slots), filling))
-        )
+        if self._seals is None:
+            return False
+        return self._seals[_side_by_side(slots)].tobytes() == self._words(len(slots), filling).tobytes()
 
     def _words(self, num_slots: int, filling: Filling) -> npt.NDArray[np.uint64]:
-        block_size = self.layout.block_size
+        block_size, last_rows = self.layout.block_size, filling.num_rows - (num_slots - 1) * self.layout.block_size
+        low, high = _STREAM_WORDS.unpack(bytes.fromhex(filling.stream_id))
+        first = (low, high, filling.epoch, filling.first_index, self.generation, filling.serial, block_size, 0)
         words = np.empty((num_slots, SEAL_WORDS), dtype=np.uint64)
-        raw, index = bytes.fromhex(filling.stream_id), filling.first_index
-        words[:, 0] = int.from_bytes(raw[:8], "little")
-        words[:, 1] = int.from_bytes(raw[8:], "little")
-        words[:, 2] = filling.epoch
-        words[:, 3] = np.arange(index, index + num_slots, dtype=np.uint64)
-        words[:, 4] = self.generation
-        words[:, 5] = filling.serial
-        words[:, 6] = block_size
-        words[-1, 6] = filling.num_rows - (num_slots - 1) * block_size
-        words[:, 7] = filling.checksums or 0
+        words[:] = np.array(first, dtype=np.uint64)
+        words[:, 3] += np.arange(num_slots, dtype=np.uint64)
+        words[-1, 6] = last_rows
+        if filling.checksums:
+            words[:, 7] = filling.checksums
         return words
 
     def populate(self, slot: int, num_slots: int) -> None:
@@ -232,6 +231,12 @@ def attach(fd: int, layout: SegmentLayout, generation: int) -> Segment:
         raise ConfigError(f"a segment of {size} bytes cannot be mapped: {error}; turn shared_memory off") from error
     _advise_huge(memory)
     return Segment(memory, layout, generation)
+
+
+def _side_by_side(slots: Sequence[int]) -> slice | list[int]:
+    """An index of these slots: a slice where they are neighbours, which is several times quicker."""
+    first, after = slots[0], slots[0] + len(slots)
+    return slice(first, after) if tuple(slots) == tuple(range(first, after)) else list(slots)
 
 
 def _page_up(num_bytes: int) -> int:

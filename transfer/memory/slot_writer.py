@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from itertools import repeat
 
 from transfer.block_pool import runs
 from transfer.errors import LocalProtocolError, RemoteProtocolError
@@ -151,6 +152,9 @@ class SlotWriter:
 
     def fill(self, action: SendFilled, rows: RowQueue) -> list[Filled]:
         """Write what is not written yet, seal it, and what to tell the receiver."""
+        if self._filled.keys().isdisjoint(range(action.first_index, action.first_index + len(action.block_ids))):
+            self._write(action, action.first_index, len(action.block_ids), rows)
+            return [self._message(action.first_index, action.block_ids, action.serial)]
         told: list[tuple[int, int, int]] = []  # index, slot, serial
         fresh: list[int] = []
         for index, slot in enumerate(action.block_ids, action.first_index):
@@ -160,12 +164,8 @@ class SlotWriter:
                 continue
             fresh.append(index)
             told.append((index, slot, action.serial))
-            if index not in self._placed:
-                first_row = index * self._block_size
-                num_rows = min(self._block_size, action.first_row + action.num_rows - first_row)
-                self._mapped.buffers.place(slot, rows.frames(first_row, num_rows))
         for first_index, count in runs(fresh):
-            self._seal(action, first_index, count)
+            self._write(action, first_index, count, rows)
         return self._messages(told)
 
     def release(self, before_row: int) -> None:
@@ -191,6 +191,22 @@ class SlotWriter:
         first_row, views = self._reserved
         return first_row + len(next(iter(views.values())))
 
+    def _write(self, action: SendFilled, first_index: int, count: int, rows: RowQueue) -> None:
+        self._copy(action, first_index, first_index + count, rows)
+        self._seal(action, first_index, count)
+
+    def _copy(self, action: SendFilled, index: int, end: int, rows: RowQueue) -> None:
+        """Rows that were not computed in their slots, in as few copies as there are pieces of memory at both ends."""
+        size, end_row = self._block_size, action.first_row + action.num_rows
+        while (index := self.placed_until(index)) < end:
+            slots = action.block_ids[index - action.first_index : end - action.first_index]
+            first_row, count = index * size, 1
+            left, together = end_row - first_row, rows.num_together(first_row)
+            while count < len(slots) and slots[count] == slots[0] + count and min((count + 1) * size, left) <= together:
+                count += 1
+            self._mapped.buffers.place(slots[0], rows.frames(first_row, min(count * size, left)))
+            index += count
+
     def _seal(self, action: SendFilled, first_index: int, count: int) -> None:
         offset = first_index - action.first_index
         slots = action.block_ids[offset : offset + count]
@@ -205,7 +221,9 @@ class SlotWriter:
         if self._mapped.has_checksums:
             filling = with_checksums(filling, self._ticket, slots, self._mapped.buffers, self._block_size)
         self._mapped.segment.seal(slots, filling)
-        self._filled.update((first_index + i, (slot, action.serial)) for i, slot in enumerate(slots))
+        self._filled.update(
+            zip(range(first_index, first_index + count), zip(slots, repeat(action.serial)), strict=True)
+        )
 
     def _messages(self, told: Sequence[tuple[int, int, int]]) -> list[Filled]:
         messages: list[Filled] = []
@@ -213,15 +231,13 @@ class SlotWriter:
         for end in range(1, len(told) + 1):
             if end < len(told) and told[end][2] == told[start][2]:
                 continue
-            part = told[start:end]
-            messages.append(
-                Filled(
-                    stream_id=self._ticket.stream_id,
-                    epoch=self._ticket.epoch,
-                    first_index=part[0][0],
-                    block_ids=tuple(slot for _, slot, _ in part),
-                    serial=part[0][2],
-                )
-            )
+            index, _, serial = told[start]
+            messages.append(self._message(index, tuple(slot for _, slot, _ in told[start:end]), serial))
             start = end
         return messages
+
+    def _message(self, first_index: int, slots: tuple[int, ...], serial: int) -> Filled:
+        ticket = self._ticket
+        return Filled(
+            stream_id=ticket.stream_id, epoch=ticket.epoch, first_index=first_index, block_ids=slots, serial=serial
+        )

@@ -257,6 +257,16 @@ class ReceiverLife:
     def _orphan_limit_s(self) -> float:
         return self.facts.take_over_s if self.facts.take_over_s > 0 else self.timers.stream_timeout_s
 
+    def _owes_ack(self) -> bool:
+        """Whether the sender is to hear now what is stored: soon enough that it need not stop, and seldom.
+
+        Of the last blocks of an admitted stream the Close says the same.
+        """
+        window = self.window
+        if window.next_index >= self.num_blocks and self.facts.state is ReceiverState.ADMITTED:
+            return False
+        return window.next_index >= window.num_granted or 2 * (window.next_index - self._acked) >= self.credit
+
     def _ack(self) -> Ack:
         window = self.window
         self._acked = window.next_index

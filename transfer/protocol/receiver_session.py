@@ -217,8 +217,7 @@ class ReceiverSession(ReceiverLife):
         is_placed = payload is not None and payload.is_placed
         actions: list[ReceiverAction] = [Place(message.block_id, () if is_placed else frames)]
         window.store(message.index)
-        waiting = window.next_index - self._acked
-        if window.next_index >= window.num_granted or 4 * waiting >= self.credit:
+        if self._owes_ack():
             actions.append(Send(self._ack()))
         if self.facts.state is not ReceiverState.ADMITTED:
             return actions + self._maybe_finish(now)
@@ -233,28 +232,33 @@ class ReceiverSession(ReceiverLife):
         if not facts.is_announced:
             return [Dropped("early")]
         ids, first = message.block_ids, message.first_index
-        wanted = [i for i in range(first, first + len(ids)) if i >= window.next_index and i not in window.stored]
+        wanted: Sequence[int] = range(first, first + len(ids))
+        if first < window.next_index or window.stored:
+            wanted = [i for i in wanted if i >= window.next_index and i not in window.stored]
         self.num_repeated += len(ids) - len(wanted)
         if not wanted:
             return [Dropped("duplicate"), Send(self._ack())]
-        granted = [index for index in wanted if window.held.get(index) == ids[index - first]]
-        filled: list[int] = []
+        granted = wanted
+        if tuple(map(window.held.get, wanted)) != ids:
+            granted = [index for index in wanted if window.held.get(index) == ids[index - first]]
+        filled: list[tuple[int, int]] = []
         for index, count in runs(granted):
             num_rows = min(count * self.block_size, (facts.total_rows or 0) - index * self.block_size)
             if is_filled(message, index - first, count, num_rows):
-                filled += range(index, index + count)
+                filled.append((index, count))
+        num_filled = sum(count for _, count in filled)
         dropped = [Dropped("not_granted")] * (len(granted) < len(wanted))
-        dropped += [Dropped("bad_seal")] * (len(filled) < len(granted))
+        dropped += [Dropped("bad_seal")] * (num_filled < len(granted))
         if len(granted) < len(wanted):
             self._came_late()
         if not filled:
             return [*dropped]
         self._apply(ReceiverEvent.BLOCK)
         self._filled_some(now)
-        for index in filled:
-            window.store(index)
-        actions: list[ReceiverAction] = [Placed(len(filled)), *dropped]
-        if window.next_index >= window.num_granted or 4 * (window.next_index - self._acked) >= self.credit:
+        for index, count in filled:
+            window.store(index, count)
+        actions: list[ReceiverAction] = [Placed(num_filled), *dropped]
+        if self._owes_ack():
             actions.append(Send(self._ack()))
         if self.state is ReceiverState.ADMITTED:
             actions += self._deliver(join=True)
@@ -318,16 +322,12 @@ class ReceiverSession(ReceiverLife):
     def _deliver(self, *, join: bool = False) -> list[ReceiverAction]:
         """Hand on what is stored; `join`: blocks that are neighbours in memory go together."""
         actions: list[ReceiverAction] = []
-        taken = self.window.hand_on()
-        start = 0
-        while start < len(taken):
-            (index, block_id), end = taken[start], start + 1
-            while join and end < len(taken) and taken[end][1] == block_id + end - start:
-                end += 1
-            first_row, count = index * self.block_size, end - start
+        index, block_ids = self.window.hand_on()
+        for block_id, count in runs(block_ids) if join else [(block_id, 1) for block_id in block_ids]:
+            first_row = index * self.block_size
             num_rows = min(count * self.block_size, (self.facts.total_rows or 0) - first_row)
-            actions.append(Deliver(index + count - 1, block_id, first_row, num_rows, count))
-            start = end
+            index += count
+            actions.append(Deliver(index - 1, block_id, first_row, num_rows, count))
         return actions
 
     def _maybe_finish(self, now: float) -> list[ReceiverAction]:

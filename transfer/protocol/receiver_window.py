@@ -84,13 +84,13 @@ class ReceiverWindow:
         self.open_grants.append(grant)
         self._record = None
 
-    def store(self, index: int) -> None:
-        """Block `index` is verified and stored."""
+    def store(self, index: int, count: int = 1) -> None:
+        """`count` blocks from `index` on are verified and stored."""
         stored = self.stored
         if index == self.next_index and not stored:
-            self.next_index += 1
+            self.next_index += count
         else:
-            stored.add(index)
+            stored.update(range(index, index + count))
             while self.next_index in stored:
                 stored.remove(self.next_index)
                 self.next_index += 1
@@ -98,11 +98,10 @@ class ReceiverWindow:
         while grants and grants[0].first_index + len(grants[0].block_ids) <= self.next_index:
             grants.popleft()
 
-    def hand_on(self) -> list[tuple[int, int]]:
-        """(index, block id) of every stored block that was not handed on; now it is."""
-        taken = [(index, self.held.pop(index)) for index in range(self.delivered, self.next_index)]
-        self.delivered = self.next_index
-        return taken
+    def hand_on(self) -> tuple[int, list[int]]:
+        """The first index that was not handed on, and the ids of the blocks stored from there on; now they are."""
+        first, self.delivered = self.delivered, self.next_index
+        return first, list(map(self.held.pop, range(first, self.next_index)))
 
     def cut(self, first_index: int) -> tuple[int, ...]:
         """Forget every block at and after `first_index`, stored or not; their ids."""

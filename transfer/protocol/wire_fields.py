@@ -100,13 +100,20 @@ def stream_id(value: Any) -> str:
 _is_known_stream_id = functools.lru_cache(maxsize=1024)(is_stream_id)  # the same few come with every block
 
 
+_ONLY_INT = {int}
+
+
 def sequence(limit: int, element: Check) -> Check:
     """A list of at most `limit` elements, as a tuple."""
 
     def check(value: Any) -> tuple[Any, ...]:
         if type(value) is not list or len(value) > limit:
             raise MalformedMessage(f"expected a list of at most {limit} elements")
-        return tuple(element(item) for item in value)
+        if type(element) is Int and value and set(map(type, value)) == _ONLY_INT:
+            element(min(value))
+            element(max(value))
+            return tuple(value)
+        return tuple(map(element, value))
 
     return check
 
