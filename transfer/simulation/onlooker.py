@@ -38,6 +38,7 @@ class Onlooker:
         self._now = now
         self._size = config.block_size
         self._credit = config.credit_window_blocks
+        self.last_restart_s = 0.0  # when some I/O loop began anew last
 
     def sent(self, process: Process, message: Message, frames: Sequence[bytes]) -> None:
         """A message leaves `process`."""
@@ -87,6 +88,7 @@ class Onlooker:
 
     def loop_restarted(self, process: Process) -> None:
         """What was on its way into a program's I/O loop is lost."""
+        self.last_restart_s = self._now()
         self._story.tell(self._now(), process, None, "its I/O loop died and runs again")
         self._judge.turns.begin_anew(process.host)
         self.link_disturbed(None, process.host)

@@ -20,7 +20,7 @@ from transfer.simulation.story import Story
 from transfer.simulation.timeline import Timeline
 
 PROGRESS_LIMIT_S = 900.0  # virtual seconds from the start in which every request must be over
-QUIET_LIMIT_S = 60.0  # virtual seconds after that in which every end must have let go of its streams
+QUIET_LIMIT_S = 60.0  # virtual seconds after that, and after the last fault, until every end has let go of its streams
 MAX_STEPS = 400_000
 
 
@@ -44,6 +44,7 @@ class World:
         self.story = Story(is_told)
         self.judge = Judge(scenario.config, self.story, lambda: self.timeline.now)
         self.fired: Counter[str] = Counter()
+        self._disturbed_s = 0.0  # until then, at the end of a run, something kept its ends from letting go
         self._states: dict[Host, dict[str, str]] = {}
         self.onlooker = Onlooker(self.judge, self.story, scenario.config, lambda: self.timeline.now)
         self.network = VirtualNetwork(
@@ -83,11 +84,9 @@ class World:
             self._step()
         if self.judge.breach is None and not self.controller.is_done:
             self._complain_of_the_unfinished()
-        limit_s = self.timeline.now + QUIET_LIMIT_S
-        while not self._is_quiet() and not self._is_beyond(limit_s):
+        self._disturbed_s = self.timeline.now
+        while not self._is_quiet() and not self._is_beyond(self._quiet_limit_s()):
             self._step()
-            if self.incidents.num_open:  # of late: nobody can be asked to let go who is stopped
-                limit_s = self.timeline.now + QUIET_LIMIT_S
         if self.judge.breach is None:
             self._check_ledger()
         self.fired["pool_exhaustion"] += self.judge.num_exhausted
@@ -130,6 +129,12 @@ class World:
             self.judge.complain("6: the work of a run is bounded", None, f"{MAX_STEPS} steps were not enough")
         return self.judge.breach is not None or self.timeline.now > limit_s
 
+    def _quiet_limit_s(self) -> float:
+        """Who is stopped cannot let go, and a loop that begins anew waits anew for a sender that is silent."""
+        if self.incidents.num_open:
+            self._disturbed_s = self.timeline.now
+        return max(self._disturbed_s, self.onlooker.last_restart_s) + QUIET_LIMIT_S
+
     def _complain_of_the_unfinished(self) -> None:
         for request in self.controller.requests:
             if request.outcome is None:
@@ -164,7 +169,7 @@ class World:
     def _check_ledger(self) -> None:
         left = self._leftovers()
         if left:
-            self.judge.complain("7: nothing leaks", None, f"{QUIET_LIMIT_S:g} s after the last request: {left}")
+            self.judge.complain("7: nothing leaks", None, f"{QUIET_LIMIT_S:g} s after the last request and fault: {left}")
         for host in self.receivers:
             wild = [i for i in range(self.scenario.config.num_pool_blocks) if not host.buffers.is_poisoned(i)]
             if wild and not left:
