@@ -79,6 +79,10 @@ class ReceiverLife:
         self._heard = now
         self._move(now)
 
+    def place_in(self, *, shared_memory: bool) -> None:
+        """Where the blocks of this epoch are to be, once that is known: in memory that its sender writes, or not."""
+        self.facts = replace(self.facts, shares_memory=shared_memory)
+
     # -- what the shell asks --------------------------------------------------------------------------------------
 
     @property

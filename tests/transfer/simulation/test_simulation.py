@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.profiles import IS_SOAK
-from tests.transfer.simulation import planted
+from tests.transfer.simulation.planted.receivers import forget_the_tag_check
 from transfer.simulation.faults import FAULT_KINDS
 from transfer.simulation.runner import MIN_SEEDS_FOR_FIRINGS, Report, run_seed, run_seeds
 
@@ -72,7 +72,7 @@ def test_the_order_of_sets_and_dicts_does_not_matter() -> None:
 
 
 def test_a_failure_names_the_promise_and_tells_the_story_of_the_stream() -> None:
-    with planted.forget_the_tag_check():
+    with forget_the_tag_check():
         result = next(r for r in (run_seed(seed, is_told=True) for seed in range(100)) if r.breach is not None)
     breach = result.breach
     assert breach is not None and breach.number is not None and breach.promise.startswith("4")

@@ -43,7 +43,7 @@ def test_a_loop_that_begins_anew_late_waits_anew_and_leaks_nothing() -> None:
     network, receiver = world.network, world.receivers[0]
     at = world.timeline.after
     at(0.5, lambda: setattr(network.link("sender-1", "receiver-1"), "num_cuts", 1))
-    at(0.6, lambda: world.controller.cancel(world.controller.requests[0], "sender"))
+    at(0.6, lambda: world.incidents.cancels.cancel(world.controller.requests[0], "sender"))
     at(19.0, lambda: receiver.process.run(network.endpoints[receiver.address].restart_loop))
     result = play(world)
     assert result.breach is None, result.breach
@@ -54,6 +54,6 @@ def test_a_stream_that_is_held_for_longer_leaks() -> None:
     world = World(scenario(take_over_s=70.0))
     at = world.timeline.after
     at(0.5, lambda: setattr(world.network.link("sender-1", "receiver-1"), "num_cuts", 1))
-    at(0.6, lambda: world.controller.cancel(world.controller.requests[0], "sender"))
+    at(0.6, lambda: world.incidents.cancels.cancel(world.controller.requests[0], "sender"))
     result = play(world)
     assert result.breach is not None and result.breach.promise == "7: nothing leaks"
