@@ -99,21 +99,24 @@ def _sharing_memory(scenario: Scenario, dice: random.Random, is_clean: bool) -> 
     config, num_requests = scenario.config, len(scenario.requests)
     num_slots = dice.choice((1, 2, max(1, num_requests // 3), num_requests, 2 * num_requests, 60))
     num_messages = 6 * num_requests + 2 * sum(-(-plan.num_rows // config.block_size) for plan in scenario.requests)
-    incidents = [
-        Incident(
-            kind=dice.choice(MEMORY_KINDS),
-            at_message=dice.choice((1, dice.randint(1, num_messages))),
-            target=dice.randrange(1000),
-            seconds=dice.choice((dice.uniform(0, 3), dice.uniform(0, 3), dice.uniform(3, 30))),
-        )
-        for _ in range(0 if is_clean else dice.choice((0, 1, 2, 4, 6)))
-    ]
+    incidents = [_memory_incident(dice, num_messages) for _ in range(0 if is_clean else dice.choice((0, 1, 2, 4, 6)))]
     return replace(
         scenario,
         config=replace(config, segment_tokens=num_slots * config.block_size, shm_checksum=dice.random() < 0.3),
         incidents=tuple(sorted((*scenario.incidents, *incidents), key=lambda incident: incident.at_message)),
         local_senders=tuple(number for number in range(scenario.num_senders) if dice.random() < 0.85),
         in_place=dice.choice((0.0, 0.3, 1.0)),
+    )
+
+
+def _memory_incident(dice: random.Random, num_messages: int) -> Incident:
+    kind = dice.choice(MEMORY_KINDS)
+    is_short = kind != "replay" and dice.random() < 0.7
+    return Incident(
+        kind=kind,
+        at_message=1 if kind == "replay" else dice.choice((1, dice.randint(1, num_messages))),
+        target=dice.randrange(1000),
+        seconds=dice.uniform(0, 3) if is_short else dice.uniform(3, 30),
     )
 
 

@@ -10,6 +10,7 @@ from unittest.mock import patch
 from transfer.memory.buffers import RowQueue
 from transfer.memory.receive_area import ReceiveArea
 from transfer.memory.segment_book import SegmentBook
+from transfer.memory.segment_host import SegmentHost
 from transfer.memory.segments import Segment
 from transfer.memory.slot_writer import SlotWriter
 from transfer.protocol.actions import SendFilled
@@ -89,9 +90,9 @@ def fill_a_sealed_slot_again() -> AbstractContextManager[Any]:
     return patch.object(SlotWriter, "fill", wrong)
 
 
-def go_on_in_an_abandoned_segment() -> AbstractContextManager[Any]:
-    """A segment whose peer is gone is granted from as before."""
-    return patch.object(SegmentBook, "abandon", lambda self: None)
+def ignore_the_end_of_a_lifeline() -> AbstractContextManager[Any]:
+    """A receiver goes on with a segment that its peer has let go of."""
+    return patch.object(SegmentHost, "_abandon", lambda self, generation: None)
 
 
 def fence_what_was_handed_on() -> AbstractContextManager[Any]:
@@ -139,7 +140,7 @@ BUGS: tuple[Planted, ...] = (
     give_back_while_the_producer_writes,
     leave_rows_in_withdrawn_slots,
     fill_a_sealed_slot_again,
-    go_on_in_an_abandoned_segment,
+    ignore_the_end_of_a_lifeline,
     fence_what_was_handed_on,
     forget_where_blocks_are_to_be,
     wait_for_word_of_the_pools_blocks,
