@@ -100,12 +100,18 @@ def _sharing_memory(scenario: Scenario, dice: random.Random, is_clean: bool) -> 
     num_slots = dice.choice((1, 2, max(1, num_requests // 3), num_requests, 2 * num_requests, 60))
     num_messages = 6 * num_requests + 2 * sum(-(-plan.num_rows // config.block_size) for plan in scenario.requests)
     incidents = [_memory_incident(dice, num_messages) for _ in range(0 if is_clean else dice.choice((0, 1, 2, 4, 6)))]
+    config = replace(config, segment_tokens=num_slots * config.block_size, shm_checksum=dice.random() < 0.3)
+    local_senders = tuple(number for number in range(scenario.num_senders) if dice.random() < 0.85)
+    in_place = dice.choice((0.0, 0.3, 1.0))
+    for _ in range(0 if is_clean else dice.choice((0, 1, 2, 4))):  # in the middle of what is done with slots, too
+        at_message, target = dice.randint(1, num_messages), 2 * dice.randrange(500)
+        incidents.append(Incident(kind="restart_loop", at_message=at_message, target=target, seconds=0.01))
     return replace(
         scenario,
-        config=replace(config, segment_tokens=num_slots * config.block_size, shm_checksum=dice.random() < 0.3),
+        config=config,
         incidents=tuple(sorted((*scenario.incidents, *incidents), key=lambda incident: incident.at_message)),
-        local_senders=tuple(number for number in range(scenario.num_senders) if dice.random() < 0.85),
-        in_place=dice.choice((0.0, 0.3, 1.0)),
+        local_senders=local_senders,
+        in_place=in_place,
     )
 
 

@@ -85,6 +85,11 @@ class SlotWatch(BlockWatch):
         """Slots that nobody gets before their writer's word."""
         return sum(map(len, self._fenced.values()))
 
+    def fenced_writers(self) -> list[tuple[str, int]]:
+        """Stream and epoch of those whose word is waited for."""
+        writers = (writer.rpartition("/") for writer, slots in self._fenced.items() if slots)
+        return [(stream_id, int(epoch)) for stream_id, _, epoch in writers]
+
     @property
     def num_free(self) -> int:
         return 0 if self.is_abandoned else self.num_blocks - len(self.writers)

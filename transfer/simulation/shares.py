@@ -10,7 +10,7 @@ from transfer.simulation.books import StreamBook
 from transfer.simulation.memory import BlockWatch
 from transfer.simulation.segments import SlotWatch
 from transfer.simulation.timeline import Process
-from transfer.simulation.turns import Turns
+from transfer.simulation.turns import PATIENCE_S, Turns
 
 Complain: TypeAlias = Callable[[str, int | None, str], None]
 
@@ -25,6 +25,7 @@ class Shares:
         self._size = block_size
         self._granted: list[tuple[StreamBook, Grant]] = []  # in the step that runs, to streams not admitted
         self._announced: list[StreamBook] = []  # in the step that runs
+        self._fenced: dict[SlotWatch, dict[tuple[str, int], float]] = {}  # since when, of epochs that go on
         self._starving: dict[BlockWatch, set[str]] = {}  # streams that wait for a block while there is none
 
     def granted(self, book: StreamBook, grant: Grant) -> None:
@@ -35,6 +36,10 @@ class Shares:
     def announced(self, book: StreamBook) -> None:
         """A consumer learned the totals."""
         self._announced.append(book)
+
+    def loop_restarted(self) -> None:
+        """In the step that runs: slots that were to be asked back then are asked for when their sender probes."""
+        self._announced = [book for book in self._announced if not isinstance(book.area, SlotWatch)]
 
     def check(self, process: Process, areas: Sequence[BlockWatch], books: Callable[[], list[StreamBook]]) -> None:
         """After a step of `process`; `books()`: its live streams."""
@@ -48,9 +53,22 @@ class Shares:
                 self._check_area(process, area, fresh, [book for book in books() if book.area is area])
             else:
                 self._starving.pop(area, None)
+            if isinstance(area, SlotWatch) and area.num_fenced:
+                self._check_fences(area, books())
             self._turns.check(
                 process, area, () if num_free else [b for b in books() if b.area is area], num_free=num_free
             )
+
+    def _check_fences(self, area: SlotWatch, books: Sequence[StreamBook]) -> None:
+        """Who is to say that it let go of slots must know of the end of its epoch."""
+        going_on = {(book.stream_id, book.epoch): book for book in books if book.is_opened}
+        fenced, ran_s = [writer for writer in area.fenced_writers() if writer in going_on], self._turns.ran_s(area)
+        before = self._fenced.get(area, {})
+        self._fenced[area] = {writer: before.get(writer, ran_s) for writer in fenced}
+        for writer, since_s in self._fenced[area].items():
+            if ran_s - since_s > PATIENCE_S:
+                text = f"slots of epoch {writer[1]} wait for the word of a sender that goes on"
+                self._complain("7: nothing leaks", going_on[writer].number, text)
 
     def _check_surplus(self, area: BlockWatch, announced: Sequence[StreamBook]) -> None:
         held = area.num_held()

@@ -72,6 +72,11 @@ class Turns:
         _, program = self._programs.get(area, (None, None))
         return 0.0 if program is None or not program.waiting else program.ran_s - min(program.waiting.values())
 
+    def ran_s(self, area: BlockWatch) -> float:
+        """How long the program of this area ran since its first check."""
+        _, program = self._programs.get(area, (None, None))
+        return 0.0 if program is None else program.ran_s
+
     def check(self, process: Process, watch: BlockWatch, books: Sequence[StreamBook], *, num_free: int) -> None:
         """After a step of `process`, whose live streams with blocks of this area are `books`."""
         _, program = self._programs.setdefault(watch, (process, _Program(self._now())))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
+from tests.transfer.simulation.planted.shares import serve_the_last_first
 from transfer.config import TransferConfig
 from transfer.simulation.faults import Rates
 from transfer.simulation.runner import quiet_logs
@@ -19,15 +19,15 @@ PLAN = RequestPlan(
 )  # fmt: skip
 
 
-def scenario(**plan: Any) -> Scenario:
-    """One sender, one receiver, one stream whose producer takes its time; nothing goes wrong by itself."""
+def scenario(*plans: RequestPlan, pool_tokens: int = 16) -> Scenario:
+    """One sender, one receiver, and streams whose producers take their time; nothing goes wrong by itself."""
     config = TransferConfig(
-        block_size=2, default_allocate_tokens=4, pool_tokens=16, credit_window_blocks=2, tick_s=0.1,
+        block_size=2, default_allocate_tokens=4, pool_tokens=pool_tokens, credit_window_blocks=2, tick_s=0.1,
         idle_timeout_s=20.0, stream_timeout_s=30.0, ping_interval_s=0.5,
     )  # fmt: skip
     return Scenario(
         seed=1, planes=(PlaneSpec(name="x", dtype="int32", row_shape=(2,)),), config=config, is_encrypted=False,
-        num_senders=1, num_receivers=1, admission="at_once", budget_rows=100, requests=(replace(PLAN, **plan),),
+        num_senders=1, num_receivers=1, admission="at_once", budget_rows=100, requests=plans,
         rates=Rates(), lossy_s=0.0, incidents=(),
     )  # fmt: skip
 
@@ -39,7 +39,7 @@ def play(world: World) -> Result:
 
 def test_a_loop_that_begins_anew_late_waits_anew_and_leaks_nothing() -> None:
     """The sender gave up and nobody heard it: its receiver waits for it, then for another, then lets go."""
-    world = World(scenario())
+    world = World(scenario(PLAN))
     network, receiver = world.network, world.receivers[0]
     at = world.timeline.after
     at(0.5, lambda: setattr(network.link("sender-1", "receiver-1"), "num_cuts", 1))
@@ -51,9 +51,20 @@ def test_a_loop_that_begins_anew_late_waits_anew_and_leaks_nothing() -> None:
 
 
 def test_a_stream_that_is_held_for_longer_leaks() -> None:
-    world = World(scenario(take_over_s=70.0))
+    world = World(scenario(replace(PLAN, take_over_s=70.0)))
     at = world.timeline.after
     at(0.5, lambda: setattr(world.network.link("sender-1", "receiver-1"), "num_cuts", 1))
     at(0.6, lambda: world.incidents.cancels.cancel(world.controller.requests[0], "sender"))
     result = play(world)
     assert result.breach is not None and result.breach.promise == "7: nothing leaks"
+
+
+def test_two_who_stand_still_must_not_pass_the_only_block_to_and_fro() -> None:
+    """Each gives it up in time, so neither keeps it from anybody; and the third, who has rows, never gets it."""
+    slow = replace(PLAN, num_rows=4, piece_rows=1, gap_s=60.0)
+    quick = replace(PLAN, number=2, num_rows=40, piece_rows=40, gap_s=0.0, start_s=125.0)
+    plans = slow, replace(slow, number=1), quick
+    assert play(World(scenario(*plans, pool_tokens=2))).breach is None
+    with serve_the_last_first():
+        breach = play(World(scenario(*plans, pool_tokens=2))).breach
+    assert breach is not None and breach.promise == "5: every stream has its turn"
