@@ -24,6 +24,8 @@ def test_every_promise_is_kept_under_every_fault() -> None:
     assert not report.failures, "\n".join(f"seed {seed}: {text}" for seed, text in report.failures)
     assert not report.silent_kinds, f"faults that never happened: {report.silent_kinds}"
     assert report.counts["complete"] > report.counts["requests"] // 2, "most requests outlive what befalls them"
+    assert report.counts["streams_through_slots"] > report.num_seeds // 2, "memory is shared"
+    assert report.counts["blocks_through_slots"] > report.counts["blocks_computed_in_slots"] > report.num_seeds // 2
 
 
 def test_several_processes_come_to_the_same() -> None:
