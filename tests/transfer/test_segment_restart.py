@@ -80,6 +80,20 @@ def test_an_accepted_stream_gets_slots_and_no_blocks_of_the_pool(monkeypatch: py
     pair.assert_ledger_zero()
 
 
+def test_a_consumer_hears_the_end_though_the_loop_died_while_slots_came_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream without rows is over while what it was granted is still asked back."""
+    pair, died = SegmentPair(configure(16, 64, 8)), list[object]()
+    monkeypatch.setattr(SegmentBook, "fence", dies_once(SegmentBook.fence, died))
+    stream, consumer, _ = pair.transfer(0)
+    run(pair)
+    assert died
+    pair.network.run_until(lambda: bool(consumer.ends), limit_s=5.0)
+    assert len(consumer.ends) == 1 and consumer.total_rows == 0
+    pair.network.run_until(lambda: not pair.sender.stats()["transfer_streams_sending"], limit_s=5.0)
+    stream.result(0)
+    pair.assert_ledger_zero()
+
+
 class StrangersPair(SegmentPair):
     """The sender tries to share memory, and cannot."""
 

@@ -302,9 +302,9 @@ class IncomingStreams:
     def _remove(self, stream: IncomingStream) -> None:
         stream_id = stream.session.ticket.stream_id
         if self.by_id.get(stream_id) is stream:
-            del self.by_id[stream_id]
-            self._schedule.remove(stream_id)
-            for area in {stream.area, stream.invited} - {None}:
+            for area in {stream.area, stream.invited} - {None}:  # first: where the loop dies here, the end comes again
                 assert area is not None
                 area.end(stream_id)
+            del self.by_id[stream_id]
+            self._schedule.remove(stream_id)
             self._on_end(stream_id)
