@@ -114,3 +114,42 @@ def test_a_stream_that_comes_back_under_a_later_epoch_opens_at_once() -> None:
     zombie.abort("Cancelled", "its time is over")
     pair.network.settle()
     pair.assert_ledger_zero()
+
+
+@pytest.mark.parametrize("has_segments", [False, True], ids=["wire", "shm"])
+def test_an_announcement_that_a_restart_swallowed_is_said_again(
+    has_segments: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The restarted loop says again what is stored. The sender that took over must not read that as the answer."""
+    monkeypatch.setattr(Pair, "has_segments", has_segments)
+    pair, data, ticket = Pair(configure(16, 128, 8)), make_rows(200), Ticket.issue("test")
+    consumer = pair.listen(ticket, take_over_s=60.0)
+    first = pair.send(ticket, content_key="k")
+    first.announce(200)
+    first.write(0, {name: rows[:64] for name, rows in data.items()})
+    pair.network.settle()
+    assert consumer.num_rows == 64
+    del pair.network.endpoints["virtual://sender"]
+    later = pair.reissue(ticket.stream_id)
+    assert later is not None
+    second = pair.send(later, sender=pair.another_sender(), content_key="k")
+    pair.network.settle()
+    lost: list[Message] = []
+
+    def lose_announcements(message: Message, frames: list[bytes]) -> tuple[Message, list[bytes]] | None:
+        if not isinstance(message, Announce):
+            return message, frames
+        lost.append(message)
+        return None
+
+    pair.network.rewrite = lose_announcements
+    second.announce(200)
+    pair.network.settle()
+    pair.receiver.restart_loop()
+    pair.network.advance(0.2)
+    pair.network.rewrite = None
+    assert lost
+    second.write(64, {name: rows[64:] for name, rows in data.items()})
+    pair.network.run_until(lambda: bool(consumer.ends), limit_s=10.0)
+    assert_rows_equal(consumer, data)
+    assert second.result(0).resent_blocks <= pair.config.credit_window_blocks

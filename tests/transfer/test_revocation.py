@@ -234,6 +234,7 @@ def shared_memory_pair() -> tuple[SenderSession, ReceiverSession]:
     (action,) = left.start(0.0)
     (answer,) = right.open(action.message, 0.0)  # type: ignore[union-attr, arg-type]
     assert isinstance(answer, Send) and isinstance(answer.message, Accept)
+    right.place_in(shared_memory=True)
     left.receive(answer.message, 0.0)
     (grant,) = right.grant((7, 5, 3, 1), 0.0)
     left.announce(80, (), 0.0)

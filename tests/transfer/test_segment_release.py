@@ -11,7 +11,7 @@ from transfer.errors import PeerLost, StreamAborted, TicketRejected
 from transfer.memory.segment_area import ASK_S
 from transfer.memory.segment_host import MAX_PEER_SEGMENTS, RELEASE_S, STUCK_S
 from transfer.memory.segments import is_supported
-from transfer.protocol.messages import Abort, Block, Close, Released
+from transfer.protocol.messages import Abort, Block, Close, Filled, Released
 from transfer.protocol.ticket import Ticket
 
 pytestmark = pytest.mark.skipif(not is_supported(), reason="this system has no sealed memory files")
@@ -191,3 +191,16 @@ def test_a_release_of_an_epoch_that_goes_on_frees_nothing() -> None:
     stream.write(0, data)
     pair.network.settle()
     assert_rows_equal(consumer, data)
+
+
+def test_a_seal_counts_for_one_grant_only() -> None:
+    """What a slot held before it was granted anew is nobody's rows, though its old seal said whose they were."""
+    pair = SegmentPair(configure(16, 16, 1))
+    _, consumer, _ = pair.whole(16, admit=False)
+    (area,) = pair.areas
+    (told,) = (message for _, _, message, _ in pair.network.log if isinstance(message, Filled))
+    assert consumer.total_rows == 16 and area.is_filled(told, 0, 1, 16)
+    area.free(told.stream_id, told.block_ids, fenced=False)
+    assert area.is_filled(told, 0, 1, 16), "nobody wiped it yet"
+    assert area.allocate(told.stream_id, 1) == told.block_ids
+    assert not area.is_filled(told, 0, 1, 16)

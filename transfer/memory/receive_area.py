@@ -49,11 +49,11 @@ class ReceiveArea:
         """Blocks come back; over the wire only this side writes them, so they may be used again at once."""
         self.pool.free_blocks(stream_id, block_ids)
 
-    def retain(self, stream_id: str, held: Sequence[int]) -> None:
-        """After a restart: a stream keeps these of its blocks, and whatever else it had comes back."""
+    def retain(self, stream_id: str, held: Sequence[int], *, fenced: bool) -> None:
+        """After a restart: a stream keeps these of its blocks, and whatever else it had comes back, as `free` says."""
         lost = [block_id for block_id in self.pool.held_by(stream_id) if block_id not in set(held)]
         if lost:
-            self.free(stream_id, lost, fenced=True)
+            self.free(stream_id, lost, fenced=fenced)
 
     def end(self, stream_id: str) -> None:
         """The stream is over; what it still holds comes back."""

@@ -31,8 +31,8 @@ class _Silence:
 class SegmentArea(ReceiveArea):
     """One segment, shared by the streams of one peer. ConfigError when the system has no memory for it."""
 
-    def __init__(self, layout: SegmentLayout, *, has_checksums: bool) -> None:
-        self.segment = OwnedSegment(layout)
+    def __init__(self, layout: SegmentLayout, *, has_checksums: bool, segment: OwnedSegment | None = None) -> None:
+        self.segment = segment or OwnedSegment(layout)
         self.book = SegmentBook(layout.num_slots, layout.block_size)
         self.has_checksums = has_checksums
         self.is_attached = False  # the peer has mapped it
@@ -62,6 +62,7 @@ class SegmentArea(ReceiveArea):
     def allocate(self, stream_id: str, count: int) -> tuple[int, ...]:
         """Slots for a stream that the plan named."""
         slots = super().allocate(stream_id, count)
+        self.segment.unseal(slots)
         self.segment.populate_soon(max(slots) + 1)
         return slots
 

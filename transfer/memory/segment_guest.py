@@ -11,19 +11,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from transfer.config import TransferConfig
 from transfer.connection import Connection
 from transfer.errors import EndpointClosed, RemoteProtocolError, TransferError
 from transfer.memory.buffers import PlaneBuffers
-from transfer.memory.segment_passing import FetchedSegment, fetch, is_lifeline_over
-from transfer.memory.segments import Segment, SegmentLayout, attach, is_supported
+from transfer.memory.segment_passing import Lifeline, fetch, is_lifeline_over
+from transfer.memory.segments import Segment, SegmentLayout, is_supported
 from transfer.protocol.messages import Body
 from transfer.protocol.negotiate import Offer
 from transfer.protocol.ticket import Ticket
@@ -43,7 +41,7 @@ class MappedSegment:
     segment: Segment
     buffers: PlaneBuffers
     has_checksums: bool
-    lifeline: socket.socket
+    lifeline: Lifeline
 
     @property
     def generation(self) -> int:
@@ -55,8 +53,16 @@ class MappedSegment:
         self.lifeline.close()
 
 
+class Fetched(Protocol):
+    """A FetchedSegment, or what stands for it."""
+
+    @property
+    def lifeline(self) -> Lifeline: ...
+    def attach(self, layout: SegmentLayout, generation: int) -> Segment: ...
+
+
 OnAnswer: TypeAlias = Callable[[MappedSegment | None], None]
-Fetch: TypeAlias = Callable[[str, Ticket, int], FetchedSegment]
+Fetch: TypeAlias = Callable[[str, Ticket, int], Fetched]
 
 
 class SegmentGuest:
@@ -153,13 +159,7 @@ class SegmentGuest:
     ) -> MappedSegment | None:
         try:
             fetched = self._fetch(path, ticket, generation)
-            try:
-                segment = attach(fetched.fd, layout, generation)
-            except BaseException:
-                fetched.lifeline.close()
-                raise
-            finally:
-                os.close(fetched.fd)
+            segment = fetched.attach(layout, generation)
         except (TransferError, OSError) as error:
             logger.info("payload of stream %s goes over the wire: %s", ticket.stream_id, error)
             return None

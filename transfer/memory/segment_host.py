@@ -14,6 +14,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -49,7 +50,9 @@ class Server(Protocol):
 
 
 class SegmentHost:
-    """Segments by peer. `open_server(folder)` starts what passes them; `on_lost(area)` runs when its peer is gone."""
+    """Segments by peer. `open_server(folder)` starts what passes them, `make_area(layout)` makes one (a simulation has
+    memory and passing of its own); `on_lost(area)` runs when its peer is gone.
+    """
 
     def __init__(
         self,
@@ -59,6 +62,7 @@ class SegmentHost:
         *,
         folder: Path,
         open_server: Callable[[Path], Server] = SegmentServer,
+        make_area: Callable[[SegmentLayout], SegmentArea] | None = None,
     ) -> None:
         self._service = service
         self._config = config
@@ -68,6 +72,7 @@ class SegmentHost:
         self._folder = folder
         self.on_lost: Callable[[SegmentArea], None] = lambda area: None
         self._open_server = open_server
+        self._make_area = make_area or partial(SegmentArea, has_checksums=config.shm_checksum)
         self._server: Server | None = None
         self._is_off = False  # it did not work here, and is not tried again
         self._current: dict[Connection, SegmentArea] = {}
@@ -91,7 +96,7 @@ class SegmentHost:
                 num_of_peer = sum(peer == connection for _, peer in self._peers.values())
                 if len(self._peers) >= MAX_SEGMENTS or num_of_peer >= MAX_PEER_SEGMENTS:
                     return None
-                area = SegmentArea(self._layout, has_checksums=self._config.shm_checksum)
+                area = self._make_area(self._layout)
         except (TransferError, OSError, RuntimeError) as error:  # no descriptors, no threads
             logger.warning("payload goes over the wire, for shared memory does not work here: %s", error)
             self._is_off = True

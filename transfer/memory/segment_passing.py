@@ -19,8 +19,10 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from transfer.errors import PeerLost, RemoteProtocolError, TicketRejected
+from transfer.memory.segments import Segment, SegmentLayout, attach
 from transfer.protocol.ticket import Ticket
 
 HANDSHAKE_S = 2.0
@@ -32,6 +34,13 @@ ANSWER = struct.Struct("<4s?Q32s")  # magic, granted, number of bytes, proof
 CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: struct ucred
 
 
+class Lifeline(Protocol):
+    """What a connected socket is here: nothing is ever sent over it, and its end is the news."""
+
+    def recv(self, num_bytes: int, /) -> bytes: ...
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class FetchedSegment:
     """A descriptor to map and close, and the lifeline to keep while the segment is used."""
@@ -39,6 +48,16 @@ class FetchedSegment:
     fd: int
     num_bytes: int
     lifeline: socket.socket
+
+    def attach(self, layout: SegmentLayout, generation: int) -> Segment:
+        """Map it and close the descriptor; the lifeline, too, where it cannot be mapped. Raises as `attach` does."""
+        try:
+            return attach(self.fd, layout, generation)
+        except BaseException:
+            self.lifeline.close()
+            raise
+        finally:
+            os.close(self.fd)
 
     def close(self) -> None:
         """Close both; for who does not want it after all."""
@@ -75,7 +94,7 @@ def fetch(path: str, ticket: Ticket, generation: int, timeout_s: float = HANDSHA
         raise
 
 
-def is_lifeline_over(lifeline: socket.socket) -> bool:
+def is_lifeline_over(lifeline: Lifeline) -> bool:
     """Whether the other end hung up, asked of a lifeline from `fetch`; does not block."""
     try:
         lifeline.recv(1)  # nothing is ever sent: whatever comes is the end

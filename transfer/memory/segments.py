@@ -200,6 +200,12 @@ class OwnedSegment(Segment):
         _advise_huge(memory)
         super().__init__(memory, layout, generation)
 
+    def unseal(self, slots: Sequence[int]) -> None:
+        """Slots are granted anew: what was sealed before counts no more. Nobody else writes them now."""
+        self._check_slots(slots)
+        if self._seals is not None:
+            self._seals[list(slots)] = 0
+
     def close(self) -> None:
         """Also close the descriptor."""
         fd, self.fd = self.fd, -1

@@ -79,6 +79,10 @@ class ReceiverLife:
         self._heard = now
         self._move(now)
 
+    def place_in(self, *, shared_memory: bool) -> None:
+        """Where the blocks of this epoch are to be, once that is known: in memory that its sender writes, or not."""
+        self.facts = replace(self.facts, shares_memory=shared_memory)
+
     # -- what the shell asks --------------------------------------------------------------------------------------
 
     @property
@@ -176,7 +180,7 @@ class ReceiverLife:
     def due(self) -> float:
         """When `tick` next has something to do, if nothing happens before."""
         timers, facts, state = self.timers, self.facts, self.facts.state
-        if self._acked < self.window.next_index and facts.opened is not None:
+        if self._owes_ack():
             return 0.0
         if state is ReceiverState.REGISTERED:
             due = self._progressed + timers.stream_timeout_s
@@ -214,7 +218,7 @@ class ReceiverLife:
         if not self._sender_owes() and now - self._progressed >= timers.admit_timeout_s:
             waited = f"the stream was neither granted blocks nor admitted for {timers.admit_timeout_s:g} s"
             return self.fail(StreamTimeout(f"{waited} (state {state.value})"))
-        return [Send(self._ack())] if self._acked < self.window.next_index else []
+        return [Send(self._ack())] if self._owes_ack() else []
 
     # -- helpers --------------------------------------------------------------------------------------------------
 
@@ -248,6 +252,10 @@ class ReceiverLife:
         if self.has_yielded and self._late_serial != serial:
             self._late_serial = serial
             self._turn_s = min(2 * self._turn_s, self.timers.idle_timeout_s)
+
+    def _owes_ack(self) -> bool:
+        """Not before this epoch's announcement came: its sender takes the first Ack for the answer to that."""
+        return self.facts.is_announced and self._acked < self.window.next_index
 
     def _sender_owes(self) -> bool:
         if self.state is ReceiverState.GRANTED:

@@ -133,8 +133,7 @@ class ReceiverSession(ReceiverLife):
             self.has_yielded = True
             self._move(now)
         revoke = Revoke(**self._ids(), serial=window.serial + 1, round=window.num_rounds, first_index=first_index)
-        terms = self.facts.terms
-        freed = window.revoke(revoke, withhold=terms is not None and terms.payload != "wire")
+        freed = window.revoke(revoke, withhold=self.facts.shares_memory)
         self._acked = min(self._acked, window.next_index)
         return [*([FreeBlocks(freed)] if freed else []), Send(revoke)]
 
@@ -171,7 +170,7 @@ class ReceiverSession(ReceiverLife):
             self._move(now)
             surplus = window.num_granted - self.num_blocks
             actions: list[ReceiverAction] = [Announced(message.total_rows, message.items), Send(self._ack())]
-            if surplus > 0 and facts.terms is not None and facts.terms.payload != "wire":
+            if surplus > 0 and facts.shares_memory:
                 actions += self.revoke(surplus, now)  # its producer may be computing there
             elif surplus > 0:
                 actions.append(FreeBlocks(window.cut(self.num_blocks)))

@@ -23,6 +23,7 @@ class StreamFacts:
 
     opened, accept, terms   of the current epoch; None until its sender opens it
     content_key             of the last sender that opened it
+    shares_memory           the current epoch's sender writes the blocks itself, where they lie
     is_announced            by the current epoch's sender
     loss, orphaned_at       why and since when it has no sender
     """
@@ -38,6 +39,7 @@ class StreamFacts:
     content_key: str = ""
     total_rows: int | None = None
     round0_tokens: int = 0
+    shares_memory: bool = False
     is_announced: bool = False
     is_admitted: bool = False
     loss: TransferError | None = None

@@ -29,6 +29,7 @@ def orphaned_by(
         opened=None,
         accept=None,
         terms=None,
+        shares_memory=False,
         is_announced=False,
         loss=error,
         orphaned_at=facts.orphaned_at if facts.state is ReceiverState.ORPHANED else now,

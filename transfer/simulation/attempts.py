@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from transfer.errors import StreamAborted, StreamTimeout, TransferError
+from transfer.errors import PeerLost, StreamAborted, StreamTimeout, TicketRejected, TransferError
 from transfer.protocol.ticket import Ticket
-from transfer.simulation.apps import Consumer, Producer
 from transfer.simulation.books import SenderBook, StreamBook
+from transfer.simulation.consumers import Consumer
 from transfer.simulation.hosts import ReceiverHost, SenderHost
 from transfer.simulation.outages import Outages
+from transfer.simulation.producers import Producer
 from transfer.simulation.scenario import RequestPlan
+from transfer.streams.receive_areas import NO_SEGMENT
 from transfer.streams.stream_sender import OutgoingStream
 
 SLACK_S = 1.0
@@ -91,6 +93,8 @@ def explains_receiver(request: Request, attempt: Attempt, outages: Outages, erro
     if attempt.lost_s is not None and not attempt.has_sender and waited_s >= request.plan.take_over_s - SLACK_S:
         return True
     names = {sending.host.name for sending in attempt.sendings}
+    if isinstance(error, PeerLost) and error.args == NO_SEGMENT.args:
+        return any(outages.excuse_silence(name, attempt.host.name, now) for name in names)
     return any(outages.excuse(name, attempt.host.name, attempt.started_s, now) for name in names)
 
 
@@ -102,6 +106,8 @@ def explains_sender(
         return True
     if attempt.is_over and not attempt.is_complete:
         return True  # its receiver gave up first, and was asked why
+    if isinstance(error, TicketRejected) and outages.excuse_silence(sending.host.name, attempt.host.name, now):
+        return True  # its segment was abandoned
     return outages.excuse(sending.host.name, attempt.host.name, attempt.started_s, now)
 
 

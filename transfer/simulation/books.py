@@ -11,6 +11,8 @@ from transfer.errors import TransferError
 from transfer.protocol.actions import StreamStats
 from transfer.protocol.messages import Grant
 from transfer.simulation.content import Content
+from transfer.simulation.memory import BlockWatch
+from transfer.simulation.segments import SlotWatch
 from transfer.simulation.timeline import Process
 
 
@@ -45,6 +47,9 @@ class SenderBook:
     last_serial: int = 0
     num_resent: int = 0
     num_disturbed: int = 0
+    sealed: dict[int, tuple[int, int]] = field(default_factory=dict)  # index -> slot and serial it was sealed with
+    placed: set[int] = field(default_factory=set)  # indexes that its producer computed in their slots
+    has_released: bool = False  # it said that it let go of its slots
     outcome: StreamStats | TransferError | None = None
 
 
@@ -56,6 +61,9 @@ class StreamBook:
     number: int
     process: Process
     epoch: int
+    area: BlockWatch | None  # whose blocks it is granted; None while its sender is asked whether it can use `invited`
+    invited: SlotWatch | None = None  # the segment that its sender was asked to map
+    answered_epoch: int = 0  # of the last Accept that told where its blocks are to be
     senders: dict[int, SenderBook] = field(default_factory=dict)
     is_registered: bool = False
     is_ended: bool = False
@@ -94,7 +102,7 @@ class StreamBook:
     @property
     def wants_block(self) -> bool:
         """Whether it can use a block now: one that is not admitted needs its epoch's first grant, and no other."""
-        if not self.is_opened or not self.needs_more or self.is_revoking:
+        if not self.is_opened or not self.needs_more or self.is_revoking or self.area is None:
             return False
         return self.is_admitted or not any(epoch == self.epoch for epoch, _ in self.grants)
 

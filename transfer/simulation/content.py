@@ -34,6 +34,11 @@ class Content:
         """Rows as a producer writes them."""
         return {name: tensor[first_row : first_row + num_rows] for name, tensor in self._tensors.items()}
 
+    def put(self, first_row: int, planes: Mapping[str, Tensor]) -> None:
+        """Compute rows where a producer was told to."""
+        for name, rows in planes.items():
+            rows.copy_(self._tensors[name][first_row : first_row + len(rows)])
+
     def frames(self, first_row: int, num_rows: int) -> list[bytes]:
         """The bytes of these rows, one piece per plane."""
         end = first_row + num_rows

@@ -11,15 +11,17 @@ from collections import Counter
 
 from transfer.errors import TransferError
 from transfer.protocol.actions import StreamStats
-from transfer.protocol.ticket import SECRET_BYTES, STREAM_ID_CHARS, Ticket
-from transfer.simulation.apps import Admission, Consumer, Producer
+from transfer.protocol.ticket import Ticket
 from transfer.simulation.attempts import Attempt, Request, Sending, explains_receiver, explains_sender
-from transfer.simulation.books import SenderBook, StreamBook
-from transfer.simulation.content import Content
+from transfer.simulation.books import StreamBook
+from transfer.simulation.consumers import Consumer
 from transfer.simulation.hosts import ReceiverHost, SenderHost
 from transfer.simulation.judge import Judge
 from transfer.simulation.outages import Outages
+from transfer.simulation.producers import Producer, Work
+from transfer.simulation.provisions import Provisions
 from transfer.simulation.scenario import Scenario
+from transfer.simulation.slot_rules import SlotRules
 from transfer.simulation.timeline import Timeline
 from transfer.streams.stream_sender import OutgoingStream
 from transfer.tensors import PlaneSpec
@@ -38,6 +40,7 @@ class Controller:
         outages: Outages,
         receivers: list[ReceiverHost],
         senders: list[SenderHost],
+        rules: SlotRules,
         fired: Counter[str],
     ) -> None:
         self.scenario = scenario
@@ -47,11 +50,10 @@ class Controller:
         self._timeline = timeline
         self._judge = judge
         self._outages = outages
+        self._rules = rules
         self._receivers = receivers
-        self._senders = senders
-        self._dice = random.Random(f"{scenario.seed}/controller")
-        self._admissions: dict[object, Admission] = {}
-        self._contents: dict[tuple[int, int], Content] = {}
+        self.dice = random.Random(f"{scenario.seed}/controller")
+        self._provisions = Provisions(scenario, judge, senders, self.dice)
         for request in self.requests:
             timeline.after(request.plan.start_s, self.start, request)
 
@@ -67,73 +69,30 @@ class Controller:
         if request.outcome is not None or request.attempt is not None:
             return
         host, plan = self._receivers[request.plan.receiver], request.plan
-        sender = self._senders[plan.sender] if not request.attempts else self._free_sender(request)
+        sender = self._provisions.free_sender(request)
         if not host.is_up or sender is None or not sender.is_up:
             self._timeline.after(0.3, self.start, request)
             return
         if len(request.attempts) >= MAX_ATTEMPTS:
             self._judge.complain("5: every request ends", plan.number, f"{MAX_ATTEMPTS} attempts failed")
             return
-        ticket = self._new_ticket(request)
-        sending = self._sending(request, ticket, sender, 0)
-        book = StreamBook(ticket.stream_id, plan.number, host.process, ticket.epoch)
+        ticket = self._provisions.new_ticket(request)
+        sending = self._provisions.sending(request, ticket, sender, 0)
+        book = StreamBook(ticket.stream_id, plan.number, host.process, ticket.epoch, self._judge.watches[host.process])
         book.senders[ticket.epoch] = sending.book
         self._judge.streams[ticket.stream_id] = book
         consumer = Consumer(
-            book, self._judge, self._admission(host), lambda end: self._consumer_ended(request, attempt, end)
+            book, self._judge, self._provisions.admission(host), lambda end: self._consumer_ended(request, attempt, end)
         )
         attempt = Attempt(host, book, consumer, self._timeline.now, [sending])
         request.attempts.append(attempt)
         self.streams[ticket.stream_id] = request, attempt
-        delays = (0.0, self._dice.choice((0.0, 0.001, 0.5)))
+        delays = (0.0, self.dice.choice((0.0, 0.001, 0.5)))
         receiver_delay_s, sender_delay_s = reversed(delays) if plan.sender_first else delays
         host.process.after(receiver_delay_s, self._listen, request, attempt)
         sender.process.after(sender_delay_s, self._send, request, attempt, sending)
         if plan.deadline_s is not None and len(request.attempts) == 1:
             self._timeline.after(plan.deadline_s + 1.0, self._check_deadline, request, False)
-
-    def _new_ticket(self, request: Request) -> Ticket:
-        secret = self._dice.randbytes(SECRET_BYTES)
-        last = request.attempts[-1] if request.attempts else None
-        if last is not None and not last.book.process.is_alive and self._dice.random() < 0.5:
-            # the receiver that issued the epochs is gone: its next life begins with one that it cannot have issued
-            epoch = last.book.epoch + 10
-            return Ticket(stream_id=last.stream_id, epoch=epoch, owner="request", secret=secret)
-        stream_id = self._dice.randbytes(STREAM_ID_CHARS // 2).hex()
-        return Ticket(stream_id=stream_id, epoch=1, owner="request", secret=secret)
-
-    def _free_sender(self, request: Request) -> SenderHost | None:
-        """A host that is up and does not send this stream already."""
-        used = request.attempts[-1].stream_id
-        free = [host for host in self._senders if host.is_up and not host.num_stops and not host.sends(used)]
-        return self._dice.choice(free) if free else None
-
-    def _sending(self, request: Request, ticket: Ticket, host: SenderHost, content_number: int) -> Sending:
-        content = self._content(request, content_number)
-        key = content.key if request.plan.has_key else ""
-        return Sending(ticket, host, SenderBook(process=host.process, content=content, key=key))
-
-    def _content(self, request: Request, number: int) -> Content:
-        found = self._contents.get((request.plan.number, number))
-        if found is None:
-            key = f"request-{request.plan.number}-{number}"
-            num_rows = request.plan.num_rows
-            if number:  # another preprocessing may well give another number of rows
-                num_rows = self._dice.choice(
-                    (num_rows, num_rows + 1, max(0, num_rows - self.scenario.config.block_size))
-                )
-            found = Content(key, self.scenario.planes, num_rows, f"{self.scenario.seed}/{key}")
-            self._contents[request.plan.number, number] = found
-            self._judge.contents.append(found)
-        return found
-
-    def _admission(self, host: ReceiverHost) -> Admission:
-        found = self._admissions.get(host.process)
-        if found is None:
-            dice = random.Random(f"{self.scenario.seed}/admission/{host.process}")
-            found = Admission(host, self.scenario.admission, self.scenario.budget_rows, dice)
-            self._admissions[host.process] = found
-        return found
 
     def _listen(self, request: Request, attempt: Attempt) -> None:
         if attempt.is_over:
@@ -175,7 +134,16 @@ class Controller:
         stream.on_done(lambda stream: self._sender_ended(request, attempt, sending, stream))
         if planes is self.scenario.planes:
             dice = random.Random(f"{self.scenario.seed}/producer/{sending.ticket.stream_id}/{sending.ticket.epoch}")
-            sending.producer = Producer(host.process, stream, book.content, plan, dice)
+            work = Work(
+                process=host.process,
+                book=attempt.book,
+                epoch=sending.ticket.epoch,
+                content=book.content,
+                plan=plan,
+                block_size=self.scenario.config.block_size,
+                in_place=bool(self.scenario.local_senders) and dice.random() < self.scenario.in_place,
+            )
+            sending.producer = Producer(stream, work, self._rules, dice)
 
     # -- ends -----------------------------------------------------------------------------------------------------
 
@@ -190,7 +158,7 @@ class Controller:
         if "deadline" in str(outcome):
             self.fired["deadline"] += 1
             request.outcome = request.outcome or "expired"
-        self._timeline.after(self._dice.uniform(0.01, 1), self.start, request)
+        self._timeline.after(self.dice.uniform(0.01, 1), self.start, request)
 
     def _sender_ended(self, request: Request, attempt: Attempt, sending: Sending, stream: OutgoingStream) -> None:
         try:
@@ -235,7 +203,7 @@ class Controller:
                     attempt.harms.append("crash_receiver")  # also for a sender that waits for the last word
                     hit += not attempt.is_over
                     attempt.is_over = attempt.book.is_ended = True
-            self._timeline.after(self._dice.uniform(0, 2), self.start, request)
+            self._timeline.after(self.dice.uniform(0, 2), self.start, request)
         return hit
 
     def sender_crashed(self, host: SenderHost) -> int:
@@ -249,12 +217,23 @@ class Controller:
                 self._sender_lost(request, attempt, attempt.has_sender)
         return hit
 
+    def segment_lost(self, generation: int) -> int:
+        """A lifeline of this segment ended: who is received there, or is to be, lost its sender. How many do."""
+        hit, watch = 0, self._judge.segments[generation]
+        for request in self.requests:
+            attempt = request.attempt
+            if attempt is not None and watch in (attempt.book.area, attempt.book.invited):
+                hit += 1
+                attempt.harms.append("lifeline_lost")
+                self._sender_lost(request, attempt, attempt.has_sender)
+        return hit
+
     def _sender_lost(self, request: Request, attempt: Attempt, had_sender: bool) -> None:
         if attempt.lost_s is None or had_sender:
             attempt.lost_s = self._timeline.now
-        if self._dice.random() < 0.8:
-            number = request.num_contents if self._dice.random() < 0.2 else 0
-            delay_s = self._dice.choice((0.0, self._dice.uniform(0, 3)))
+        if self.dice.random() < 0.8:
+            number = request.num_contents if self.dice.random() < 0.2 else 0
+            delay_s = self.dice.choice((0.0, self.dice.uniform(0, 3)))
             self._timeline.after(delay_s, self.replace_sender, request, attempt, number)
 
     def replace_sender(self, request: Request, attempt: Attempt, content_number: int) -> None:
@@ -273,7 +252,7 @@ class Controller:
         if attempt.is_over:
             return
         receiver = attempt.host.receiver
-        if self._dice.random() < 0.5 and (request.plan.take_over_s or not attempt.has_sender):
+        if self.dice.random() < 0.5 and (request.plan.take_over_s or not attempt.has_sender):
             receiver.sender_lost(attempt.stream_id)
         receiver.reissue(attempt.stream_id, lambda ticket: self._reissued(request, attempt, content_number, ticket))
 
@@ -287,55 +266,15 @@ class Controller:
     def _send_instead(self, request: Request, attempt: Attempt, content_number: int, ticket: Ticket) -> None:
         if attempt.is_over:
             return
-        host = self._free_sender(request)
+        host = self._provisions.free_sender(request)
         if host is None:
             self._timeline.after(0.3, self._send_instead, request, attempt, content_number, ticket)
             return
         attempt.is_replacing = False
-        sending = self._sending(request, ticket, host, content_number)
+        sending = self._provisions.sending(request, ticket, host, content_number)
         attempt.sendings.append(sending)
         attempt.book.senders[ticket.epoch] = sending.book
-        host.process.after(self._dice.choice((0.0, 0.01, 1.0)), self._send, request, attempt, sending)
-
-    # -- giving up ------------------------------------------------------------------------------------------------
-
-    def cancels(self) -> list[tuple[str, Request, str]]:
-        """Every way to give up a request now: the kind it counts as, the request, and the side that gives up."""
-        found = []
-        for request in self.requests:
-            attempt = request.attempt
-            if attempt is None or request.outcome is not None:
-                continue
-            state = attempt.host.states().get(attempt.stream_id, "unknown")
-            found.append((f"cancel_by_receiver_{state}", request, "receiver"))
-            stream = attempt.sending.stream
-            if stream is not None and attempt.sending.book.process.is_alive and attempt.sending.book.outcome is None:
-                found.append((f"cancel_by_sender_{stream.session.state.value}", request, "sender"))
-        return found
-
-    def cancel(self, request: Request, side: str) -> None:
-        """Give a request up, from one of its ends; nothing happens when that end is not there."""
-        attempt = request.attempt
-        kind = next((kind for kind, *which in self.cancels() if which == [request, side]), None)
-        if attempt is None or kind is None:
-            return
-        self.fired[kind] += 1
-        attempt.harms.append("cancel")
-        request.outcome = "cancelled"
-        if side == "sender" and attempt.sending.stream is not None:
-            stream = attempt.sending.stream
-            attempt.sending.host.process.after(0.0, stream.abort, "Cancelled", "the producer gives up")
-            return
-        attempt.is_over = True
-        attempt.host.process.after(0.0, self._abort, attempt)
-
-    def _abort(self, attempt: Attempt) -> None:
-        attempt.consumer.leave()
-        attempt.book.is_ended = attempt.book.is_given_up = True
-        if self._dice.random() < 0.5:
-            attempt.host.receiver.abort(attempt.stream_id, "Cancelled", "the consumer gives up")
-        else:
-            attempt.host.receiver.close(attempt.stream_id)
+        host.process.after(self.dice.choice((0.0, 0.01, 1.0)), self._send, request, attempt, sending)
 
 
 def _other_planes(planes: tuple[PlaneSpec, ...]) -> tuple[PlaneSpec, ...]:

@@ -24,6 +24,7 @@ HOST_KINDS = (
 )
 PRODUCER_KINDS = ("slow_producer",)
 TAKE_OVER_KINDS = ("take_over_same_key", "take_over_other_key")
+MEMORY_KINDS = ("lifeline_lost", "released_lost", "segment_refused", "replay")  # where memory is shared
 INCIDENT_KINDS = (*LINK_KINDS, *HOST_KINDS, *TAKE_OVER_KINDS, "cancel")
 CANCEL_KINDS = (
     *(f"cancel_by_sender_{s.value}" for s, e in SENDER_TABLE if e is SenderEvent.FAIL and s.value != "idle"),
@@ -31,7 +32,7 @@ CANCEL_KINDS = (
 )
 OTHER_KINDS = ("pool_exhaustion", "deadline", "misaligned_grant", "mismatched_blocks", "long_outage")
 FAULT_KINDS = (
-    *(*MESSAGE_KINDS, *LINK_KINDS, *HOST_KINDS, *PRODUCER_KINDS),
+    *(*MESSAGE_KINDS, *LINK_KINDS, *HOST_KINDS, *PRODUCER_KINDS, *MEMORY_KINDS),
     *(*TAKE_OVER_KINDS, *CANCEL_KINDS, *OTHER_KINDS),
 )
 

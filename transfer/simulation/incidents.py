@@ -7,15 +7,18 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from transfer.protocol.messages import Grant, Message
+from transfer.simulation.cancels import Cancels
 from transfer.simulation.controller import Controller
 from transfer.simulation.faults import PRODUCER_KINDS, Incident
 from transfer.simulation.hosts import Host, ReceiverHost, SenderHost
 from transfer.simulation.network import VirtualNetwork
 from transfer.simulation.onlooker import Onlooker
 from transfer.simulation.outages import Outages
+from transfer.simulation.passing import VirtualPassing
 from transfer.simulation.story import Story
 
 LONG_S = 18.0
+COUNTED_WHERE_THEY_MEET = ("cancel", "released_lost", "segment_refused", "replay")  # what they are for
 # States that pass quickly come first: a cancellation meets the first of these that it finds.
 CANCEL_RARITY = {
     kind: rank
@@ -46,9 +49,12 @@ class Incidents:
         outages: Outages,
         receivers: list[ReceiverHost],
         senders: list[SenderHost],
+        passing: VirtualPassing,
         fired: Counter[str],
     ) -> None:
         self._controller = controller
+        self.cancels = Cancels(controller, controller.dice, fired)
+        self._passing = passing
         self._network = network
         self._onlooker = onlooker
         self._story = story
@@ -71,7 +77,7 @@ class Incidents:
             return
         request, _ = found
         if request.num_messages == request.plan.cancel_at:
-            self._network.timeline.after(0.0, self._controller.cancel, request, request.plan.cancel_side)
+            self._network.timeline.after(0.0, self.cancels.cancel, request, request.plan.cancel_side)
         request.num_messages += 1
 
     def _falsify(self, message: Message) -> Message:
@@ -94,7 +100,7 @@ class Incidents:
         blow: Callable[[Incident], int] = getattr(self, f"_{incident.kind}")
         num_hit = blow(incident)
         self._story.tell(now, "fault", None, f"{incident.kind} for {incident.seconds:.3f} s hits {num_hit} streams")
-        if num_hit and incident.kind != "cancel":  # which is counted by the states it met
+        if num_hit and incident.kind not in COUNTED_WHERE_THEY_MEET:
             self._fired[incident.kind] += 1
             if incident.kind not in PRODUCER_KINDS:
                 self._fired["long_outage"] += incident.seconds >= LONG_S
@@ -233,20 +239,66 @@ class Incidents:
         if not host.is_up:
             return 0
         if incident.target % 2:
-            host.process.after(0.0, self._network.endpoints[host.address].restart_loop)
+            host.process.after(0.0, host.endpoint.restart_loop)
         else:
             host.process.doom(incident.target // 2 % 9)  # in the middle of one of its next steps
         return self._num_live(None, host)
 
     def _cancel(self, incident: Incident) -> int:
         """One end gives up, in the rarest state that there is."""
-        found = self._controller.cancels()
+        found = self.cancels.ways()
         if not found:
             return 0
         rarest = min(CANCEL_RARITY.get(kind, len(CANCEL_RARITY)) for kind, _, _ in found)
         _, request, side = next(way for way in found if CANCEL_RARITY.get(way[0], len(CANCEL_RARITY)) == rarest)
-        self._controller.cancel(request, side)
+        self.cancels.cancel(request, side)
         return 1
+
+    def _lifeline_lost(self, incident: Incident) -> int:
+        """A connection that shows each end of a segment that the other lives ends, and both do live."""
+        live = self._passing.live()
+        if not live:
+            return 0
+        lifeline = live[incident.target % len(live)]
+        hit = self._controller.segment_lost(lifeline.offer.generation)
+        lifeline.close()
+        return hit
+
+    def _released_lost(self, incident: Incident) -> int:
+        """For a while a receiver does not hear that its sender let go of slots."""
+        sender, receiver = self._pair(incident)
+        link = self._network.link(sender.name, receiver.name)
+        self._outages.add_mute(self._network.timeline.now, incident.seconds, sender=sender.name, receiver=receiver.name)
+        link.num_mutes += 1
+
+        def heal() -> None:
+            link.num_mutes -= 1
+
+        self._later(incident.seconds, heal)
+        return self._num_live(sender, receiver)
+
+    def _replay(self, incident: Incident) -> int:
+        """For a while, what was said of blocks comes once more when they are granted anew."""
+        sender, receiver = self._pair(incident)
+        link = self._network.link(sender.name, receiver.name)
+        link.num_replays += 1
+
+        def heal() -> None:
+            link.num_replays -= 1
+
+        self._later(incident.seconds, heal)
+        return self._num_live(sender, receiver)
+
+    def _segment_refused(self, incident: Incident) -> int:
+        """For a while a sender gets no segment, or a receiver can make none."""
+        host = self._pair(incident)[incident.target % 2]
+        self._passing.out_of_order[host.name] += 1
+
+        def heal() -> None:
+            self._passing.out_of_order[host.name] -= 1
+
+        self._later(incident.seconds, heal)
+        return self._num_live(None, None)
 
     def _take_over(self, incident: Incident, content_number: int) -> int:
         live = [(request, request.attempt) for request in self._controller.requests]

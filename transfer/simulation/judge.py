@@ -12,10 +12,12 @@ from transfer.config import TransferConfig
 from transfer.errors import AlignmentError, TransferError
 from transfer.memory.buffers import Tensor
 from transfer.protocol.actions import StreamStats
-from transfer.protocol.messages import Block, Body, Grant
+from transfer.protocol.messages import Block, Body
 from transfer.simulation.books import Breach, SenderBook, StreamBook
 from transfer.simulation.content import Content
 from transfer.simulation.memory import BlockWatch
+from transfer.simulation.segments import SlotWatch, VirtualSegment
+from transfer.simulation.shares import Shares
 from transfer.simulation.story import Story
 from transfer.simulation.timeline import Process
 from transfer.simulation.turns import Turns
@@ -27,19 +29,18 @@ class Judge:
     def __init__(self, config: TransferConfig, story: Story, now: Callable[[], float]) -> None:
         self.breach: Breach | None = None
         self.streams: dict[str, StreamBook] = {}  # the latest life of each stream id
-        self.watches: dict[Process, BlockWatch] = {}
+        self.watches: dict[Process, BlockWatch] = {}  # of every pool
+        self.segments: dict[int, SlotWatch] = {}  # by generation
         self.contents: list[Content] = []
         self.incoming: tuple[Block, Sequence[bytes]] | None = None  # the Block being handled
-        self.num_exhausted = 0
         self.turns = Turns(self._complain_of, now)
+        self.shares = Shares(self.complain, self.turns, config.block_size)
         self.story = story
         self._size = config.block_size
         self._num_blocks = config.num_pool_blocks
         self._now = now
-        self._granted: list[tuple[StreamBook, Grant]] = []  # in the step that runs, to streams not admitted
-        self._announced: list[StreamBook] = []  # in the step that runs
+        self._areas: dict[Process, list[BlockWatch]] = {}
         self.falsified: list[tuple[StreamBook, SenderBook]] = []  # got a misaligned grant in the step that runs
-        self._starving: set[str] = set()  # streams that wait for a block while there is none
 
     def complain(self, promise: str, number: int | None, text: str) -> None:
         """A promise is broken. Only the first counts."""
@@ -53,9 +54,25 @@ class Judge:
 
     def watch(self, process: Process) -> BlockWatch:
         """The account of the pool of a receiving process."""
+        watch = BlockWatch(self._num_blocks, self._complain_of, self._placed, self._gave)
+        self.watches[process], self._areas[process] = watch, [watch]
+        return watch
 
-        self.watches[process] = BlockWatch(self._complain_of, self._placed, self._gave)
-        return self.watches[process]
+    def watch_segment(self, process: Process, segment: VirtualSegment) -> SlotWatch:
+        """The account of a segment that a receiving process made."""
+
+        def epoch_of(stream_id: str) -> int:
+            return self.streams[stream_id].epoch
+
+        watch = SlotWatch(segment, self._complain_of, self._placed, self._gave, epoch_of)
+        watch.touch = process.touch
+        self.segments[watch.generation] = watch
+        self._areas[process].append(watch)
+        return watch
+
+    def segments_of(self, process: Process) -> list[SlotWatch]:
+        """Those that it has not closed."""
+        return [area for area in self._areas[process] if isinstance(area, SlotWatch) and not area.is_closed]
 
     # -- after every step -----------------------------------------------------------------------------------------
 
@@ -65,21 +82,16 @@ class Judge:
         self.incoming = None
         if self.falsified:
             self._check_falsified()
-        watch = self.watches.get(process)
-        if watch is not None:
-            watch.writing = None
-            self._check_shares(process, watch)
-            num_free = self._num_blocks - len(watch.owners)
-            self.turns.check(process, watch, () if num_free else self._live_at(process), num_free=num_free)
+        areas = self._areas.get(process)
+        if areas is not None:
+            self.watches[process].writing = None
+            if len(areas) > 1:
+                areas[1:] = self.segments_of(process)
+            self.shares.check(process, areas, lambda: self._live_at(process))
 
     def escaped(self, process: Process, error: Exception) -> None:
         """See timeline.Watcher."""
         self.complain("6: no error escapes a handler", None, f"{process}: {type(error).__name__}: {error}")
-
-    def granted(self, book: StreamBook, grant: Grant) -> None:
-        """Blocks were granted for the first time."""
-        if not book.is_admitted:
-            self._granted.append((book, grant))
 
     def receiving(self, process: Process, block: Block, frames: Sequence[bytes]) -> None:
         """A Block came, and is handled next."""
@@ -94,45 +106,6 @@ class Judge:
                 self.complain(
                     "1: a misaligned grant is a typed error", book.number, f"its outcome is {sender.outcome!r}"
                 )
-
-    def _check_surplus(self, watch: BlockWatch) -> None:
-        announced, self._announced = self._announced, []
-        held = watch.num_held()
-        for book in announced:
-            most = -(-(book.total_rows or 0) // self._size)
-            if held[book.stream_id] > most and not book.is_ended:
-                self.complain("5: the surplus comes back", book.number, f"{held[book.stream_id]} blocks for {most}")
-
-    def _check_shares(self, process: Process, watch: BlockWatch) -> None:
-        """Promise 5: who is not admitted holds one block, and more only while nobody else wants it."""
-        if self._announced:
-            self._check_surplus(watch)
-        granted, self._granted = self._granted, []
-        num_free = self._num_blocks - len(watch.owners)
-        if num_free and not granted:
-            self._starving = set()
-            return
-        books = self._live_at(process)
-        held = watch.num_held()
-        empty = [book for book in books if book.stream_id not in held and book.needs_more]
-        for book, grant in granted:
-            if len(grant.block_ids) > 1 and num_free < len(empty):
-                self.complain(
-                    "5: a block is kept for every other stream",
-                    book.number,
-                    f"it was granted {len(grant.block_ids)} blocks; {num_free} are left for {len(empty)} who hold none",
-                )
-        waiting = {book.stream_id for book in empty if book.wants_block}
-        if waiting and not num_free:
-            self.num_exhausted += len(waiting - self._starving)
-            for book in books if self.turns.waited_s(process) > 0 else ():
-                if not book.is_admitted and held.get(book.stream_id, 0) > 1:
-                    self.complain(
-                        "5: who is not admitted holds one block when others want it",
-                        book.number,
-                        f"it holds {held[book.stream_id]} while {len(waiting)} streams wait for their first",
-                    )
-        self._starving = waiting
 
     def _live_at(self, process: Process) -> list[StreamBook]:
         return [book for book in self.streams.values() if book.process is process and book.is_live]
@@ -154,7 +127,7 @@ class Judge:
             )
         if block.index in book.stored:
             self.complain("4: a duplicate is dropped", book.number, f"{block} was stored again")
-        self._store(book, block)
+        self._keep(book, block.index, block.block_id)
 
     def settle(self) -> None:
         """A sealed Block is opened into its place: it counts as stored once the right rows lie there."""
@@ -169,11 +142,17 @@ class Judge:
             return
         expected = sender.content.frames(block.index * self._size, block.num_rows)
         if watch.buffers.content(block.block_id, block.num_rows) == expected:
-            self._store(book, block)
+            self._keep(book, block.index, block.block_id)
 
-    def _store(self, book: StreamBook, block: Block) -> None:
-        book.stored.add(block.index)
-        book.index_of[block.block_id] = block.index
+    def store(self, book: StreamBook, index: int, slot: int) -> None:
+        """A receiver takes a slot for a block of its stream."""
+        if index in book.stored:
+            self.complain("4: a duplicate is dropped", book.number, f"block {index} was stored again")
+        self._keep(book, index, slot)
+
+    def _keep(self, book: StreamBook, index: int, block_id: int) -> None:
+        book.stored.add(index)
+        book.index_of[block_id] = index
         while book.next_stored in book.stored:
             book.next_stored += 1
 
@@ -206,7 +185,7 @@ class Judge:
         if total_rows != sender.content.num_rows or list(items) != [{"key": sender.content.key}]:
             self.complain("2: the totals are the producer's", book.number, f"{total_rows} rows, items {items}")
         book.total_rows, book.delivering = total_rows, sender
-        self._announced.append(book)
+        self.shares.announced(book)
 
     def restarted(self, book: StreamBook) -> None:
         """A consumer is told to forget everything."""

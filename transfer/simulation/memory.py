@@ -1,13 +1,14 @@
 """A receive pool under watch: who owns which block, poison in every free one, and nothing written but what belongs.
 
-WatchedPool and WatchedBuffers do what their parents do and tell the `BlockWatch`, which keeps its own account.
+WatchedPool and WatchedBuffers do what their parents do and tell the `BlockWatch`, which keeps its own account. Shared
+memory is watched alike, in `segments`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from transfer.block_pool import Allocation, BlockPool
 from transfer.memory.buffers import PlaneBuffers, Tensor, tensor_bytes
@@ -19,21 +20,34 @@ Complain: TypeAlias = Callable[[str, str | None, str], None]
 Noted: TypeAlias = Callable[[str, int], None]
 
 
+class Contents(Protocol):
+    """Whoever can tell what blocks hold."""
+
+    def content(self, block_id: int, num_rows: int) -> list[bytes]: ...
+    def is_poisoned(self, block_id: int) -> bool: ...
+
+
 class BlockWatch:
-    """The account of one pool: block id -> stream.
+    """The account of one pool of `num_blocks`: block id -> stream.
 
     `complain(promise, stream_id, text)` is told of every breach, `on_placed` and `on_gave` (stream_id, block_id) of
     every block written and given back.
     """
 
-    def __init__(self, complain: Complain, on_placed: Noted, on_gave: Noted) -> None:
+    def __init__(self, num_blocks: int, complain: Complain, on_placed: Noted, on_gave: Noted) -> None:
+        self.num_blocks = num_blocks
         self.owners: dict[int, str] = {}
         self.writing: tuple[str, int] | None = None  # stream and block id of the Block being handled
         self._complain = complain
         self._on_placed = on_placed
         self._on_gave = on_gave
-        self.buffers: WatchedBuffers | None = None
+        self.buffers: Contents | None = None
         self.touch: Callable[[], None] = lambda: None  # called before every step that the account would show
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be granted."""
+        return self.num_blocks - len(self.owners)
 
     def num_held(self) -> Counter[str]:
         """Blocks by owner."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transfer.config import TransferConfig
 from transfer.simulation.content import DTYPES
-from transfer.simulation.faults import INCIDENT_KINDS, MESSAGE_KINDS, Incident, Rates
+from transfer.simulation.faults import INCIDENT_KINDS, MEMORY_KINDS, MESSAGE_KINDS, Incident, Rates
 from transfer.tensors import PlaneSpec
 
 ADMISSIONS = ("at_once", "late", "any_order", "oldest_first")
@@ -42,7 +42,11 @@ class RequestPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scenario:
-    """A whole run. is_encrypted: connections count as encrypted, so that payloads are sealed and travel apart."""
+    """A whole run. is_encrypted: connections count as encrypted, so that payloads are sealed and travel apart.
+
+    local_senders: numbers of the senders that run on the machine of the receivers, and so can share memory; where there
+    are any, all senders try. in_place: how many producers compute their rows in slots, where they can.
+    """
 
     seed: int
     planes: tuple[PlaneSpec, ...]
@@ -56,6 +60,8 @@ class Scenario:
     rates: Rates
     lossy_s: float
     incidents: tuple[Incident, ...]
+    local_senders: tuple[int, ...] = ()
+    in_place: float = 0.0
 
 
 def draw_scenario(seed: int) -> Scenario:
@@ -69,7 +75,7 @@ def draw_scenario(seed: int) -> Scenario:
         _request(dice, number, config, num_senders, num_receivers, is_clean) for number in range(num_requests)
     )
     most_rows = max(plan.num_rows for plan in requests)
-    return Scenario(
+    scenario = Scenario(
         seed=seed,
         planes=_planes(dice),
         config=config,
@@ -82,6 +88,41 @@ def draw_scenario(seed: int) -> Scenario:
         rates=Rates() if is_clean else _rates(dice),
         lossy_s=0.0 if is_clean else dice.choice((0.0, 2.0, 6.0)),
         incidents=() if is_clean else _incidents(dice, requests, config, _slow_producers(seed)),
+    )
+    return _sharing_memory(scenario, random.Random(f"{seed}/memory"), is_clean)
+
+
+def _sharing_memory(scenario: Scenario, dice: random.Random, is_clean: bool) -> Scenario:
+    """The same run, with some senders on the machine of the receivers; or without any, as it is."""
+    if dice.random() < 0.6:
+        return scenario
+    config, num_requests = scenario.config, len(scenario.requests)
+    num_slots = dice.choice((1, 2, max(1, num_requests // 3), num_requests, 2 * num_requests, 60))
+    num_messages = 6 * num_requests + 2 * sum(-(-plan.num_rows // config.block_size) for plan in scenario.requests)
+    incidents = [_memory_incident(dice, num_messages) for _ in range(0 if is_clean else dice.choice((0, 1, 2, 4, 6)))]
+    config = replace(config, segment_tokens=num_slots * config.block_size, shm_checksum=dice.random() < 0.3)
+    local_senders = tuple(number for number in range(scenario.num_senders) if dice.random() < 0.85)
+    in_place = dice.choice((0.0, 0.3, 1.0))
+    for _ in range(0 if is_clean else dice.choice((0, 1, 2, 4))):  # in the middle of what is done with slots, too
+        at_message, target = dice.randint(1, num_messages), 2 * dice.randrange(500)
+        incidents.append(Incident(kind="restart_loop", at_message=at_message, target=target, seconds=0.01))
+    return replace(
+        scenario,
+        config=config,
+        incidents=tuple(sorted((*scenario.incidents, *incidents), key=lambda incident: incident.at_message)),
+        local_senders=local_senders,
+        in_place=in_place,
+    )
+
+
+def _memory_incident(dice: random.Random, num_messages: int) -> Incident:
+    kind = dice.choice(MEMORY_KINDS)
+    is_short = kind != "replay" and dice.random() < 0.7
+    return Incident(
+        kind=kind,
+        at_message=1 if kind == "replay" else dice.choice((1, dice.randint(1, num_messages))),
+        target=dice.randrange(1000),
+        seconds=dice.uniform(0, 3) if is_short else dice.uniform(3, 30),
     )
 
 

@@ -3,7 +3,8 @@
 A stream whose sender is there and that holds no block waits, if it is admitted or was never granted one in its epoch.
 It may wait long for its turn, behind streams that move; but where one waits, no other may hold blocks and stand still,
 whatever keeps its rows away: its producer, its sender, or the link. Time is that of the receiver's program: it counts
-only while that runs, and begins anew where its loop does.
+only while that runs, and begins anew where its loop does. In a segment, whose streams all have one sender, it counts
+only while no slot waits for that sender's word.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TypeAlias
 
 from transfer.simulation.books import StreamBook
 from transfer.simulation.memory import BlockWatch
+from transfer.simulation.segments import SlotWatch
 from transfer.simulation.timeline import Process
 
 PATIENCE_S = 5.0  # longer than a turn and a tick, also than the longer turn that late blocks are given
@@ -25,7 +27,7 @@ Complain: TypeAlias = Callable[[str, str | None, str], None]
 
 @dataclass(slots=True)
 class _Program:
-    """One receiving program: how long it ran, since when streams wait, and since when they hold what they hold.
+    """One pool or segment of a program: how long that ran, since when streams wait, and hold what they do.
 
     moved_s: when the last block was filled, by whichever stream.
     """
@@ -37,6 +39,19 @@ class _Program:
     waiting: dict[str, float] = field(default_factory=dict)
     holding: dict[str, tuple[tuple[object, ...], float]] = field(default_factory=dict)
 
+    def begin_anew(self) -> None:
+        """Nobody waits, and nobody holds what others need."""
+        self.waiting.clear()
+        self.holding.clear()
+        self.moved_s = self.ran_s
+
+
+def _waits_for_its_sender(watch: BlockWatch, books: Sequence[StreamBook]) -> bool:
+    """Whether slots of a segment can come free only by the word of the one sender that all its streams have."""
+    if not isinstance(watch, SlotWatch):
+        return False
+    return watch.num_fenced > 0 or watch.is_abandoned or any(book.is_revoking for book in books)
+
 
 class Turns:
     """Looks at every receiving program after each of its steps."""
@@ -44,28 +59,31 @@ class Turns:
     def __init__(self, complain: Complain, now: Callable[[], float]) -> None:
         self._complain = complain
         self._now = now
-        self._programs: dict[Process, _Program] = {}
+        self._programs: dict[BlockWatch, tuple[Process, _Program]] = {}
 
     def begin_anew(self, host: str) -> None:
         """The I/O loop on this host runs anew: so do the turns of its streams."""
-        for process, program in self._programs.items():
+        for process, program in self._programs.values():
             if process.host == host:
-                program.waiting.clear()
-                program.holding.clear()
+                program.begin_anew()
 
-    def waited_s(self, process: Process) -> float:
-        """How long some stream of this program has waited: 0 where an admission is said and not yet heard."""
-        program = self._programs.get(process)
+    def waited_s(self, area: BlockWatch) -> float:
+        """How long some stream has waited for blocks of this area: 0 where an admission is said and not yet heard."""
+        _, program = self._programs.get(area, (None, None))
         return 0.0 if program is None or not program.waiting else program.ran_s - min(program.waiting.values())
 
+    def ran_s(self, area: BlockWatch) -> float:
+        """How long the program of this area ran since its first check."""
+        _, program = self._programs.get(area, (None, None))
+        return 0.0 if program is None else program.ran_s
+
     def check(self, process: Process, watch: BlockWatch, books: Sequence[StreamBook], *, num_free: int) -> None:
-        """After a step of `process`, whose live streams are `books`."""
-        program = self._programs.setdefault(process, _Program(self._now()))
+        """After a step of `process`, whose live streams with blocks of this area are `books`."""
+        _, program = self._programs.setdefault(watch, (process, _Program(self._now())))
         program.ran_s += min(STEP_S, self._now() - program.last_s)
         program.last_s = self._now()
-        if num_free:
-            program.waiting.clear()
-            program.holding.clear()
+        if num_free or _waits_for_its_sender(watch, books):
+            program.begin_anew()
             return
         held: dict[str, list[int]] = {}
         for block_id, stream_id in watch.owners.items():

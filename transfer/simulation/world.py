@@ -15,12 +15,14 @@ from transfer.simulation.judge import Judge
 from transfer.simulation.network import VirtualNetwork
 from transfer.simulation.onlooker import Onlooker
 from transfer.simulation.outages import Outages
+from transfer.simulation.passing import VirtualPassing
 from transfer.simulation.scenario import Scenario
+from transfer.simulation.slot_rules import SLOT_COUNTS, SlotRules
 from transfer.simulation.story import Story
 from transfer.simulation.timeline import Timeline
 
 PROGRESS_LIMIT_S = 900.0  # virtual seconds from the start in which every request must be over
-QUIET_LIMIT_S = 60.0  # virtual seconds after that in which every end must have let go of its streams
+QUIET_LIMIT_S = 60.0  # virtual seconds after that, and after the last fault, until every end has let go of its streams
 MAX_STEPS = 400_000
 
 
@@ -44,6 +46,7 @@ class World:
         self.story = Story(is_told)
         self.judge = Judge(scenario.config, self.story, lambda: self.timeline.now)
         self.fired: Counter[str] = Counter()
+        self._disturbed_s = 0.0  # until then, at the end of a run, something kept its ends from letting go
         self._states: dict[Host, dict[str, str]] = {}
         self.onlooker = Onlooker(self.judge, self.story, scenario.config, lambda: self.timeline.now)
         self.network = VirtualNetwork(
@@ -55,24 +58,25 @@ class World:
         )
         self.network.fired = self.fired
         config = scenario.config
+        self.rules = SlotRules(self.judge, config.block_size)
 
         def names(role: str, count: int) -> list[str]:
             return [f"{role}-{number}" for number in range(1, count + 1)]
 
-        self.receivers = [
-            ReceiverHost(name, self.network, self.judge, scenario) for name in names("receiver", scenario.num_receivers)
-        ]
-        self.senders = [
-            SenderHost(name, self.network, self.judge, scenario) for name in names("sender", scenario.num_senders)
-        ]
+        receivers, senders = names("receiver", scenario.num_receivers), names("sender", scenario.num_senders)
+        local = (*receivers, *(senders[number] for number in scenario.local_senders))
+        self.passing = VirtualPassing(local, self.fired)
+        parts = (self.network, self.passing, self.judge, self.rules, scenario)
+        self.receivers = [ReceiverHost(name, *parts) for name in receivers]
+        self.senders = [SenderHost(name, *parts) for name in senders]
         timers = Timers.of(config)
         self.outages = Outages(timers.idle_timeout_s - 2 * timers.max_probe_s - 1)
         if scenario.rates.total:
             self.outages.add(self.timeline.now, scenario.lossy_s)
         hosts = (self.receivers, self.senders)
-        self.controller = Controller(scenario, self.timeline, self.judge, self.outages, *hosts, self.fired)
+        self.controller = Controller(scenario, self.timeline, self.judge, self.outages, *hosts, self.rules, self.fired)
         self.incidents = Incidents(
-            self.controller, self.network, self.onlooker, self.story, self.outages, *hosts, self.fired
+            self.controller, self.network, self.onlooker, self.story, self.outages, *hosts, self.passing, self.fired
         )
 
     def run(self) -> Result:
@@ -83,14 +87,12 @@ class World:
             self._step()
         if self.judge.breach is None and not self.controller.is_done:
             self._complain_of_the_unfinished()
-        limit_s = self.timeline.now + QUIET_LIMIT_S
-        while not self._is_quiet() and not self._is_beyond(limit_s):
+        self._disturbed_s = self.timeline.now
+        while not self._is_quiet() and not self._is_beyond(self._quiet_limit_s()):
             self._step()
-            if self.incidents.num_open:  # of late: nobody can be asked to let go who is stopped
-                limit_s = self.timeline.now + QUIET_LIMIT_S
         if self.judge.breach is None:
             self._check_ledger()
-        self.fired["pool_exhaustion"] += self.judge.num_exhausted
+        self.fired["pool_exhaustion"] += self.judge.shares.num_exhausted
         counts = {
             "streams": sum(len(request.attempts) for request in self.controller.requests),
             "requests": len(self.controller.requests),
@@ -98,6 +100,8 @@ class World:
             "messages": self.network.num_messages,
             "steps": self.timeline.num_steps,
             "virtual_seconds": int(self.timeline.now - start_s),
+            "segments": len(self.judge.segments),
+            **{name: self.rules.counts[name] for name in SLOT_COUNTS},
         }
         return Result(
             seed=self.scenario.seed,
@@ -130,6 +134,12 @@ class World:
             self.judge.complain("6: the work of a run is bounded", None, f"{MAX_STEPS} steps were not enough")
         return self.judge.breach is not None or self.timeline.now > limit_s
 
+    def _quiet_limit_s(self) -> float:
+        """Who is stopped cannot let go, and a loop that begins anew waits anew for a sender that is silent."""
+        if self.incidents.num_open:
+            self._disturbed_s = self.timeline.now
+        return max(self._disturbed_s, self.onlooker.last_restart_s) + QUIET_LIMIT_S
+
     def _complain_of_the_unfinished(self) -> None:
         for request in self.controller.requests:
             if request.outcome is None:
@@ -159,14 +169,20 @@ class World:
             count = sender.sender.stats()["transfer_streams_sending"]
             if count:
                 return f"{sender.name}: {count} streams are still being sent"
+            num_stale = sender.guest.num_mapped - self.passing.num_lifelines(sender.process)
+            if num_stale:
+                return f"{sender.name}: {num_stale} segments are mapped whose receiver let go of them"
         return ""
 
     def _check_ledger(self) -> None:
         left = self._leftovers()
         if left:
-            self.judge.complain("7: nothing leaks", None, f"{QUIET_LIMIT_S:g} s after the last request: {left}")
+            text = f"{QUIET_LIMIT_S:g} s after the last request and fault: {left}"
+            self.judge.complain("7: nothing leaks", None, text)
         for host in self.receivers:
             wild = [i for i in range(self.scenario.config.num_pool_blocks) if not host.buffers.is_poisoned(i)]
+            for watch in self.judge.segments_of(host.process):
+                wild += [slot for slot in range(watch.num_blocks) if not watch.memory.is_poisoned(slot)]
             if wild and not left:
                 self.judge.complain(
                     "4: a freed block is never written", None, f"{host.name}: blocks {wild} were written"

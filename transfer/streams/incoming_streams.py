@@ -104,6 +104,7 @@ class IncomingStream:
     delivered: int = 0  # blocks handed to the listener
     num_restarts: int = 0  # told to the listener
     invited: SegmentArea | None = None  # what the sender was asked to map
+    placed_epoch: int = 0  # the last one of which it is known where its blocks are to be, or who is asked
     wants_nothing: bool = False  # and its area knows: admitted, and all it needs was granted
 
     @property
@@ -202,7 +203,10 @@ class IncomingStreams:
             window = stream.session.window
             held = [*window.held.values(), *(a.block_id for a in actions if isinstance(a, Deliver))]
             if stream.area is not None:
-                stream.area.retain(stream_id, held + list(() if window.pending is None else window.pending.withheld))
+                held += () if window.pending is None else window.pending.withheld
+                # what an epoch that goes on gave back was handed on, or its sender said that it will not fill it
+                is_over = stream.record.facts.state is ReceiverState.ORPHANED
+                stream.area.retain(stream_id, held, fenced=is_over)
             self.run(stream, actions)
 
     def sender_of(self, message: StreamMessage) -> Connection | None:
@@ -298,9 +302,9 @@ class IncomingStreams:
     def _remove(self, stream: IncomingStream) -> None:
         stream_id = stream.session.ticket.stream_id
         if self.by_id.get(stream_id) is stream:
-            del self.by_id[stream_id]
-            self._schedule.remove(stream_id)
-            for area in {stream.area, stream.invited} - {None}:
+            for area in {stream.area, stream.invited} - {None}:  # first: where the loop dies here, the end comes again
                 assert area is not None
                 area.end(stream_id)
+            del self.by_id[stream_id]
+            self._schedule.remove(stream_id)
             self._on_end(stream_id)

@@ -52,7 +52,7 @@ class ReceiveAreas:
 
     def opened(self, stream: IncomingStream) -> None:
         """A session took the first Open of an epoch: from here on its blocks are in the new sender's area."""
-        invited = stream.invited
+        invited, stream.placed_epoch = stream.invited, stream.session.ticket.epoch
         if stream.area is not None and stream.area is not invited:
             stream.area.end(stream.session.ticket.stream_id)
         if invited is None:
@@ -61,6 +61,13 @@ class ReceiveAreas:
             self._use(stream, invited)
         else:
             stream.area = None
+
+    def restarted(self) -> None:
+        """Sessions were built anew: some may have been opened, and the loop died before `opened` was heard here."""
+        for stream in tuple(self._streams.by_id.values()):
+            facts = stream.session.facts
+            if facts.opened is not None and stream.placed_epoch != facts.ticket.epoch:
+                self.opened(stream)
 
     def attached(self, stream: IncomingStream, message: Attached, now: float) -> None:
         """The sender mapped the segment it was invited to, or says that it cannot."""
@@ -144,6 +151,8 @@ class ReceiveAreas:
 
     def _use(self, stream: IncomingStream, area: ReceiveArea) -> None:
         stream.area, stream.wants_nothing = area, False
+        stream.session.place_in(shared_memory=area is not self.wire)
+        stream.record = stream.session.record()
         self._streams.settle(stream)
 
     def _all(self) -> Iterator[ReceiveArea]:

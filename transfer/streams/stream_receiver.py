@@ -230,6 +230,7 @@ class StreamReceiver:
     def restart_loop(self) -> None:
         """The endpoint's loop died and runs again: build every session from its record; probes bring what was lost."""
         self._streams.restart(lambda stream: self._session(stream.record.facts.ticket), self._service.now())
+        self._areas.restarted()
         self._areas.plan()
 
     # -- helpers --------------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
 """Fuzzes live sessions: real services over a virtual network, whose messages are mutated, repeated and made up.
 
-    python -m tests.transfer.fuzz.session --inputs 100000 --seed 0
+    python -m tests.transfer.fuzz.session --inputs 100000 --seed 0 --payload segments
 
 Two streams run at a time. One is fuzzed, by a peer that lies under its right name and by a stranger: it may fail with a
 typed error, but no wrong row ever comes out, nothing raises, nothing storms, and its ledger goes to zero. The other is
-left alone and must arrive whole.
+left alone and must arrive whole. Where memory is shared, seals are damaged and lifelines end, too.
 """
 
 from __future__ import annotations
@@ -22,11 +22,15 @@ import torch
 
 from tests.transfer.fuzz.memory import Memory
 from tests.transfer.fuzz.mutate import mutate_bytes, mutate_header, mutate_message, repaired
+from tests.transfer.fuzz.pairs import PAIRS
 from tests.transfer.fuzz.samples import sample_messages
 from tests.transfer.virtual import Pair, VirtualEndpoint, VirtualNetwork, make_rows
 from transfer.config import TransferConfig
+from transfer.connection import Connection
 from transfer.errors import LocalProtocolError, MalformedMessage, TransferError, error_code
-from transfer.protocol.messages import Message
+from transfer.memory.segment_area import SegmentArea
+from transfer.memory.segments import SEAL_BYTES
+from transfer.protocol.messages import Block, Message, Probe
 from transfer.protocol.ticket import Ticket
 from transfer.protocol.wire import decode_header, encode_header
 from transfer.streams.stream_sender import OutgoingStream
@@ -83,10 +87,10 @@ class Listener:
 class SessionFuzzer:
     """One pair of workers and a stranger, for any number of streams."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, payload: str = "wire") -> None:
         self.rng = random.Random(seed)
         self.network = VirtualNetwork(seed)
-        self.pair = Pair(CONFIG, network=self.network)
+        self.pair = PAIRS[payload](CONFIG, network=self.network)
         self.stranger = VirtualEndpoint(self.network, STRANGER)
         self.stranger.start(lambda connection, message, frames: None)
         self.network.rewrite = self._rewrite
@@ -112,7 +116,8 @@ class SessionFuzzer:
                 self._victim = ticket.stream_id
             listeners.append(Listener(pair, ticket, data))
             pair.receiver.open(ticket, listeners[-1], take_over_s=rng.choice((0.0, 0.5)), deadline_s=DEADLINE_S)
-            streams.append(pair.send(ticket, content_key="key", deadline_s=DEADLINE_S))
+            sender = pair.sender if is_victim else pair.beside
+            streams.append(pair.send(ticket, sender=sender, content_key="key", deadline_s=DEADLINE_S))
             streams[-1].announce(num_rows, [{"rows": num_rows}])
             if num_rows:
                 streams[-1].write(0, data)
@@ -130,7 +135,8 @@ class SessionFuzzer:
         self._seen.clear()
 
     def _is_sender_idle(self) -> bool:
-        return not self.pair.sender.stats()["transfer_streams_sending"]
+        senders = (self.pair.sender, self.pair.beside)
+        return not any(sender.stats()["transfer_streams_sending"] for sender in senders)
 
     def _check(self, streams: list[OutgoingStream], listeners: list[Listener], sizes: list[int]) -> None:
         assert not any(listener.wrong for listener in listeners), [listener.wrong for listener in listeners]
@@ -157,6 +163,9 @@ class SessionFuzzer:
     def _inject(self) -> None:
         """Something seen before, or any kind of message, mutated or not, from the peer itself or from a stranger."""
         rng = self.rng
+        segment = self.pair.segment_of(self._victim)
+        if segment is not None and rng.random() < 0.1:
+            return self._harm(segment)
         upward, message, frames = rng.choice(self._seen)
         if rng.random() < 0.3:
             message, num_frames = rng.choice(self._samples)
@@ -170,7 +179,7 @@ class SessionFuzzer:
         target, source = (RECEIVER, SENDER) if upward else (SENDER, RECEIVER)
         endpoints = self.network.endpoints
         if rng.random() < 0.3 or not upward:
-            known = [c for e, c, _, _ in self.network.log if e is endpoints[target]]
+            known = [c for e, c, _, _ in self.network.log if e is endpoints[target] and self._may_lie(c, mutant[0])]
             if rng.random() < 0.5 or not known:
                 sender = self.stranger
                 sender.send(sender.connect(target), *mutant)
@@ -178,6 +187,27 @@ class SessionFuzzer:
                 endpoints[target].deliver(known[-1], *mutant)
         else:
             endpoints[source].send(endpoints[source].connect(target), *mutant)
+
+    def _may_lie(self, connection: Connection, message: Message) -> bool:
+        """Whether a message can come over a connection that is the lying peer's own."""
+        if connection.is_sealed_path:
+            return isinstance(message, (Block, Probe))
+        return connection.peer in (SENDER, RECEIVER)
+
+    def _harm(self, segment: SegmentArea) -> None:
+        """What a lying peer can do to the memory it shares: damage a seal, or hang up."""
+        rng, generation = self.rng, segment.segment.generation
+        self.num_inputs += 1
+        self._budget -= 1
+        if rng.random() < 0.2 and generation in self.pair.passing.lifelines:
+            self.outcomes["lifeline lost"] += 1
+            for lifeline in self.pair.passing.lifelines.pop(generation):
+                lifeline.close()
+            self.pair.passing.on_lost[generation]()
+            return
+        self.outcomes["seal damaged"] += 1
+        at = rng.randrange(segment.segment.layout.num_slots * SEAL_BYTES)
+        segment.segment.memory[at] = rng.randrange(256)
 
     def _mutant(self, message: Message, frames: list[bytes]) -> tuple[Message, list[bytes]] | None:
         """A changed message as it would come off the wire; None when the decoder refuses it."""
@@ -207,18 +237,18 @@ class SessionFuzzer:
             return None
 
 
-UPWARD = {"Open", "Announce", "Block", "Probe", "Revoked"}
+UPWARD = {"Open", "Announce", "Block", "Probe", "Revoked", "Attached", "Filled", "Released"}
 
 
 def _fields(message: Message) -> dict[str, Any]:
     return {name: getattr(message, name) for name in message.__dataclass_fields__}
 
 
-def fuzz(num_inputs: int, seed: int) -> dict[str, Any]:
+def fuzz(num_inputs: int, seed: int, payload: str = "wire") -> dict[str, Any]:
     """Run streams until so many inputs were fed. What came of them."""
     logging.disable(logging.CRITICAL)
     try:
-        fuzzer, memory, num_streams = SessionFuzzer(seed), None, 0
+        fuzzer, memory, num_streams = SessionFuzzer(seed, payload), None, 0
         started_s = time.perf_counter()
         while fuzzer.num_inputs < num_inputs:
             fuzzer.run_stream()
@@ -247,8 +277,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--inputs", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--payload", choices=tuple(PAIRS), default="wire")
     options = parser.parse_args()
-    print(json.dumps(fuzz(options.inputs, options.seed), indent=2))
+    print(json.dumps(fuzz(options.inputs, options.seed, options.payload), indent=2))
 
 
 if __name__ == "__main__":

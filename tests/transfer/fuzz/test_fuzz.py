@@ -6,12 +6,13 @@ import pytest
 
 from tests.profiles import IS_SOAK
 from tests.transfer.fuzz import corpus, decoder, session
+from tests.transfer.fuzz.pairs import PAIRS
 from tests.transfer.fuzz.samples import sample_messages
 from transfer.protocol.messages import Message
 from transfer.protocol.wire import SCHEMAS, WIRE_VERSION
 
 DECODER_INPUTS = 5_000_000 if IS_SOAK else 100_000
-SESSION_INPUTS = 100_000 if IS_SOAK else 4_000
+SESSION_INPUTS = dict.fromkeys(PAIRS, 100_000) if IS_SOAK else {"wire": 2000, "sealed": 900, "segments": 900}
 SEED = 2026
 
 
@@ -43,11 +44,16 @@ def test_the_decoder_takes_any_bytes() -> None:
 
 
 @pytest.mark.timeout(3600)
-def test_live_sessions_take_any_messages() -> None:
-    figures = session.fuzz(SESSION_INPUTS, SEED)
+@pytest.mark.parametrize("payload", sorted(SESSION_INPUTS))
+def test_live_sessions_take_any_messages(payload: str) -> None:
+    figures = session.fuzz(SESSION_INPUTS[payload], SEED, payload)
     outcomes, dropped = figures["outcomes"], figures["dropped"]
     assert outcomes["complete"] > figures["streams"] // 4 and outcomes["malformed"] > 0
-    for kind in ("AlignmentError", "RemoteProtocolError", "StreamTimeout"):
+    for kind in ("AlignmentError", "RemoteProtocolError", "StreamTimeout", *OUTCOMES.get(payload, ())):
         assert outcomes[kind] > 0, f"no input led to {kind}: {outcomes}"
-    for reason in ("bad_tag", "bad_proof", "duplicate", "foreign_connection", "not_granted", "stale_epoch"):
+    for reason in ("bad_proof", "duplicate", "foreign_connection", "not_granted", "stale_epoch", *DROPPED[payload]):
         assert dropped[f"transfer_dropped_{reason}"] > 0, f"no input was dropped as {reason}: {dropped}"
+
+
+OUTCOMES = {"segments": ("seal damaged", "lifeline lost", "PeerLost")}
+DROPPED = {"wire": ("bad_tag",), "sealed": ("bad_tag", "wrong_path"), "segments": ("bad_seal", "wrong_path")}

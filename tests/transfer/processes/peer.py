@@ -1,7 +1,8 @@
 """One end of streams in a process of its own: a Service with a StreamReceiver and a StreamSender over one address.
 
 Commands come as JSON lines {"do": NAME, ...} over its control socket and are answered by one line each; only the public
-API is used. The parent's half is `harness.Peer`. End of input closes the service and ends the process.
+API is used (and what `cut_lifelines` cuts). The parent's half is `harness.Peer`. End of input closes the service and
+ends the process.
 """
 
 from __future__ import annotations
@@ -212,6 +213,12 @@ class Host:
         """What the service does when the endpoint's loop died and was started anew."""
         self.service.post(self.receiver.restart_loop)
         return {}
+
+    def cut_lifelines(self) -> Any:
+        """End the connections that keep segments in use, as if something between the processes had."""
+        cut = [mapped for of_peer in self.sender._guest._mapped.values() for mapped in of_peer.values()]
+        self.service.post(lambda: [mapped.lifeline.close() for mapped in cut] and None)
+        return {"cut": len(cut)}
 
     def write(self, stream_id: str, first_row: int, until: int) -> Any:
         self._producers[stream_id].write(first_row, until)

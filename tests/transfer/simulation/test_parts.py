@@ -12,9 +12,10 @@ from transfer.config import TransferConfig
 from transfer.connection import Connection
 from transfer.errors import DoubleFree, EndpointClosed, Overloaded, PeerLost
 from transfer.protocol.messages import Ack, Message
+from transfer.simulation.endpoint import VirtualEndpoint
 from transfer.simulation.faults import MESSAGE_KINDS, Rates, corrupted, truncated
 from transfer.simulation.memory import BlockWatch, WatchedBuffers, WatchedPool
-from transfer.simulation.network import VirtualEndpoint, VirtualNetwork
+from transfer.simulation.network import VirtualNetwork
 from transfer.simulation.outages import Outages
 from transfer.simulation.scenario import draw_scenario
 from transfer.simulation.timeline import LoopDied, Process, Timeline
@@ -220,7 +221,7 @@ def test_memory_under_watch_tells_of_every_wrong_step() -> None:
     complaints: list[str] = []
     placed: list[tuple[str, int]] = []
     watch = BlockWatch(
-        lambda promise, *_: complaints.append(promise), lambda *what: placed.append(what), lambda *_: None
+        3, lambda promise, *_: complaints.append(promise), lambda *what: placed.append(what), lambda *_: None
     )
     planes = (PlaneSpec(name="x", dtype="int8", row_shape=(2,)),)
     buffers = WatchedBuffers(3, 4, planes, watch)

@@ -13,18 +13,31 @@ from transfer.simulation.runner import run_seed
 NUM_SEEDS = 500
 # Where each was caught last, so that the everyday profile need not search; any seed below NUM_SEEDS will do.
 CAUGHT_AT = {
-    "acknowledge_before_storing": 4,
+    "acknowledge_before_storing": 5,
     "believe_every_answer": 2,
     "divide_the_allocation": 15,
-    "go_on_one_block_too_far": 5,
+    "go_on_one_block_too_far": 18,
     "deliver_again_after_a_restart": 8,
     "lose_what_was_acknowledged": 27,
-    "write_revoked_blocks": 1,
-    "forget_rows_too_early": 5,
-    "ignore_the_deadline": 5,
-    "never_ask_back": 1,
+    "write_revoked_blocks": 2,
+    "forget_rows_too_early": 0,
+    "ignore_the_deadline": 13,
+    "never_ask_back": 2,
     "keep_what_was_admitted": 2,
     "keep_the_last_block": 2,
+    "use_a_slot_before_its_release": 1,
+    "count_a_release_twice": 4,
+    "take_any_seal": 308,
+    "use_withdrawn_slots_at_once": 19,
+    "let_go_while_the_producer_writes": 85,
+    "give_back_while_the_producer_writes": 1,
+    "leave_rows_in_withdrawn_slots": 1,
+    "fill_a_sealed_slot_again": 99,
+    "ignore_the_end_of_a_lifeline": 48,
+    "fence_what_was_handed_on": 196,
+    "forget_where_blocks_are_to_be": 85,
+    "wait_for_word_of_the_pools_blocks": 18,
+    "confirm_twice": 304,
 }
 # What each breaks: the breach that is found must be of one of these promises, by its first words.
 BREAKS: dict[str, tuple[str, ...]] = {
@@ -51,6 +64,19 @@ BREAKS: dict[str, tuple[str, ...]] = {
     "keep_what_was_admitted": ("5: who stands still gives its blocks to who waits",),
     "keep_the_last_block": ("5: who stands still gives its blocks to who waits",),
     "ignore_resumes": ("3: a stream outlives faults shorter than its limits",),
+    "use_a_slot_before_its_release": ("4: a slot is used again only after its sender's word",),
+    "count_a_release_twice": ("4: no block has two owners", "4: a slot is used again only after its sender's word"),
+    "take_any_seal": ("4: damaged or foreign bytes are dropped",),
+    "use_withdrawn_slots_at_once": ("4: a slot is its writer's alone", "4: a freed block is never written"),
+    "let_go_while_the_producer_writes": ("4: released means let go",),
+    "give_back_while_the_producer_writes": ("3: a block holds the producer's rows", "4: a freed block"),
+    "leave_rows_in_withdrawn_slots": ("3: a block holds the producer's rows",),
+    "fill_a_sealed_slot_again": ("4: a sealed slot is given away",),
+    "ignore_the_end_of_a_lifeline": ("3: a stream outlives faults shorter than its limits",),
+    "fence_what_was_handed_on": ("7: nothing leaks",),
+    "forget_where_blocks_are_to_be": ("4: a grant names the stream's own blocks",),
+    "wait_for_word_of_the_pools_blocks": ("5: the surplus comes back",),
+    "confirm_twice": ("3: a block holds the producer's rows", "4: a slot is its writer's alone"),
 }
 
 

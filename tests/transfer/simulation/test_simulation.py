@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.profiles import IS_SOAK
-from tests.transfer.simulation import planted
+from tests.transfer.simulation.planted.receivers import forget_the_tag_check
 from transfer.simulation.faults import FAULT_KINDS
 from transfer.simulation.runner import MIN_SEEDS_FOR_FIRINGS, Report, run_seed, run_seeds
 
@@ -24,6 +24,8 @@ def test_every_promise_is_kept_under_every_fault() -> None:
     assert not report.failures, "\n".join(f"seed {seed}: {text}" for seed, text in report.failures)
     assert not report.silent_kinds, f"faults that never happened: {report.silent_kinds}"
     assert report.counts["complete"] > report.counts["requests"] // 2, "most requests outlive what befalls them"
+    assert report.counts["streams_through_slots"] > report.num_seeds // 2, "memory is shared"
+    assert report.counts["blocks_through_slots"] > report.counts["blocks_computed_in_slots"] > report.num_seeds // 2
 
 
 def test_several_processes_come_to_the_same() -> None:
@@ -72,7 +74,7 @@ def test_the_order_of_sets_and_dicts_does_not_matter() -> None:
 
 
 def test_a_failure_names_the_promise_and_tells_the_story_of_the_stream() -> None:
-    with planted.forget_the_tag_check():
+    with forget_the_tag_check():
         result = next(r for r in (run_seed(seed, is_told=True) for seed in range(100)) if r.breach is not None)
     breach = result.breach
     assert breach is not None and breach.number is not None and breach.promise.startswith("4")

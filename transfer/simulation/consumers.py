@@ -1,4 +1,4 @@
-"""The two programs round a stream: producers that write in pieces, and consumers that admit in their own time."""
+"""The program behind a stream: consumers, and the admission of their host, which takes its time."""
 
 from __future__ import annotations
 
@@ -10,76 +10,8 @@ from transfer.memory.buffers import Tensor
 from transfer.protocol.actions import StreamStats
 from transfer.protocol.messages import Body
 from transfer.simulation.books import StreamBook
-from transfer.simulation.content import Content
 from transfer.simulation.hosts import ReceiverHost
 from transfer.simulation.judge import Judge
-from transfer.simulation.scenario import RequestPlan
-from transfer.simulation.timeline import Process
-from transfer.streams.stream_sender import OutgoingStream
-
-
-class Producer:
-    """Writes the rows of `content` into an outgoing stream, in pieces, with pauses, and stands still when told to."""
-
-    def __init__(
-        self, process: Process, stream: OutgoingStream, content: Content, plan: RequestPlan, dice: random.Random
-    ) -> None:
-        self._process = process
-        self._stream = stream
-        self._content = content
-        self._plan = plan
-        self._dice = dice
-        self._row = 0
-        self._waits = dice.random() < 0.5  # for where to go on
-        self._is_announced = False
-        self._is_over = False
-        self._num_holds = 0
-        self._is_due = False  # it would have gone on, had it not been told to stand still
-        stream.on_done(self._stop)
-        self._pause()
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether rows are still to be written."""
-        return not self._is_over and (self._row < self._content.num_rows or not self._is_announced)
-
-    def hold(self) -> None:
-        """Stand still until `release`."""
-        self._num_holds += 1
-
-    def release(self) -> None:
-        """Go on, once every `hold` is over."""
-        self._num_holds -= 1
-        if not self._num_holds and self._is_due:
-            self._is_due = False
-            self._pause()
-
-    def _stop(self, stream: OutgoingStream) -> None:
-        self._is_over = True
-
-    def _pause(self) -> None:
-        self._process.after(self._plan.gap_s * self._dice.uniform(0, 2), self._go_on)
-
-    def _go_on(self) -> None:
-        if self._is_over:
-            return
-        if self._num_holds:
-            self._is_due = True
-            return
-        if self._waits and self._stream.first_row is None:
-            return self._process.after(0.05, self._go_on)
-        if self._waits:  # rows that are stored already need not be computed
-            self._waits = False
-            self._row = self._dice.randint(0, min(self._stream.first_row or 0, self._content.num_rows))
-        if not self._is_announced and self._row >= min(self._plan.announce_at, self._content.num_rows):
-            self._is_announced = True
-            self._stream.announce(self._content.num_rows, [{"key": self._content.key}])
-        count = min(self._dice.randint(1, self._plan.piece_rows), self._content.num_rows - self._row)
-        if count:
-            self._stream.write(self._row, self._content.tensors(self._row, count))
-            self._row += count
-        if self.is_busy:
-            self._pause()
 
 
 class Consumer:
