@@ -13,7 +13,7 @@ import math
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pydantic
 import yaml
@@ -28,6 +28,7 @@ from transfer.endpoints.addresses import is_loopback
 from transfer.errors import TransferError
 
 MIB = 1024 * 1024
+Placement = Literal["any", "roles"]
 MIN_KEY_CHARS = 16  # of an API key, where the gateway listens for more than this machine
 
 
@@ -95,6 +96,8 @@ class GatewayConfig:
 class WorkersConfig:
     """How many workers of each kind run, and what Ray sets aside for each. num_gpus -1: one where the device is CUDA.
 
+    placement: "roles" puts every process on a node that offers the Ray resource of its role, of which it takes one:
+    tandem-embedding, tandem-language or tandem-gateway.
     health_timeout_s: silence after which a worker counts as hung and is restarted.
     start_timeout_s: longest wait for all workers to be placed and to load the model.
     """
@@ -103,6 +106,7 @@ class WorkersConfig:
     language: int = 1
     num_cpus: float = 1.0
     num_gpus: float = -1.0
+    placement: Placement = "any"
     health_timeout_s: float = 15.0
     start_timeout_s: float = 600.0
 
@@ -112,6 +116,8 @@ class WorkersConfig:
                 raise ConfigError(
                     f"workers.{name} is {getattr(self, name)}; at least one worker of each kind is needed"
                 )
+        if self.placement not in typing.get_args(Placement):
+            raise ConfigError(f"workers.placement is {self.placement!r}; use {' or '.join(typing.get_args(Placement))}")
         for name in ("health_timeout_s", "start_timeout_s"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"workers.{name} is {getattr(self, name)}; use a positive, finite number of seconds")

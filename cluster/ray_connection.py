@@ -48,8 +48,14 @@ def connect(config: ClusterConfig, ray_address: str | None, on_status: Callable[
         address="local",
         include_dashboard=False,
         num_cpus=max(os.cpu_count() or 1, int(needed + 0.999)),
+        resources={role_resource(kind): 1000.0 for kind in ("embedding", "language", "gateway")},  # this host has all
         object_store_memory=OBJECT_STORE_BYTES,
     )
+
+
+def role_resource(kind: str) -> str:
+    """What a node offers in Ray that is to run processes of this kind, where workers.placement is "roles"."""
+    return f"tandem-{kind}"
 
 
 def _init_ray(failed: str, **options: Any) -> None:

@@ -211,3 +211,9 @@ def test_a_short_key_is_refused_where_others_can_connect(host: str, key: str) ->
 def test_a_key_that_no_client_can_send_is_refused(key: str) -> None:
     with pytest.raises(ConfigError, match="no client can send it"):
         GatewayConfig(api_keys=(key,))
+
+
+def test_placement_by_roles_is_one_of_two_words() -> None:
+    assert build_config({"workers": {"placement": "roles"}}).workers.placement == "roles"
+    with pytest.raises(ConfigError, match=r"workers\.placement"):
+        build_config({"workers": {"placement": "role"}})
