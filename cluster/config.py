@@ -184,7 +184,7 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
     """
     tree: dict[str, Any] = {}
     if path is not None:
-        tree = _read_yaml(Path(path))
+        tree = read_yaml(Path(path))
         try:
             build_config(tree)
         except ConfigError as error:
@@ -253,7 +253,8 @@ def _reject_unknown(prefix: str, values: Mapping[str, Any], known: Any) -> None:
         raise ConfigError(f"unknown setting {prefix}{unknown[0]}; known here: {', '.join(sorted(known))}")
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The map in a YAML file; an empty file is an empty map. Raises ConfigError."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -263,5 +264,5 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold a map with the keys of ClusterConfig, not {type(tree).__name__}")
+        raise ConfigError(f"{path} must hold a map of settings, not {type(tree).__name__}")
     return tree

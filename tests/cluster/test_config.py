@@ -91,7 +91,7 @@ def test_empty_means_defaults(tmp_path: Path, text: str) -> None:
         ("workers: {num_gpus: -2}", "workers.num_gpus"),
         ("workers: {start_timeout_s: .inf}", "workers.start_timeout_s is inf"),
         ("workers: {health_timeout_s: 0}", "workers.health_timeout_s is 0"),
-        ("- model", "must hold a map with the keys of ClusterConfig, not list"),
+        ("- model", "must hold a map of settings, not list"),
         ("model: {path: 'x", "is not valid YAML"),
     ],
 )
