@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from cluster.cli.parser import build_parser
 from cluster.config import build_config, load_config
 from cluster.demo import MODEL_DIR
 from cluster.errors import ConfigError
-from tests.helm.rendering import CASES, CHART, of_kind, render, rendered, tandem_configs, template
+from tests.helm.rendering import CASES, CHART, ROOT, of_kind, render, rendered, tandem_configs, template
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -126,3 +127,14 @@ def test_the_readme_names_every_example() -> None:
     text = (CHART / "README.md.tpl").read_text()
     named = set(re.findall(r"`([a-z0-9-]+\.yaml)`", text))
     assert {path.name for path in (CHART / "examples").glob("*.yaml")} <= named
+
+
+def test_commands_of_the_pages_render() -> None:
+    pages = [CHART / "README.md.tpl", ROOT / "README.md"]
+    lines = [line for page in pages for line in page.read_text().splitlines()]
+    shown = [found[1] for line in lines if (found := re.match(r"\$ helm (?:install|upgrade) tandem helm/ (.*)", line))]
+    assert len(shown) >= 5
+    for arguments in shown:
+        words = shlex.split(arguments.split("  #")[0].split("&&")[0])
+        done = template(*(str(ROOT / word) if word.startswith("helm/") else word for word in words))
+        assert done.returncode == 0, f"{arguments}\n{done.stderr}"

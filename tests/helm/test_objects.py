@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import jsonschema
@@ -14,6 +15,7 @@ from tests.helm.kuberay_schema import RAY_CLUSTER
 from tests.helm.rendering import CASES, CHART, helm, of_kind, pod_templates, rendered
 
 SCHEMA_VERSION = "1.30"
+PACKAGES = ("cluster", "language_worker", "embedding_worker", "transfer")
 OPERATORS = {  # kind -> fields of the spec that its operator knows and the chart uses
     "ServiceMonitor": {"selector", "endpoints"},
     "PrometheusRule": {"groups"},
@@ -80,3 +82,20 @@ def test_ray_s_autoscaler_understands_the_groups(case: str) -> None:
                 assert kind["resources"]["GPU"] == 1
         assert offered["tandem-gateway"] == offered["tandem-serve"] == 1
         assert offered["tandem-language"] == {"defaults": 1, "gpu": 2, "colocated": 2, "autoscaling": 4}[case]
+
+
+def test_every_alert_has_a_runbook_and_asks_for_figures_that_exist() -> None:
+    (rule,) = of_kind(rendered("monitoring"), "PrometheusRule")
+    page = (CHART.parent / "docs" / "operating.md").read_text(encoding="utf-8")
+    source = "".join(path.read_text() for name in PACKAGES for path in (CHART.parent / name).rglob("*.py"))
+    alerts = rule["spec"]["groups"][0]["rules"]
+    assert len(alerts) >= 6
+    for alert in alerts:
+        assert f"### {alert['alert']}\n" in page
+        assert alert["annotations"]["runbook_url"] == f"docs/operating.md#{alert['alert'].lower()}"
+    asked = " ".join(alert["expr"] for alert in alerts) + (CHART / "files" / "dashboard.json").read_text()
+    figures = set(re.findall(r"tandem:(\w+)", asked))
+    assert len(figures) >= 10
+    for figure in figures:
+        name = re.sub(r"_(total|bucket)$", "", figure)
+        assert f'"{name}' in source, f"nobody reports {figure}"

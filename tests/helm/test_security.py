@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.helm.rendering import CASES, Object, containers, of_kind, pod_templates, rendered
+from tests.helm.rendering import CASES, CHART, Object, containers, of_kind, pod_templates, rendered
 
 BROUGHT_ALONG = {  # secrets that the examples say somebody else makes
     "models-s3", "tandem-redis", "our-api-keys", "our-ray-token", "registry", "tandem-tls",
@@ -126,11 +126,14 @@ def test_every_secret_and_map_that_is_referred_to_exists(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_scripts_that_are_run_are_mounted(case: str) -> None:
     objects = rendered(case)
-    scripts = {name for item in of_kind(objects, "ConfigMap") for name in item["data"] if name.endswith(".py")}
-    assert scripts == {"probe.py", "serve_job.py"}
+    maps = [item["data"] for item in of_kind(objects, "ConfigMap")]
+    scripts = {name: text for data in maps for name, text in data.items() if name.endswith(".py")}
+    assert scripts.keys() == {"probe.py", "serve_job.py"}
+    for name, text in scripts.items():
+        assert text.strip() == (CHART / "files" / name).read_text().strip()
     for where, container, _ in containers(objects):
         run = set(re.findall(r"/etc/tandem/scripts/(\S+?\.py)", str(container)))
-        assert run <= scripts, where
+        assert run <= scripts.keys(), where
         is_mounted = any(mount["mountPath"] == "/etc/tandem/scripts" for mount in container["volumeMounts"])
         assert not run or is_mounted, where
 
