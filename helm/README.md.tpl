@@ -2,7 +2,7 @@
 
 Runs Tandem on Kubernetes: a [KubeRay](https://docs.ray.io/en/latest/cluster/kubernetes/index.html) RayCluster whose
 worker groups each have room for one role (or several), a serve job that starts Tandem on it, and what goes with it.
-The KubeRay operator (1.3 or later) must be installed; `kubectl get crd rayclusters.ray.io` tells.
+The KubeRay operator (1.4 or later) must be installed; `kubectl get crd rayclusters.ray.io` tells.
 
 This page is written by `python helm/generate.py` from `values.yaml`.
 
@@ -46,6 +46,8 @@ serve-job pod ─> head (jobs, state) <──────── Ray ────
   is stopped and drains. `tandem.yaml` travels with the job, so a changed configuration takes effect with the next job.
 * The **gateway pod** is ready when a canary prompt got its token (startup) and as long as a worker of every kind lives
   (`/ready`). Before it ends it drains: `tandem stop`.
+* A **worker pod** that ends takes its unfinished requests along: those that had not begun to answer go to another worker,
+  streams that had begun end with a typed error. Budgets (`maxUnavailable`) keep evictions from taking several at a time.
 * **Secrets** are generated at the first installation, kept by upgrades and not deleted with the release. Keys of the
   encrypted transfer are no secrets of Kubernetes: each process draws its own and only ever shows the public half.
 

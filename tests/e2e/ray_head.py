@@ -61,6 +61,7 @@ def ray_head() -> Iterator[RayHead]:
 
     Its node offers room for every role of Tandem.
     """
+    folder = tempfile.mkdtemp(prefix="ray-")  # short: Ray puts sockets below it
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment = kept | {
         "RAY_AUTH_MODE": "token",
@@ -69,10 +70,10 @@ def ray_head() -> Iterator[RayHead]:
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1",
         "RAY_JOB_STOP_WAIT_TIME_S": "60",
         "PYTHONPATH": str(ROOT),  # for jobs that upload no code
+        "TMPDIR": folder,  # so that `tandem stop` finds what is served from here, and not what this process serves
     }
     port, dashboard_port, agent_port = free_ports(3)
     roles = {f"tandem-{role}": 4 for role in ("embedding", "language", "gateway", "serve")}
-    folder = tempfile.mkdtemp(prefix="ray-")  # short: Ray puts sockets below it
     command = [
         str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", "--dashboard-host=127.0.0.1",
         f"--dashboard-port={dashboard_port}", f"--dashboard-agent-listen-port={agent_port}", "--num-cpus=4",
