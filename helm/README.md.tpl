@@ -21,6 +21,7 @@ $ helm test tandem                                                        # a pr
 | `cpu.yaml` | the demo model on CPUs, small |
 | `gpu.yaml` | one GPU for each worker, the checkpoint on a volume |
 | `colocated.yaml` | both roles in one pod: embeddings go through shared memory |
+| `text.yaml` | a model that only reads text |
 | `s3.yaml` | the checkpoint from an S3-compatible store |
 | `autoscaling.yaml` | Ray's autoscaler starts and ends pods |
 | `redis.yaml` | Ray's state in Redis: the cluster outlives its head |

@@ -47,10 +47,11 @@
 {{- $workers := dict "placement" "roles" -}}
 {{- range $role := list "embedding" "language" -}}
   {{- $count := include "tandem.numWorkers" (dict "ctx" $ "role" $role) | int -}}
-  {{- if lt $count 1 -}}
-    {{- fail (printf "no worker group offers room for a worker of the role %s" $role) -}}
+  {{- if gt $count 0 -}}
+    {{- $_ := set $workers $role $count -}}
+  {{- else if or (eq $role "language") $.Values.model.vision -}}
+    {{- fail (printf "no worker group offers room for a worker of the role %s%s" $role (ternary " (model.vision: false is for models that only read text)" "" (eq $role "embedding"))) -}}
   {{- end -}}
-  {{- $_ := set $workers $role $count -}}
 {{- end -}}
 {{- $transfer := dict "transport" "tcp" "host" "auto" "ports" (printf "%d-%d" (int .Values.transfer.firstPort) (int .Values.transfer.lastPort)) -}}
 {{- $gateway := dict "host" "0.0.0.0" "port" (int .Values.gateway.port) -}}

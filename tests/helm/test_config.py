@@ -78,6 +78,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "a port beyond all ports": ("gateway.port=70000", "port"),
     "root": ("security.runAsUser=0", "runAsUser"),
     "no room for a role": ("workerGroups.language=null", "no worker group offers room"),
+    "no room to look at images": ("workerGroups.embedding=null", "model.vision"),
     "a track that does not run": ("blueGreen.enabled=true,blueGreen.active=green", "nobody would answer"),
     "replicas out of range": ("workerGroups.language.maxReplicas=0", "not between minReplicas"),
     "what the chart sets itself": ("config.gateway.port=9000", "set by the chart"),
