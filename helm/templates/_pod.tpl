@@ -274,10 +274,13 @@ spec:
   terminationGracePeriodSeconds: {{ add 60 (int .ctx.Values.gateway.drainSeconds) }}
   securityContext:
     {{- include "tandem.podSecurity" .ctx | nindent 4 }}
-  {{- include "tandem.scheduling" . | nindent 2 }}
-  {{- include "tandem.modelInit" . | nindent 2 }}
+  {{- range list "tandem.scheduling" "tandem.modelInit" }}
+  {{- with include . $ | trim }}
+  {{- . | nindent 2 }}
+  {{- end }}
+  {{- end }}
   containers:
-    - {{- include "tandem.rayContainer" . | nindent 6 }}
+    - {{ include "tandem.rayContainer" . | indent 6 | trim }}
   volumes:
     {{- include "tandem.volumes" . | nindent 4 }}
 {{- end }}
