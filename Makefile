@@ -34,8 +34,8 @@ bench: $(VENV)/.development ## the CPU benchmarks; JSON goes to benchmarks/resul
 	$(BIN)/python -m benchmarks.bench_serving --json benchmarks/results/serving.json
 	$(BIN)/python -m benchmarks.bench_decode --json benchmarks/results/decode.json
 
-clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+clean: ## remove the virtual environment, fetched tools and caches
+	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -13,7 +13,7 @@ import math
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pydantic
 import yaml
@@ -30,6 +30,7 @@ from transfer.endpoints.addresses import is_loopback
 from transfer.errors import TransferError
 
 MIB = 1024 * 1024
+Placement = Literal["any", "roles"]
 MIN_KEY_CHARS = 16  # of an API key, where the gateway listens for more than this machine
 
 
@@ -100,6 +101,8 @@ class WorkersConfig:
 
     prefill, decode: set, they take the place of language workers: prompts are computed on the first, and answers, from
     their KV, on the second. Both are configured by the section `language`.
+    placement: "roles" puts every process on a node that offers the Ray resource of its role, of which it takes one:
+    tandem-embedding, tandem-language or tandem-gateway.
     health_timeout_s: silence after which a worker counts as hung and is restarted.
     start_timeout_s: longest wait for all workers to be placed and to load the model.
     """
@@ -110,6 +113,7 @@ class WorkersConfig:
     decode: int = 0
     num_cpus: float = 1.0
     num_gpus: float = -1.0
+    placement: Placement = "any"
     health_timeout_s: float = 15.0
     start_timeout_s: float = 600.0
 
@@ -129,6 +133,8 @@ class WorkersConfig:
                 f"workers.language is {self.language}, but prefill and decode workers take the place of language "
                 "workers; leave it out"
             )
+        if self.placement not in typing.get_args(Placement):
+            raise ConfigError(f"workers.placement is {self.placement!r}; use {' or '.join(typing.get_args(Placement))}")
         for name in ("health_timeout_s", "start_timeout_s"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"workers.{name} is {getattr(self, name)}; use a positive, finite number of seconds")
@@ -212,7 +218,7 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
     """
     tree: dict[str, Any] = {}
     if path is not None:
-        tree = _read_yaml(Path(path))
+        tree = read_yaml(Path(path))
         try:
             build_config(tree)
         except ConfigError as error:
@@ -281,7 +287,8 @@ def _reject_unknown(prefix: str, values: Mapping[str, Any], known: Any) -> None:
         raise ConfigError(f"unknown setting {prefix}{unknown[0]}; known here: {', '.join(sorted(known))}")
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The map in a YAML file; an empty file is an empty map. Raises ConfigError."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -291,5 +298,5 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold a map with the keys of ClusterConfig, not {type(tree).__name__}")
+        raise ConfigError(f"{path} must hold a map of settings, not {type(tree).__name__}")
     return tree

@@ -24,7 +24,7 @@ from cluster.config import ClusterConfig
 from cluster.directory import WorkerAddress
 from cluster.errors import ConfigError, NotReady
 from cluster.model_info import ModelInfo
-from cluster.ray_connection import connect, wants_gpu
+from cluster.ray_connection import connect, role_resource, wants_gpu
 from cluster.router import WorkerKind
 from cluster.runtime_folder import RuntimeFolder, is_running
 
@@ -121,7 +121,7 @@ class RayCluster:
                 self._actors[f"{kind}-{i}"] = self._spawn_worker(f"{kind}-{i}", kind)
         self._actors[GATEWAY] = (
             ray.remote(GatewayActor)
-            .options(num_cpus=0, max_restarts=-1, max_task_retries=0)
+            .options(num_cpus=0, max_restarts=-1, max_task_retries=0, resources=_role(GATEWAY, config))
             .remote(
                 config.model.served_model_name, config.model.path, config.transfer, self._folder.path, self._log_level
             )
@@ -143,10 +143,11 @@ class RayCluster:
     def _spawn_worker(self, name: str, kind: WorkerKind) -> Any:
         workers = self.config.workers
         part: Any = self.config.embedding if kind == "embedding" else self.config.language
+        role = _role(kind, self.config)
         num_gpus = workers.num_gpus if workers.num_gpus >= 0 else float(wants_gpu(part.device))
         return (
             ray.remote(WorkerActor)
-            .options(num_cpus=workers.num_cpus, num_gpus=num_gpus, max_restarts=-1, max_task_retries=0)
+            .options(num_cpus=workers.num_cpus, num_gpus=num_gpus, max_restarts=-1, max_task_retries=0, resources=role)
             .remote(name, self.config.model.path, part, self.config.transfer, self._folder.path, self._log_level, kind)
         )
 
@@ -257,6 +258,11 @@ class RayCluster:
 
     def _is_here(self, name: str) -> bool:
         return bool(self._nodes.get(name) == ray.get_runtime_context().get_node_id())
+
+
+def _role(kind: str, config: ClusterConfig) -> dict[str, float] | None:
+    """The Ray resource that keeps an actor to the nodes of its role."""
+    return {role_resource(kind): 1.0} if config.workers.placement == "roles" else None
 
 
 def _with_transport(config: ClusterConfig) -> ClusterConfig:

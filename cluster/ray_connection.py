@@ -30,16 +30,18 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 logger = logging.getLogger(__name__)
 
 
-def connect(config: ClusterConfig, ray_address: str | None, on_status: Callable[[str], None]) -> None:
-    """Join the Ray at `ray_address` (None: start one here), unless this process has joined one. Raises ConfigError."""
+def connect(config: ClusterConfig, ray_address: str | None, on_status: Callable[[str], None]) -> bool:
+    """Join the Ray at `ray_address` (None: start one here); False when this process has joined one before. Raises
+    ConfigError.
+    """
     if ray.is_initialized():
-        return
+        return False
     workers = config.workers
     if ray_address:
         on_status(f"connecting to Ray at {ray_address}")
         _require_listener(ray_address)
         _init_ray(f"cannot join Ray at {ray_address}", address=ray_address)
-        return
+        return True
     _require_gpus(config)
     on_status("starting Ray on this machine")
     needed = sum(workers.counts.values()) * workers.num_cpus
@@ -48,8 +50,20 @@ def connect(config: ClusterConfig, ray_address: str | None, on_status: Callable[
         address="local",
         include_dashboard=False,
         num_cpus=max(os.cpu_count() or 1, int(needed + 0.999)),
+        resources={role_resource(kind): 1000.0 for kind in ("embedding", "language", "gateway")},  # this host has all
         object_store_memory=OBJECT_STORE_BYTES,
     )
+    return True
+
+
+def disconnect() -> None:
+    """Leave Ray, and end it where `connect` started it. For who connected before making clusters."""
+    ray.shutdown()
+
+
+def role_resource(kind: str) -> str:
+    """What a node offers in Ray that is to run processes of this kind, where workers.placement is "roles"."""
+    return f"tandem-{kind}"
 
 
 def _init_ray(failed: str, **options: Any) -> None:

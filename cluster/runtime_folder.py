@@ -56,6 +56,17 @@ def remove_stale(parent: Path) -> list[Path]:
     return removed
 
 
+def owners(parent: Path) -> list[int]:
+    """The processes of this user that have a folder in `parent` and hold its lock."""
+    pids = set()
+    for folder in sorted(parent.glob(PREFIX + "*")):
+        with suppress(OSError):  # gone meanwhile, or closed to us
+            if _is_own_folder(folder):
+                owner = _holder(folder)
+                pids |= {int(owner)} if owner.isdigit() and int(owner) > 0 else set()
+    return sorted(pids)
+
+
 def is_running(pid: int) -> bool:
     """Whether there is such a process on this host, whoever it belongs to."""
     try:
@@ -83,3 +94,15 @@ def _is_abandoned(folder: Path) -> bool:
     finally:
         os.close(lock)
     return owner.isdigit() and int(owner) > 0 and not is_running(int(owner))
+
+
+def _holder(folder: Path) -> bytes:
+    """What a lock that is held says of its holder; nothing where it is free. Raises OSError where there is none."""
+    lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.read(lock, 32)
+    finally:
+        os.close(lock)
+    return b""

@@ -60,3 +60,33 @@ def test_the_api_page_names_the_image_limits_as_they_are() -> None:
     assert gateway.max_image_bytes == embedding.max_image_bytes
     assert f"`embedding.max_image_pixels` ({embedding.max_image_pixels // 10**6} million)" in text
     assert f"an aspect ratio of {MAX_ASPECT}" in text
+
+
+def test_what_the_troubleshooting_page_quotes_is_what_is_said() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    folders = ("cluster", "transfer", "language_worker", "embedding_worker", "helm/templates")
+    files = [
+        path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".yaml", ".tpl")
+    ]
+    source = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text(encoding="utf-8") for path in files))
+    quoted = [
+        cell
+        for line in page.splitlines()
+        if line.startswith("| `")
+        for cell in re.findall(r"`([^`]+)`", line.split("|")[1])
+    ]
+    assert len(quoted) >= 12
+    for text in quoted:
+        if "Additional property" in text or text == "0/1" or text == "/ready":
+            continue  # helm's and Kubernetes' own words
+        pieces = re.split(r"\.\.\.|\b[A-Z]\b|'[XY]'|A-B", text)
+        for piece in pieces:
+            assert piece.strip(" ;,") in source, f"nobody says {piece!r}"
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    pages = [*PAGES, *ROOT.glob("*.md"), *(ROOT / "helm").glob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"

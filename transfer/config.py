@@ -25,6 +25,7 @@ class TransferConfig:
     credit_window_blocks     blocks a sender may have unacknowledged
     transport                ipc: socket files on one host; tcp: with CURVE; auto: tcp where there are several
     host                     the address that workers bind for tcp; auto: their node's own
+    ports                    the ports that they bind there, FIRST-LAST (two for each process); auto: any free ones
     max_streams, max_calls   streams and calls that one worker has open at most
     ping_interval_s          how often a peer with open calls is asked whether it lives
     tick_s                   how often what is due is looked for
@@ -50,6 +51,7 @@ class TransferConfig:
     max_calls: int = 16384
     transport: str = "auto"
     host: str = "auto"
+    ports: str = "auto"
     stream_timeout_s: float = 120.0
     idle_timeout_s: float = 30.0
     admit_timeout_s: float = 600.0
@@ -76,8 +78,14 @@ class TransferConfig:
             raise ConfigError(f"transfer.transport must be one of {', '.join(TRANSPORTS)}, not {self.transport!r}")
         if not self.host:
             raise ConfigError("transfer.host must name an address to bind; the empty string would mean all interfaces")
+        _parsed_ports(self.ports)
         if self.ping_interval_s >= self.peer_timeout_s:
             raise ConfigError("transfer.ping_interval_s must be below transfer.peer_timeout_s, or live peers are lost")
+
+    @property
+    def port_range(self) -> range | None:
+        """The ports that may be bound where an address leaves the choice (port 0); None for any."""
+        return _parsed_ports(self.ports)
 
     @property
     def num_pool_blocks(self) -> int:
@@ -93,3 +101,15 @@ class TransferConfig:
     def default_blocks(self) -> int:
         """Blocks of a first grant when the pool can spare them."""
         return -(-self.default_allocate_tokens // self.block_size)
+
+
+def _parsed_ports(text: str) -> range | None:
+    """The ports of "FIRST-LAST", None for "auto". ConfigError for anything else."""
+    if text == "auto":
+        return None
+    first, _, last = text.partition("-")
+    if not (first.isascii() and first.isdigit() and last.isascii() and last.isdigit()):
+        raise ConfigError(f"transfer.ports must be auto or FIRST-LAST (20000-20199, say), not {text!r}")
+    if not 1024 <= int(first) < int(last) <= 65535:
+        raise ConfigError(f"transfer.ports {text} must be two ports or more, in order, between 1024 and 65535")
+    return range(int(first), int(last) + 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from cluster.cli import bench, chaos, demo, doctor, generate, serve, simulate
+from cluster.cli import bench, chaos, demo, doctor, generate, harness, serve, simulate, stop
 
 
 def build_parser(*, ray_address: str | None = None) -> argparse.ArgumentParser:
@@ -15,7 +15,7 @@ def build_parser(*, ray_address: str | None = None) -> argparse.ArgumentParser:
     )
     _add_log_level(parser, "WARNING")
     commands: Any = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (serve, demo, generate, doctor, chaos, simulate, bench):
+    for command in (serve, stop, demo, generate, doctor, harness, chaos, simulate, bench):
         command.add_to(commands, ray_address)
     for parser_of_command in commands.choices.values():
         _add_log_level(parser_of_command, argparse.SUPPRESS)  # what stands before the command counts, too

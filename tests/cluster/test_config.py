@@ -92,7 +92,7 @@ def test_empty_means_defaults(tmp_path: Path, text: str) -> None:
         ("workers: {num_gpus: -2}", "workers.num_gpus"),
         ("workers: {start_timeout_s: .inf}", "workers.start_timeout_s is inf"),
         ("workers: {health_timeout_s: 0}", "workers.health_timeout_s is 0"),
-        ("- model", "must hold a map with the keys of ClusterConfig, not list"),
+        ("- model", "must hold a map of settings, not list"),
         ("model: {path: 'x", "is not valid YAML"),
     ],
 )
@@ -233,3 +233,9 @@ def test_a_draft_model_is_refused_where_its_kv_would_have_to_travel() -> None:
     build_config(tree).resolve()
     with pytest.raises(ConfigError, match="draft_model"):
         build_config({**tree, "language": {"draft_model": str(MODEL_DIR)}}).resolve()
+
+
+def test_placement_by_roles_is_one_of_two_words() -> None:
+    assert build_config({"workers": {"placement": "roles"}}).workers.placement == "roles"
+    with pytest.raises(ConfigError, match=r"workers\.placement"):
+        build_config({"workers": {"placement": "role"}})

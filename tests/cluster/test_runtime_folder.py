@@ -6,13 +6,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cluster import runtime_folder
-from cluster.runtime_folder import LOCK_FILE, RuntimeFolder, is_running, remove_stale
+from cluster.cli.parser import build_parser
+from cluster.runtime_folder import LOCK_FILE, RuntimeFolder, is_running, owners, remove_stale
 
 CHILD = """
 import runpy, signal, sys
@@ -112,3 +114,36 @@ def _number_of_nobody() -> str:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     return str(process.pid)
+
+
+def _stop(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """`tandem stop` where `folder` is the one for temporary files."""
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(folder))
+    options = build_parser().parse_args(["stop", *arguments])
+    return int(options.run(options))
+
+
+def test_stop_ends_who_holds_a_folder_and_nobody_else(
+    child: subprocess.Popen[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _folder(child)
+    (tmp_path / "tandem-of-somebody").mkdir()
+    (tmp_path / "tandem-of-somebody" / LOCK_FILE).write_text(str(os.getpid()))  # nobody holds this lock
+    assert owners(tmp_path) == [child.pid]
+    waiter = threading.Thread(target=child.wait, daemon=True)  # a process that is not waited for stays as a zombie
+    waiter.start()
+    assert _stop(tmp_path, monkeypatch) == 0
+    waiter.join(30)
+    assert child.returncode == -signal.SIGTERM
+    assert owners(tmp_path) == [] and _stop(tmp_path, monkeypatch) == 0
+
+
+def test_stop_tells_of_a_process_that_does_not_end(
+    child: subprocess.Popen[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _folder(child)
+    child.send_signal(signal.SIGSTOP)
+    assert _stop(tmp_path, monkeypatch, "--timeout-s", "0.1") == 1
+    assert f"process {child.pid} still runs" in capsys.readouterr().err
+    child.kill()
+    child.send_signal(signal.SIGCONT)

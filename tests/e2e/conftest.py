@@ -11,6 +11,7 @@ import pytest
 from cluster.config import build_config
 from cluster.demo import MODEL_DIR, MODEL_NAME
 from cluster.launch import RayCluster
+from tests.e2e.ray_head import RayHead, ray_head
 from tests.e2e.serving import Serving
 
 
@@ -38,6 +39,13 @@ def ray_token() -> Iterator[None]:
         patch.delenv("RAY_AUTH_MODE", raising=False)
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
         yield
+
+
+@pytest.fixture(scope="session")
+def guarded_head() -> Iterator[RayHead]:
+    """A Ray beside the local one, for what users do to a cluster that runs."""
+    with ray_head() as head:
+        yield head
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,7 @@ from transfer.endpoints.outbox import Outbox
 from transfer.endpoints.peer_book import MAX_PEERS, PeerBook, check_peer
 from transfer.endpoints.zmq_sealed import ON_SEALED_PATH, bind_sealed, connect_sealed, decode_sealed
 from transfer.endpoints.zmq_sockets import (
+    bind_socket,
     check_frames,
     dealer_for,
     guard_with_curve,
@@ -103,7 +104,7 @@ class ZmqEndpoint(EndpointBase):
         self._router.setsockopt(zmq.IPV6, int("[" in address))
         if self._curve:
             self._zap = guard_with_curve(self._context, self._router, self._secret)
-        self._router.bind(address)
+        bind_socket(self._router, address, self._config)
 
     # -- any thread -----------------------------------------------------------------------------------------------
 

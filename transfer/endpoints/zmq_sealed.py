@@ -11,7 +11,7 @@ import zmq
 
 from transfer.config import TransferConfig
 from transfer.endpoints.addresses import SEALED_DOMAIN, split_sealed, tcp_host
-from transfer.endpoints.zmq_sockets import HIGH_WATER_MARK, new_socket
+from transfer.endpoints.zmq_sockets import HIGH_WATER_MARK, bind_socket, new_socket
 from transfer.errors import ConfigError, MalformedMessage
 from transfer.protocol.messages import Block, Message, Probe
 from transfer.protocol.wire import decode_header
@@ -33,7 +33,7 @@ def bind_sealed(
     sock.setsockopt(zmq.PLAIN_SERVER, 1)
     sock.setsockopt(zmq.IPV6, int("[" in host))
     try:
-        sock.bind(f"tcp://{host}:0")
+        bind_socket(sock, f"tcp://{host}:0", config)
     except zmq.ZMQError as error:
         sock.close()
         raise ConfigError(f"cannot listen for sealed payloads beside {control_address}: {error.strerror}") from error

@@ -5,6 +5,7 @@ Knows frames, not what they mean, and no threads: a socket belongs to the thread
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 
 import zmq
@@ -32,6 +33,26 @@ def new_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int, config: Trans
     sock.setsockopt(zmq.RECONNECT_IVL, 50)
     sock.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
     return sock
+
+
+def bind_socket(sock: zmq.Socket[bytes], address: str, config: TransferConfig) -> None:
+    """Bind `address`; where it leaves the port open (0), one of the configured range. Raises zmq.ZMQError.
+
+    The first port that is tried is drawn: processes that start together do not all try the same ones.
+    """
+    ports = config.port_range
+    if ports is None or not (address.startswith("tcp://") and address.endswith(":0")):
+        sock.bind(address)
+        return
+    start = secrets.randbelow(len(ports))
+    for port in (*ports[start:], *ports[:start]):
+        try:
+            sock.bind(f"{address.removesuffix('0')}{port}")
+            return
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EADDRINUSE:
+                raise
+    raise zmq.ZMQError(zmq.EADDRINUSE, f"every port of {config.ports} is taken")
 
 
 def _notice_dead_hosts(sock: zmq.Socket[bytes], config: TransferConfig) -> None:

@@ -1,0 +1,136 @@
+"""Scenario files: what is brought up, what is asked of it, what goes wrong meanwhile, and what must hold.
+
+    name: a worker dies under load
+    topology:
+      config: {model: {path: demo}, workers: {embedding: 2, language: 2}}   # as `tandem serve --config` reads it
+    oracle: {kind: local}
+    steps:
+      - name: calm
+        load: {requests: 20, concurrency: 4}
+      - name: a language worker is killed
+        load: {requests: 60, concurrency: 8, max_tokens: 64}
+        fault: {kind: kill, worker: language-0, after_answers: 10}
+        expect: {max_failed: 8, heals: true}
+
+Unknown names and wrong types are errors that say where. `model.path: demo` is the shipped model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+
+from cluster.config import read_yaml
+from cluster.demo import MODEL_DIR, MODEL_NAME
+from cluster.errors import ConfigError
+
+
+class _Strict(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Topology(_Strict):
+    """config: the cluster that is started. ray_address: on this Ray; empty: one is started here. url: instead of all
+    that, a deployment that runs already.
+    """
+
+    config: dict[str, Any] = pydantic.Field(default_factory=dict)
+    ray_address: str = ""
+    url: str = ""
+
+
+class Oracle(_Strict):
+    """Where the right answers come from.
+
+    local: the same checkpoint in this process, both halves in one, greedy. demo: the shipped questions and their
+    answers. file: a JSON list of {"prompt", "image" (optional), "answer"}, images relative to it. agreement: no right
+    answers are known; every answer to a prompt must be the first one's.
+    """
+
+    kind: Literal["local", "demo", "file", "agreement"] = "demo"
+    file: str = ""
+
+
+class Load(_Strict):
+    """So many requests, so many at a time; every other one is streamed. images: the share that has a picture."""
+
+    requests: int = pydantic.Field(default=20, ge=1)
+    concurrency: int = pydantic.Field(default=4, ge=1, le=256)
+    max_tokens: int = pydantic.Field(default=16, ge=1)
+    images: float = pydantic.Field(default=0.5, ge=0.0, le=1.0)
+
+
+class Fault(_Strict):
+    """What goes wrong once after_answers requests of the step were answered.
+
+    kill: the process of `worker` is killed. stop: it is stopped, as if it hung. upgrade: a second cluster with `config`
+    over the topology's takes over, and the first one drains.
+    """
+
+    kind: Literal["kill", "stop", "upgrade"]
+    worker: str = ""
+    after_answers: int = pydantic.Field(default=0, ge=0)
+    config: dict[str, Any] = pydantic.Field(default_factory=dict)
+
+    @pydantic.model_validator(mode="after")
+    def _has_what_it_needs(self) -> Fault:
+        if (self.kind == "upgrade") == bool(self.worker):
+            raise ValueError("kill and stop need a worker (language-0, say), and upgrade has none")
+        return self
+
+
+class Expect(_Strict):
+    """What must hold beside right answers. max_failed: requests that may fail, with a typed error. max_ttft_ms: bound
+    of the median time to the first token; 0: none. heals: every worker is back and holds nothing at the end.
+    """
+
+    max_failed: int = pydantic.Field(default=0, ge=0)
+    max_ttft_ms: float = pydantic.Field(default=0.0, ge=0.0)
+    heals: bool = True
+
+
+class Step(_Strict):
+    """One load with what goes wrong during it."""
+
+    name: str = pydantic.Field(min_length=1)
+    load: Load = Load()
+    fault: Fault | None = None
+    expect: Expect = Expect()
+
+
+class Scenario(_Strict):
+    """A whole file."""
+
+    name: str = pydantic.Field(min_length=1)
+    topology: Topology = Topology()
+    oracle: Oracle = Oracle()
+    steps: list[Step] = pydantic.Field(min_length=1)
+
+
+def load_scenario(path: str | Path) -> Scenario:
+    """Raises ConfigError that names the file and the place in it."""
+    path = Path(path)
+    tree = read_yaml(path)
+    try:
+        scenario = Scenario.model_validate(tree)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{path}: {place or 'the scenario'}: {first['msg']}") from None
+    return _with_paths(scenario, path.resolve().parent)
+
+
+def _with_paths(scenario: Scenario, folder: Path) -> Scenario:
+    """The shipped model where the file says "demo"; the oracle's file beside the scenario's."""
+    config = {section: dict(values or {}) for section, values in scenario.topology.config.items()}
+    if config.get("model", {}).get("path") == "demo":
+        config["model"] = {"served_model_name": MODEL_NAME, **config["model"], "path": str(MODEL_DIR)}
+    oracle = scenario.oracle
+    if oracle.kind == "file":
+        if not oracle.file:
+            raise ConfigError(f"{scenario.name}: oracle.kind is file; name the file in oracle.file")
+        oracle = oracle.model_copy(update={"file": str(folder / oracle.file)})
+    topology = scenario.topology.model_copy(update={"config": config})
+    return scenario.model_copy(update={"topology": topology, "oracle": oracle})

@@ -1,0 +1,1 @@
+"""Programs for `ray job submit`: docs/operating.md, Jobs, has the commands."""

@@ -1,0 +1,90 @@
+# The Tandem chart
+
+Runs Tandem on Kubernetes: a [KubeRay](https://docs.ray.io/en/latest/cluster/kubernetes/index.html) RayCluster whose
+worker groups each have room for one role (or several), a serve job that starts Tandem on it, and what goes with it.
+The KubeRay operator (1.4 or later) must be installed; `kubectl get crd rayclusters.ray.io` tells.
+
+This page is written by `python helm/generate.py` from `values.yaml`.
+
+## Install
+
+```console
+$ docker build --target cpu --tag REGISTRY/tandem:0.1.0 . && docker push REGISTRY/tandem:0.1.0
+$ helm install tandem helm/ --set image.repository=REGISTRY/tandem       # the small demo model, on CPUs
+$ helm test tandem                                                        # a prompt of one word gets its token
+```
+
+`helm install` prints the commands that ask the first question. Values for the common cases lie in `examples/`:
+
+| file | what it sets up |
+|---|---|
+| `cpu.yaml` | the demo model on CPUs, small |
+| `gpu.yaml` | one GPU for each worker, the checkpoint on a volume |
+| `colocated.yaml` | both roles in one pod: embeddings go through shared memory |
+| `text.yaml` | a model that only reads text |
+| `s3.yaml` | the checkpoint from an S3-compatible store |
+| `autoscaling.yaml` | Ray's autoscaler starts and ends pods |
+| `redis.yaml` | Ray's state in Redis: the cluster outlives its head |
+| `existing-secrets.yaml` | your own API keys and Ray token |
+| `ingress.yaml`, `gateway-api.yaml` | reachable from outside |
+| `monitoring.yaml` | ServiceMonitor, alerts, Grafana dashboard |
+| `blue-green.yaml` | two clusters side by side |
+| `scheduling.yaml` | node selectors, taints, spread, priorities, extra volumes |
+
+## How it fits together
+
+```
+client ─> Service ─> gateway pod ── blocks and calls ──> embedding pods, language pods
+                        │ driver of the serve job                │
+serve-job pod ─> head (jobs, state) <──────── Ray ───────────────┘
+```
+
+* Every pod of the RayCluster offers Ray resources named after roles (`tandem-embedding`, `tandem-language`,
+  `tandem-gateway`), and the configuration says `workers.placement: roles`: so each process runs in the group that you
+  sized for it. The number of workers is the sum over the groups of `replicas` times `offers`.
+* The **serve job** is a Deployment whose only container submits `tandem serve --config tandem.yaml` to Ray and follows
+  its log (`kubectl logs deployment/RELEASE-tandem-serve`). Ends the job, Kubernetes submits it again; ends the pod, the job
+  is stopped and drains. `tandem.yaml` travels with the job, so a changed configuration takes effect with the next job.
+* The **gateway pod** is ready when a canary prompt got its token (startup) and as long as a worker of every kind lives
+  (`/ready`). Before it ends it drains: `tandem stop`.
+* A **worker pod** that ends takes its unfinished requests along: those that had not begun to answer go to another worker,
+  streams that had begun end with a typed error. Budgets (`maxUnavailable`) keep evictions from taking several at a time.
+* **Secrets** are generated at the first installation, kept by upgrades and not deleted with the release. Keys of the
+  encrypted transfer are no secrets of Kubernetes: each process draws its own and only ever shows the public half.
+
+## Upgrades
+
+`helm upgrade` with another configuration restarts the serve job: running requests end, the model loads, about that long
+nobody is served. KubeRay does not replace pods whose image or resources changed. For both, and without a pause, run two
+clusters and switch the Service:
+
+```console
+$ helm upgrade tandem helm/ --values helm/examples/blue-green.yaml --set blueGreen.green.enabled=true --set blueGreen.green.overrides.image.tag=0.1.1
+$ kubectl port-forward service/tandem-green 8001:80                       # try it beside the old one
+$ helm upgrade tandem helm/ --values helm/examples/blue-green.yaml --set blueGreen.green.enabled=true --set blueGreen.green.overrides.image.tag=0.1.1 --set blueGreen.active=green
+$ helm upgrade tandem helm/ --values helm/examples/blue-green.yaml --set blueGreen.green.enabled=true --set blueGreen.green.overrides.image.tag=0.1.1 --set blueGreen.active=green --set blueGreen.blue.enabled=false
+```
+
+A RayService would do the switch by itself, but it watches Ray Serve applications, and Tandem's gateway is not one: a Serve
+proxy before it costs several milliseconds per first byte (docs/performance.md).
+
+## Security
+
+Every pod fits the "restricted" Pod Security Standard: no root, no capabilities, a read-only root file system (`/tmp` and
+`/dev/shm` are `emptyDir`s with limits), the runtime's seccomp profile. No pod has a service account's token, but for the
+head while `autoscaling.enabled`: Ray's autoscaler asks the Kubernetes API for pods. The network policies admit:
+
+| from | to | ports |
+|---|---|---|
+| `networkPolicy.clients`, `networkPolicy.monitoring`, the test pod | gateway | `gateway.port` |
+| gateway and worker pods of one cluster | each other | `transfer.firstPort` to `lastPort` |
+| pods of one RayCluster | each other | `ray.ports`: node services, agent, metrics, worker processes |
+| pods of one RayCluster | head | `ray.ports.gcs`, `dashboard` |
+| serve job, `networkPolicy.jobs` | head | `ray.ports.dashboard` |
+| every pod | `networkPolicy.dns` | 53 |
+| gateway and worker pods | `model.s3.cidr`, where the model comes from S3 | `model.s3.port` |
+| head | the Kubernetes API, with autoscaling; Redis, with fault tolerance | as set |
+
+## Values
+
+{{values}}

@@ -1,0 +1,200 @@
+"""Writes values.schema.json and README.md from values.yaml and from Tandem's own configuration classes.
+
+`python helm/generate.py` from the repository's root. A value's type and default are what values.yaml says, its meaning
+the comment above it; what that cannot tell (choices, ranges, free maps) stands in the tables here. The sections below
+`config` are those of ClusterConfig, so that a typo is found when the chart is rendered and not when a pod starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+
+FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parent))  # run as a script, this folder heads the path
+
+from cluster.config import ClusterConfig  # noqa: E402
+
+STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
+OBJECTS = {"type": "array", "items": {"type": "object"}}
+NAMES = {"type": "array", "items": {"type": "string"}}
+FREE = {"type": "object"}
+PORT = {"type": "integer", "minimum": 1, "maximum": 65535}
+COUNT = {"type": "integer", "minimum": 0}
+POSITIVE = {"type": "integer", "minimum": 1}
+QUANTITY = {"type": "string", "pattern": r"^[0-9.]+(m|Ki|Mi|Gi|Ti|k|M|G|T)?$"}
+AMOUNT = {"anyOf": [QUANTITY, {"type": "number"}]}
+RESOURCES = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {name: {"type": "object", "additionalProperties": AMOUNT} for name in ("requests", "limits")},
+}
+IMAGE = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {name: {"type": "string"} for name in ("repository", "tag", "digest")},
+}
+OFFERS = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {name: {"type": "integer", "minimum": 1} for name in ("embedding", "language")},
+}
+TRACK = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {"enabled": {"type": "boolean"}, "overrides": {"$ref": "#"}},
+}
+LEAST_MINUS_ONE = {"type": "integer", "minimum": -1}
+
+PORTS = (
+    "port", "gcs", "dashboard", "agent", "ray.ports.metrics", "firstNode", "firstWorker", "lastWorker", "firstPort",
+    "lastPort",
+)  # fmt: skip
+MAPS = ("commonLabels", "labels", "annotations", "podAnnotations", "nodeSelector")
+LISTS = (
+    "imagePullSecrets", "tolerations", "topologySpreadConstraints", "extraEnv", "extraVolumes", "extraVolumeMounts",
+    "tls", "parentRefs", "clients", "monitoring", "jobs", "dns", "extraEgress",
+)  # fmt: skip
+# dotted value, or the last part of it -> schema, where the default does not tell it
+SCHEMAS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(PORTS, PORT),
+    **dict.fromkeys(MAPS, STRINGS),
+    **dict.fromkeys(LISTS, OBJECTS),
+    **dict.fromkeys(("sharedMemory", "scratch", "sizeLimit"), QUANTITY),
+    **dict.fromkeys(("gpus", "replicas", "maxUnavailable"), COUNT),
+    **dict.fromkeys(("minReplicas", "maxReplicas"), LEAST_MINUS_ONE),
+    **dict.fromkeys(("runAsUser", "runAsGroup", "drainSeconds"), POSITIVE),
+    **dict.fromkeys(("head.image", "gateway.image", "workerDefaults.image"), IMAGE),
+    **dict.fromkeys(("blueGreen.blue", "blueGreen.green"), TRACK),
+    **dict.fromkeys(("hosts", "hostnames"), NAMES),
+    "affinity": FREE,
+    "resources": RESOURCES,
+    "offers": OFFERS,
+    "apiServerPorts": {"type": "array", "items": PORT},
+    "startSeconds": {"type": "integer", "minimum": 10},
+    "pullPolicy": {"enum": ["Always", "IfNotPresent", "Never"]},
+    "model.source": {"enum": ["image", "pvc", "s3"]},
+    "service.type": {"enum": ["ClusterIP", "NodePort", "LoadBalancer"]},
+    "blueGreen.active": {"enum": ["blue", "green"]},
+    "upscalingMode": {"enum": ["Default", "Conservative", "Aggressive"]},
+}
+KINDS = {bool: "boolean", int: "integer", float: "number", str: "string"}
+RESERVED = ("head", "gateway", "serve-job", "test")
+
+
+def schema(values: dict[str, Any]) -> dict[str, Any]:
+    """Of the whole values.yaml."""
+    root = _schema_of("", values)
+    group = root["properties"]["workerDefaults"]
+    root["properties"]["workerGroups"] = {
+        "type": "object",
+        "propertyNames": {"pattern": "^[a-z]([a-z0-9-]{0,18}[a-z0-9])?$", "not": {"enum": [*RESERVED]}},
+        "additionalProperties": group | {"type": ["object", "null"]},
+    }
+    root["properties"]["config"] = _config_schema()
+    root["properties"]["global"] = FREE
+    return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "Values of the Tandem chart", **root}
+
+
+def _schema_of(path: str, value: Any) -> dict[str, Any]:
+    known = SCHEMAS.get(path) or SCHEMAS.get(path.rpartition(".")[2], {})
+    is_section = isinstance(value, dict) and known.get("type") != "object"  # shares its name with a plain value
+    if known and not is_section:
+        return known
+    if is_section:
+        properties = {name: _schema_of(f"{path}.{name}".lstrip("."), part) for name, part in value.items()}
+        return {"type": "object", "additionalProperties": False, "properties": properties}
+    return {"type": KINDS[type(value)]}
+
+
+def _config_schema() -> dict[str, Any]:
+    """Of what `tandem serve --config` reads, section by section."""
+    sections = {}
+    for section in dataclasses.fields(ClusterConfig):
+        kind = typing.cast(Any, section.default_factory)
+        hints = typing.get_type_hints(kind)
+        settings = {f.name: pydantic.TypeAdapter(hints[f.name]).json_schema() for f in dataclasses.fields(kind)}
+        sections[section.name] = {
+            "type": ["object", "null"],
+            "additionalProperties": False,
+            "properties": settings,
+        }
+    return {"type": "object", "additionalProperties": False, "properties": sections}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A value with its default and its comment."""
+
+    name: str
+    default: str
+    text: str
+
+
+def rows(text: str) -> Iterator[Row]:
+    """Every value that has a `# --` comment; a comment goes on over the lines that follow it."""
+    parents: list[tuple[int, str]] = []
+    comment: list[str] = []
+    lines = text.splitlines()
+    for number, line in enumerate(lines):
+        stripped = line.strip()
+        if stripped.startswith("# --"):
+            comment = [stripped.removeprefix("# --").strip()]
+        elif stripped.startswith("#") and comment:
+            comment.append(stripped.lstrip("# "))
+        elif found := re.match(r"^( *)([A-Za-z0-9_]+):(.*)$", line):
+            indent = len(found[1])
+            parents = [parent for parent in parents if parent[0] < indent]
+            parents.append((indent, found[2]))
+            if comment:
+                yield Row(".".join(name for _, name in parents), _default(lines[number:], found[3]), " ".join(comment))
+            comment = []
+        elif not stripped:
+            comment = []
+
+
+def _default(lines: list[str], first: str) -> str:
+    """The value as it is written; nothing for a map whose values follow one by one."""
+    if first.strip():
+        return first.strip()
+    indent = len(lines[0]) - len(lines[0].lstrip())
+    block = []
+    for line in lines[1:]:
+        if line.strip() and len(line) - len(line.lstrip()) <= indent:
+            break
+        block.append(line)
+    if any(line.lstrip().startswith("# --") for line in block):
+        return ""
+    return json.dumps(yaml.safe_load("\n".join(block)))
+
+
+def readme(text: str) -> str:
+    """README.md.tpl with the table of values."""
+    table = ["| value | default | what it does |", "|---|---|---|"]
+    for row in rows(text):
+        default = f"`{row.default}`" if row.default else ""
+        table.append(
+            "| `" + row.name + "` | " + default.replace("|", "\\|") + " | " + row.text.replace("|", "\\|") + " |"
+        )
+    return (FOLDER / "README.md.tpl").read_text(encoding="utf-8").replace("{{values}}", "\n".join(table))
+
+
+def files() -> dict[str, str]:
+    """What this writes, by name."""
+    text = (FOLDER / "values.yaml").read_text(encoding="utf-8")
+    return {"values.schema.json": json.dumps(schema(yaml.safe_load(text)), indent=1) + "\n", "README.md": readme(text)}
+
+
+if __name__ == "__main__":
+    for name, content in files().items():
+        (FOLDER / name).write_text(content, encoding="utf-8")
+        print(f"wrote {FOLDER / name}")

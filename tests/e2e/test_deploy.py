@@ -1,0 +1,165 @@
+"""What the chart renders, run for real on a guarded Ray head: the serve job, its probes, its way to stop; and the jobs.
+
+The node of the head offers room for every role, as the pods of a release do together.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from cluster.demo import IMAGE_DIR, MODEL_DIR, questions
+from tests.e2e.ray_head import BIN, ROOT, RayHead, free_ports
+from tests.e2e.serving import eventually
+from tests.helm.rendering import CHART, Object, containers, of_kind, render, tandem_configs
+from tests.profiles import IS_SOAK
+
+pytestmark = pytest.mark.ray
+
+WAIT_S = 120.0
+KEY = "a-key-that-nobody-else-has"
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> list[Object]:
+    """The chart for CPUs, with the model and the ports of this machine."""
+    values = yaml.safe_load((CHART / "examples" / "cpu.yaml").read_text())
+    values["model"] = {"path": str(MODEL_DIR)}
+    values["gateway"] |= {"port": free_ports(1)[0], "drainSeconds": 30}
+    values["config"]["workers"] = {"num_cpus": 0.5}
+    values["config"]["model"]["served_model_name"] = "tandem-demo"
+    path = tmp_path_factory.mktemp("values") / "values.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return render("--values", str(path))
+
+
+class ServeJob:
+    """The serve job's container, its ConfigMaps and its secret as files of this machine."""
+
+    def __init__(self, release: list[Object], head: RayHead, folder: Path) -> None:
+        self._head, self._folder = head, folder
+        (folder / "job").mkdir()
+        (self.config_text,) = tandem_configs(release).values()
+        (folder / "job" / "tandem.yaml").write_text(self.config_text)
+        (folder / "api-keys").write_text(KEY + "\n")
+        scripts = next(m["data"] for m in of_kind(release, "ConfigMap") if "probe.py" in m["data"])
+        for name, text in scripts.items():
+            (folder / name).write_text(text)
+        (self._container,) = (c for where, c, _ in containers(release) if where.endswith("/serve-job"))
+        (self._gateway,) = (c for where, c, _ in containers(release) if where.endswith("/gateway/ray-worker"))
+        (self._ray_head,) = (c for where, c, _ in containers(release) if where.endswith("/head/ray-head"))
+        self.url = f"http://127.0.0.1:{yaml.safe_load(self.config_text)['gateway']['port']}"
+        self.process: subprocess.Popen[str] | None = None
+
+    def localised(self, command: list[str]) -> list[str]:
+        """The command with this machine's files, ports and interpreter."""
+        moved = {
+            "python": sys.executable,
+            "/etc/tandem/job": str(self._folder / "job"),
+            "/etc/tandem/secrets": str(self._folder),
+            "/etc/tandem/scripts": str(self._folder),
+        }
+        words = []
+        for word in command:
+            for there, here in moved.items():
+                word = here if word == there else word.replace(there + "/", here + "/").replace("=" + there, "=" + here)
+            words.append(f"--address={self._head.dashboard}" if word.startswith("--address=") else word)
+        return words
+
+    def start(self) -> None:
+        command = self.localised(self._container["command"])
+        with open(self._folder / "log", "w") as log:
+            self.process = subprocess.Popen(
+                command, env=self._head.environment, stdout=log, stderr=log, text=True, start_new_session=True
+            )
+
+    def log(self) -> str:
+        return (self._folder / "log").read_text()
+
+    def probe(self, name: str) -> int:
+        """The exit code of a probe of the gateway's container, or of the head's readiness."""
+        probe = self._ray_head["readinessProbe"] if name == "head" else self._gateway[name]
+        ports = {"52365": str(self._head.agent_port), "8265": self._head.dashboard.rpartition(":")[2]}
+        command = [ports.get(word, word) for word in self.localised(probe["exec"]["command"])]
+        return subprocess.run(command, env=self._head.environment, capture_output=True, timeout=70).returncode
+
+    def stop_hook(self) -> int:
+        command = self.localised(self._gateway["lifecycle"]["preStop"]["exec"]["command"])
+        return subprocess.run(command, env=self._head.environment, cwd=ROOT, timeout=WAIT_S).returncode
+
+    def end(self) -> int:
+        """SIGTERM, as a pod that ends gets it."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(WAIT_S)
+
+
+@pytest.fixture
+def job(release: list[Object], guarded_head: RayHead, tmp_path: Path) -> Iterator[ServeJob]:
+    job = ServeJob(release, guarded_head, tmp_path)
+    job.start()
+    yield job
+    if job.process is not None and job.process.poll() is None:
+        job.process.kill()
+        job.process.wait()
+
+
+def test_the_rendered_serve_job_serves_is_probed_and_drains(job: ServeJob) -> None:
+    assert job.process is not None
+    assert job.probe("startupProbe") == 1, "the canary passed before anything was there"
+    eventually(lambda: "ready: http" in job.log() or job.process.poll() is not None, job.log, WAIT_S)  # type: ignore[union-attr]
+    assert job.process.poll() is None, job.log()
+    assert job.probe("startupProbe") == job.probe("livenessProbe") == job.probe("head") == 0
+    assert httpx.get(job.url + "/ready").status_code == 200
+    assert httpx.post(job.url + "/v1/completions", json={"prompt": "x"}).status_code == 401
+    harness = [sys.executable, "-m", "cluster", "harness", str(ROOT / "examples" / "harness" / "smoke.yaml")]
+    arguments = ["--url", job.url, "--api-key-file", str(Path(job.localised(["/etc/tandem/secrets/api-keys"])[0]))]
+    asked = subprocess.run([*harness, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S)
+    assert asked.returncode == 0 and asked.stdout.count("passed") == 2, asked.stdout + asked.stderr
+    assert job.stop_hook() == 0, "draining took longer than the pod is given"
+    assert job.process.wait(WAIT_S) == 0, job.log()
+    assert job.probe("startupProbe") == 1, "something still answers"
+    if not IS_SOAK:
+        return
+    job.start()  # as Kubernetes starts a container that ended
+    eventually(lambda: job.probe("startupProbe") == 0, job.log, WAIT_S)
+    assert job.end() == 0, job.log()
+    assert "stopping the job" in job.log()
+
+
+def test_who_has_no_token_submits_nothing(guarded_head: RayHead) -> None:
+    head = guarded_head
+    stranger = RayHead(head.dashboard, head.agent_port, head.environment | {"RAY_AUTH_TOKEN": "0" * 64})
+    done = stranger.submit("python", "-c", "print('in')", options=())
+    assert done.returncode != 0 and "'in'" not in done.stdout
+    assert "Unauthorized" in done.stderr or "Forbidden" in done.stderr or "token" in done.stderr.lower(), done.stderr
+
+
+def test_images_are_answered_in_a_batch(guarded_head: RayHead, tmp_path: Path) -> None:
+    by_image: dict[str, Any] = {q.image.name: q.answer for q in questions() if q.text == "What number is this?"}
+    (tmp_path / "images" / "more").mkdir(parents=True)
+    for name in by_image:
+        shutil.copy(IMAGE_DIR / name, tmp_path / "images" / ("more" if name == "five.png" else "") / name)
+    (tmp_path / "images" / "broken.png").write_bytes(b"no picture")
+    arguments = ["--model", str(MODEL_DIR), "--images", str(tmp_path / "images"), "--question", "What number is this?",
+                 "--dtype", "float32", "--num-threads", "1", "--cpus-per-actor", "1"]  # fmt: skip
+    command = ["python", "-m", "examples.jobs.batch_images", *arguments, "--output", str(tmp_path / "out")]
+    done = guarded_head.submit(*command, options=("--runtime-env", "examples/jobs/runtime_env.yaml"))
+    assert done.returncode == 1, "a broken image must show in the exit code\n" + done.stdout + done.stderr
+    lines = [line for part in (tmp_path / "out").glob("*.json") for line in part.read_text().splitlines()]
+    rows = {Path(row["path"]).name: row for row in map(json.loads, lines)}
+    assert {name: row["answer"] for name, row in rows.items() if not row["error"]} == by_image
+    assert rows.keys() - by_image.keys() == {"broken.png"} and "broken" not in rows["broken.png"]["answer"]
+    assert not (tmp_path / "out.partial").exists()
+    again = subprocess.run([str(BIN / "python"), *command[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 2 and "exists" in again.stderr

@@ -1,0 +1,141 @@
+"""The chart's values become the file that `tandem serve --config` reads, and say no to what it would refuse."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.cli.parser import build_parser
+from cluster.config import build_config, load_config
+from cluster.demo import MODEL_DIR
+from cluster.errors import ConfigError
+from tests.helm.rendering import CASES, CHART, ROOT, of_kind, render, rendered, tandem_configs, template
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tandem_reads_the_rendered_configuration(case: str, tmp_path: Path) -> None:
+    objects = rendered(case)
+    configs = tandem_configs(objects)
+    assert len(configs) == len(of_kind(objects, "RayCluster"))
+    for name, text in configs.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+        config = load_config(tmp_path / f"{name}.yaml", {"model.path": str(MODEL_DIR)}).resolve()
+        assert config.workers.placement == "roles" and config.transfer.transport == "tcp"
+        assert config.transfer.port_range is not None
+    for deployment in of_kind(objects, "Deployment"):
+        (container,) = deployment["spec"]["template"]["spec"]["containers"]
+        command = container["command"][container["command"].index("--") + 1 :]
+        assert command[:3] == ["python", "-m", "cluster"]
+        options = build_parser().parse_args(command[3:])
+        assert options.command == "serve" and options.config == "tandem.yaml"
+
+
+def test_settings_arrive_as_they_were_given(tmp_path: Path) -> None:
+    given = {
+        "model": {"dtype": "bfloat16", "max_model_len": 32768},
+        "language": {"kv_cache_bytes": 268435456, "gpu_memory_fraction": 0.9, "prefix_cache": False},
+        "embedding": {"max_pixels": 1003520},
+        "transfer": {"peer_timeout_s": 5.0, "pool_tokens": 131072},
+        "gateway": {"max_body_bytes": 1073741824, "request_timeout_s": 900.0},
+        "workers": {"num_cpus": 0.5, "start_timeout_s": 1200.0},
+    }
+    (tmp_path / "values.yaml").write_text(yaml.safe_dump({"config": given}))
+    (text,) = tandem_configs(render("--values", str(tmp_path / "values.yaml"))).values()
+    config = build_config(yaml.safe_load(text))
+    for section, settings in given.items():
+        for name, value in settings.items():
+            assert getattr(getattr(config, section), name) == value, name
+    assert config.gateway.port == 8000 and config.workers.embedding == config.workers.language == 1
+
+
+def test_workers_are_as_many_as_the_groups_have_room_for() -> None:
+    def workers(*arguments: str) -> tuple[int, int]:
+        (text,) = tandem_configs(render(*arguments)).values()
+        config = build_config(yaml.safe_load(text)).workers
+        return config.embedding, config.language
+
+    assert workers(*CASES["colocated"]) == (2, 2)
+    assert workers(*CASES["autoscaling"]) == (2, 4)
+    assert workers("--set", "workerGroups.embedding.offers.embedding=3,workerGroups.embedding.replicas=2") == (6, 1)
+
+
+REFUSED: dict[str, tuple[str, str]] = {
+    "an unknown value": ("gatway.port=9000", "gatway"),
+    "an unknown setting": ("config.language.page_sise=16", "page_sise"),
+    "an unknown section": ("config.langage.page_size=16", "langage"),
+    "an unknown setting of a group": ("workerGroups.language.replcas=2", "replcas"),
+    "an unknown role": ("workerGroups.language.offers.langage=1", "langage"),
+    "a group with a reserved name": ("workerGroups.head.replicas=1", "workerGroups"),
+    "an unknown value of a track": ("blueGreen.blue.overrides.imag.tag=1", "imag"),
+    "a word for a number": ("workerGroups.language.replicas=two", "replicas"),
+    "a number for a word": ("image.repository=7", "repository"),
+    "an unknown source": ("model.source=ftp", "source"),
+    "a port beyond all ports": ("gateway.port=70000", "port"),
+    "root": ("security.runAsUser=0", "runAsUser"),
+    "no room for a role": ("workerGroups.language=null", "no worker group offers room"),
+    "no room to look at images": ("workerGroups.embedding=null", "model.vision"),
+    "a track that does not run": ("blueGreen.enabled=true,blueGreen.active=green", "nobody would answer"),
+    "replicas out of range": ("workerGroups.language.maxReplicas=0", "not between minReplicas"),
+    "what the chart sets itself": ("config.gateway.port=9000", "set by the chart"),
+    "a volume without a claim": ("model.source=pvc", "model.pvc.claimName"),
+    "a store without a bucket": ("model.source=s3", "model.s3.bucket"),
+    "an ingress without hosts": ("ingress.enabled=true", "ingress.hosts"),
+    "a route without gateways": ("gatewayRoute.enabled=true", "gatewayRoute.parentRefs"),
+    "Redis without an address": ("gcsFaultTolerance.enabled=true", "redisAddress"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_work_is_refused_with_its_name(what: str) -> None:
+    setting, word = REFUSED[what]
+    done = template("--set", setting)
+    assert done.returncode != 0, f"{what} was accepted"
+    assert word in done.stderr, done.stderr
+
+
+def test_the_schema_and_tandem_agree_on_what_is_unknown() -> None:
+    """So that the schema is no looser than the program."""
+    with pytest.raises(ConfigError, match="page_sise"):
+        build_config({"language": {"page_sise": 16}})
+
+
+def test_generated_files_are_up_to_date() -> None:
+    files = runpy.run_path(str(CHART / "generate.py"))["files"]()
+    for name, content in files.items():
+        assert (CHART / name).read_text(encoding="utf-8") == content, f"run `python helm/generate.py`: {name} is old"
+
+
+def test_every_value_is_explained() -> None:
+    rows = list(runpy.run_path(str(CHART / "generate.py"))["rows"]((CHART / "values.yaml").read_text()))
+    explained = {row.name for row in rows}
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+
+    def leaves(prefix: str, tree: object) -> set[str]:
+        if prefix in explained or not isinstance(tree, dict):
+            return {prefix}
+        return set().union(*(leaves(f"{prefix}.{name}".lstrip("."), part) for name, part in tree.items()))
+
+    assert leaves("", values) - explained == set()
+    assert all(row.text for row in rows) and len(rows) > 100
+
+
+def test_the_readme_names_every_example() -> None:
+    text = (CHART / "README.md.tpl").read_text()
+    named = set(re.findall(r"`([a-z0-9-]+\.yaml)`", text))
+    assert {path.name for path in (CHART / "examples").glob("*.yaml")} <= named
+
+
+def test_commands_of_the_pages_render() -> None:
+    pages = [CHART / "README.md.tpl", ROOT / "README.md"]
+    lines = [line for page in pages for line in page.read_text().splitlines()]
+    shown = [found[1] for line in lines if (found := re.match(r"\$ helm (?:install|upgrade) tandem helm/ (.*)", line))]
+    assert len(shown) >= 5
+    for arguments in shown:
+        words = shlex.split(arguments.split("  #")[0].split("&&")[0])
+        done = template(*(str(ROOT / word) if word.startswith("helm/") else word for word in words))
+        assert done.returncode == 0, f"{arguments}\n{done.stderr}"

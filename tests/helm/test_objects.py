@@ -1,0 +1,101 @@
+"""Whatever is set, what helm renders are objects that Kubernetes and KubeRay take."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+from ray.autoscaler._private.kuberay import autoscaling_config
+
+from tests.helm.kuberay_schema import RAY_CLUSTER
+from tests.helm.rendering import CASES, CHART, helm, of_kind, pod_templates, rendered
+
+SCHEMA_VERSION = "1.30"
+PACKAGES = ("cluster", "language_worker", "embedding_worker", "transfer")
+OPERATORS = {  # kind -> fields of the spec that its operator knows and the chart uses
+    "ServiceMonitor": {"selector", "endpoints"},
+    "PrometheusRule": {"groups"},
+    "HTTPRoute": {"parentRefs", "hostnames", "rules"},
+}
+
+
+def test_lint_finds_nothing() -> None:
+    done = helm("lint", "--strict", str(CHART))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "[WARNING]" not in done.stdout
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_object_fits_its_schema(case: str) -> None:
+    objects = rendered(case)
+    kinds = {item["kind"] for item in objects}
+    assert {"RayCluster", "Deployment", "ConfigMap", "Service", "PodDisruptionBudget", "Pod"} <= kinds
+    for item in objects:
+        if item["kind"] == "RayCluster":
+            jsonschema.validate(item, RAY_CLUSTER)
+        elif item["kind"] in OPERATORS:
+            assert set(item["spec"]) <= OPERATORS[item["kind"]], item
+        else:
+            kubernetes_validate.validate(item, SCHEMA_VERSION, strict=True)
+    for where, pod in pod_templates(objects):
+        as_pod = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": "pod", **pod["metadata"]},
+            "spec": pod["spec"],
+        }
+        try:
+            kubernetes_validate.validate(as_pod, SCHEMA_VERSION, strict=True)
+        except kubernetes_validate.ValidationError as error:
+            raise AssertionError(f"{where}: {error.message}") from error
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_names_are_unique_and_short_enough(case: str) -> None:
+    objects = rendered(case)
+    names = [(item["kind"], item["metadata"]["name"]) for item in objects]
+    assert len(set(names)) == len(names)
+    assert all(len(name) <= 58 for _, name in names), "KubeRay makes longer names of a RayCluster's"
+    assert all(len(item["metadata"]["name"]) <= 42 for item in of_kind(objects, "RayCluster"))
+
+
+@pytest.mark.parametrize("case", ["defaults", "gpu", "colocated", "autoscaling"])
+def test_ray_s_autoscaler_understands_the_groups(case: str) -> None:
+    """Its own reader says what each group offers and how many pods there may be."""
+    for cluster in of_kind(rendered(case), "RayCluster"):
+        cluster = json.loads(json.dumps(cluster))
+        cluster["metadata"]["namespace"] = "serving"
+        read = autoscaling_config._derive_autoscaling_config_from_ray_cr(cluster)["available_node_types"]
+        groups = {group["groupName"]: group for group in cluster["spec"]["workerGroupSpecs"]}
+        offered: dict[str, int] = {}
+        for name, group in groups.items():
+            kind: dict[str, Any] = read[name]
+            assert kind["min_workers"] == group["minReplicas"] and kind["max_workers"] == group["maxReplicas"]
+            for resource, count in kind["resources"].items():
+                if resource.startswith("tandem-"):
+                    offered[resource] = offered.get(resource, 0) + count * group["replicas"]
+            if case == "gpu" and name != "gateway":
+                assert kind["resources"]["GPU"] == 1
+        assert offered["tandem-gateway"] == offered["tandem-serve"] == 1
+        assert offered["tandem-language"] == {"defaults": 1, "gpu": 2, "colocated": 2, "autoscaling": 4}[case]
+
+
+def test_every_alert_has_a_runbook_and_asks_for_figures_that_exist() -> None:
+    (rule,) = of_kind(rendered("monitoring"), "PrometheusRule")
+    page = (CHART.parent / "docs" / "operating.md").read_text(encoding="utf-8")
+    source = "".join(path.read_text() for name in PACKAGES for path in (CHART.parent / name).rglob("*.py"))
+    alerts = rule["spec"]["groups"][0]["rules"]
+    assert len(alerts) >= 6
+    for alert in alerts:
+        assert f"### {alert['alert']}\n" in page
+        assert alert["annotations"]["runbook_url"] == f"docs/operating.md#{alert['alert'].lower()}"
+    asked = " ".join(alert["expr"] for alert in alerts) + (CHART / "files" / "dashboard.json").read_text()
+    figures = set(re.findall(r"tandem:(\w+)", asked))
+    assert len(figures) >= 10
+    for figure in figures:
+        name = re.sub(r"_(total|bucket)$", "", figure)
+        assert f'"{name}' in source, f"nobody reports {figure}"
