@@ -19,7 +19,7 @@ from language_worker.drafter import Drafter
 from language_worker.engine import Engine
 from language_worker.errors import ModelNotSupported
 from language_worker.kv_cache import KVCache
-from language_worker.models import resolve_model
+from language_worker.models import open_model, resolve_model
 from language_worker.models.base import LanguageModel, ModelSpec
 from language_worker.page_pool import PagePool
 from language_worker.prefix_cache import DIGEST_BYTES, PrefixCache
@@ -55,7 +55,7 @@ def build_engine(
     """
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    checkpoint = Checkpoint.open(model_path)
+    checkpoint = open_model(model_path)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, checkpoint)
     with torch.inference_mode():
@@ -107,7 +107,7 @@ def _load_draft_model(
         raise ModelNotSupported(
             f"draft model {config.draft_model} has another tokenizer than the model; use a smaller one of its family"
         )
-    checkpoint = Checkpoint.open(config.draft_model)
+    checkpoint = open_model(config.draft_model)
     with torch.inference_mode():
         model = resolve_model(checkpoint.config()).load(checkpoint, dtype=dtype, device=device)
     if model.spec.vocab_size < tokenizer.vocab_size:
@@ -127,7 +127,7 @@ def _strategy(config: EngineConfig, spec: ModelSpec) -> DecodeStrategy:
 
 def check_model(model_path: str | Path, config: EngineConfig) -> int:
     """What `build_engine` would say of the tensors, from their headers alone; returns how many it would read."""
-    checkpoint = Checkpoint.open(model_path)
+    checkpoint = open_model(model_path)
     resolve_dtype(config.dtype, checkpoint)
     return resolve_model(checkpoint.config()).check(checkpoint)
 

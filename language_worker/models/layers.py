@@ -1,4 +1,4 @@
-"""The shared body of rotary decoder models: a pre-norm block with grouped-query attention over pages and a gated MLP.
+"""The shared body of rotary decoder models: a pre-norm block with grouped-query attention over pages and an MLP.
 
 Holds fused weights as plain tensors (no module tree: at batch 1 a step is bound by call overhead). A family is its
 config, its name map and these blocks.
@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from kernels.activation import swiglu
 from kernels.norm import add_rms_norm, rms_norm, rms_norm_heads
 from kernels.paged_attention import AttentionBatch, paged_attention
 from kernels.pages import write_pages
@@ -24,6 +23,7 @@ from kernels.rotary import (
     rotary_table,
     rotate,
 )
+from language_worker.models.feed_forward import ExpertMLP, ExpertShape, GatedMLP
 from language_worker.models.rope import Rope
 
 _FIRST_BIAS = r"layers\.0\.self_attn\.([qo])_proj\.bias"
@@ -31,7 +31,8 @@ _FIRST_BIAS = r"layers\.0\.self_attn\.([qo])_proj\.bias"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockShape:
-    """Sizes and options of one decoder block. has_qk_norm: every query and key head is normalised before rotation."""
+    """Sizes and options of one decoder block. has_qk_norm: every query and key head is normalised before rotation.
+    experts: of the layers that have a mixture of experts for an MLP."""
 
     hidden_size: int
     intermediate_size: int
@@ -42,6 +43,13 @@ class BlockShape:
     has_qkv_bias: bool = False
     has_o_bias: bool = False
     has_qk_norm: bool = False
+    experts: ExpertShape | None = None
+
+    def at_layer(self, index: int) -> BlockShape:
+        """The shape of one layer: some of a mixture's may be dense."""
+        if self.experts is None or index not in self.experts.dense_layers:
+            return self
+        return replace(self, experts=None)
 
     @property
     def qkv_rows(self) -> int:
@@ -54,10 +62,10 @@ class BlockShape:
 
 
 class DecoderBlock:
-    """One layer. Weights are [out, in]; qkv stacks query, key and value heads, gate_up stacks gate and up; qk_norm
-    [heads + key heads, head_dim] has a row for each head that is normalised."""
+    """One layer. Weights are [out, in]; qkv stacks query, key and value heads; qk_norm [heads + key heads, head_dim]
+    has a row for each head that is normalised."""
 
-    __slots__ = ("down", "gate_up", "input_norm", "o", "o_bias", "post_norm", "qk_norm", "qkv", "qkv_bias", "shape")
+    __slots__ = ("input_norm", "mlp", "o", "o_bias", "post_norm", "qk_norm", "qkv", "qkv_bias", "shape")
 
     def __init__(self, shape: BlockShape, *, dtype: torch.dtype, device: torch.device) -> None:
         def empty(*size: int) -> torch.Tensor:
@@ -71,8 +79,11 @@ class DecoderBlock:
         self.o = empty(shape.hidden_size, shape.num_heads * shape.head_dim)
         self.o_bias = empty(shape.hidden_size) if shape.has_o_bias else None
         self.post_norm = empty(shape.hidden_size)
-        self.gate_up = empty(2 * shape.intermediate_size, shape.hidden_size)
-        self.down = empty(shape.hidden_size, shape.intermediate_size)
+        self.mlp: GatedMLP | ExpertMLP
+        if shape.experts is None:
+            self.mlp = GatedMLP(shape.hidden_size, shape.intermediate_size, dtype=dtype, device=device)
+        else:
+            self.mlp = ExpertMLP(shape.hidden_size, shape.experts, dtype=dtype, device=device)
 
     def parameters(self, prefix: str) -> dict[str, torch.Tensor]:
         """Tensors to fill, by name under `prefix`."""
@@ -81,8 +92,7 @@ class DecoderBlock:
             f"{prefix}.qkv.weight": self.qkv,
             f"{prefix}.o.weight": self.o,
             f"{prefix}.post_norm.weight": self.post_norm,
-            f"{prefix}.gate_up.weight": self.gate_up,
-            f"{prefix}.down.weight": self.down,
+            **self.mlp.parameters(prefix),
         }
         optional = {"qkv.bias": self.qkv_bias, "o.bias": self.o_bias, "qk_norm.weight": self.qk_norm}
         return named | {f"{prefix}.{name}": tensor for name, tensor in optional.items() if tensor is not None}
@@ -108,7 +118,7 @@ class DecoderBlock:
         mixed = paged_attention(qk[:, :heads], cache[0], cache[1], attention)
         attended = F.linear(mixed.reshape(num_tokens, heads * shape.head_dim), self.o, self.o_bias)
         normed, residual = add_rms_norm(attended, residual, self.post_norm, shape.eps)
-        return F.linear(swiglu(F.linear(normed, self.gate_up)), self.down), residual
+        return self.mlp.forward(normed), residual
 
 
 def run_blocks(
