@@ -72,6 +72,11 @@ class VisionRunner:
         return self._model.embedding_dim
 
     @property
+    def planes(self) -> tuple[str, ...]:
+        """Names of what every row consists of."""
+        return self._model.planes
+
+    @property
     def dtype_name(self) -> str:
         """The rows' dtype as the wire spells it."""
         return str(self.dtype).removeprefix("torch.")
@@ -94,7 +99,8 @@ class VisionRunner:
         self.encode([PreparedImage(patches=torch.zeros(side * side, self._model.patch_dim), grid=(1, side, side))])
 
     def encode(self, images: Sequence[PreparedImage]) -> list[torch.Tensor]:
-        """Encode images in one pass. Returns per image [num_rows, embedding_dim], on the CPU, contiguous.
+        """Encode images in one pass. Returns per image [num_rows, embedding_dim], on the CPU, contiguous; with several
+        planes [num_rows, planes, embedding_dim], each plane contiguous.
 
         Raises what the model raises (out of memory, for instance).
         """
@@ -102,7 +108,14 @@ class VisionRunner:
         patches = images[0].patches if len(images) == 1 else torch.cat([image.patches for image in images])
         with cpu_turn(self.device):
             rows = self._model.encode(patches, grids).cpu()
-        return [part.clone() for part in torch.split(rows, [self.num_rows(grid) for grid in grids])]
+        return [_own(part) for part in torch.split(rows, [self.num_rows(grid) for grid in grids])]
+
+
+def _own(part: torch.Tensor) -> torch.Tensor:
+    """A copy whose planes lie one behind the other, as they travel."""
+    if part.dim() == 2:
+        return part.clone()
+    return part.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
 
 
 def _model_class(checkpoint: Checkpoint) -> type[VisionModel]:

@@ -26,16 +26,15 @@ from transfer.tensors import PlaneSpec
 
 logger = logging.getLogger(__name__)
 
-PLANE = "embeddings"
-
 
 class MediaStreams:
     """One StreamReceiver and the requests its streams feed."""
 
     def __init__(self, service: Service, engine: Engine, config: TransferConfig) -> None:
         self._engine = engine
-        plane = PlaneSpec(name=PLANE, dtype=dtype_name(engine.dtype), row_shape=(engine.spec.hidden_size,))
-        self._receiver = StreamReceiver(service, config, (plane,), device=str(engine.runner.device))
+        dtype, shape = dtype_name(engine.dtype), (engine.spec.hidden_size,)
+        planes = tuple(PlaneSpec(name=name, dtype=dtype, row_shape=shape) for name in engine.spec.media_planes)
+        self._receiver = StreamReceiver(service, config, planes, device=str(engine.runner.device))
         # As long as whoever has to find another sender may take to see that one is needed, and some more to find it.
         self._take_over_s = 2 * config.peer_timeout_s + config.idle_timeout_s
         self._num_takeovers = 0
@@ -117,7 +116,7 @@ class _Listener:
         if buffer is None:
             return  # the request ended; its stream is being aborted
         try:
-            buffer.write(first_row, planes[PLANE])
+            buffer.write(first_row, *(planes[name] for name in self._engine.spec.media_planes))
         except MediaFailed as error:
             self._engine.fail(self._request_id, error)
         self._engine.wake()

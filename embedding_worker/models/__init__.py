@@ -11,6 +11,7 @@ from embedding_worker.models.base import VisionModel
 
 VISION_MODELS = {
     "Qwen2_5_VLForConditionalGeneration": "embedding_worker.models.qwen2_5_vl:Qwen2_5_VLVision",
+    "Qwen3VLForConditionalGeneration": "embedding_worker.models.qwen3_vl:Qwen3VLVision",
 }
 
 

@@ -9,6 +9,7 @@ import torch
 
 from transfer.checkpoint import Checkpoint
 
+PLANE = "embeddings"
 Grid = tuple[int, int, int]
 """Patches of one medium: frames (already merged in time), rows, columns."""
 
@@ -16,10 +17,12 @@ Grid = tuple[int, int, int]
 class VisionModel(Protocol):
     """The vision half of a checkpoint, loaded and ready.
 
-    embedding_dim: width of one output row. patch_dim: width of one input patch. fingerprint: digest of the loaded
-    weights and configuration, part of every content key.
+    planes: names of what every output row consists of, each [embedding_dim]; the first is what replaces a placeholder's
+    embedding. embedding_dim: width of a row in one plane. patch_dim: width of one input patch. fingerprint: digest of
+    the loaded weights and configuration, part of every content key.
     """
 
+    planes: tuple[str, ...]
     embedding_dim: int
     patch_dim: int
     fingerprint: str
@@ -44,6 +47,6 @@ class VisionModel(Protocol):
         """Encode media packed one after the other.
 
         patches: [sum(t * h * w), patch_dim] float32 on any device. Returns [sum(num_rows), embedding_dim] in the
-        model's dtype, on its device.
+        model's dtype, on its device; with several planes [sum(num_rows), planes, embedding_dim].
         """
         ...

@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 
-from embedding_worker.models.base import Grid
+from embedding_worker.models.base import PLANE, Grid
 from kernels.activation import gelu, swiglu
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.rotary import RotaryTable, rotary_2d_cos_sin, rotary_table, rotate
@@ -177,6 +177,8 @@ def frame_layout(grid: Grid, merge: int, window: int) -> FrameLayout:
 
 class Qwen2_5_VLVision:
     """The loaded tower. See `VisionModel` for the contract."""
+
+    planes = (PLANE,)
 
     def __init__(self, config: VisionConfig, weights: Mapping[str, torch.Tensor], fingerprint: str) -> None:
         self.config = config

@@ -22,6 +22,7 @@ REGISTRY = {
     "Qwen3MoeForCausalLM": "language_worker.models.text_moe:Qwen3Moe",
     "Qwen3ForCausalLM": "language_worker.models.text_decoder:Qwen3",
     "Qwen2_5_VLForConditionalGeneration": "language_worker.models.qwen2_5_vl:Qwen2_5_VLText",
+    "Qwen3VLForConditionalGeneration": "language_worker.models.qwen3_vl:Qwen3VLText",
 }
 # Families with a layout of their own: each a function from a checkpoint to the config.json it would have, {} when it is
 # not of the family.

@@ -84,7 +84,15 @@ class Decoder(LanguageModel):
             hidden.index_copy_(0, span.targets, span.rows)
         rotary = self.rotary.table(inputs.positions)
         rows = run_blocks(
-            self.blocks, hidden, self.final_norm, rotary, caches, inputs.slots, inputs.attention, inputs.logit_rows
+            self.blocks,
+            hidden,
+            self.final_norm,
+            rotary,
+            caches,
+            inputs.slots,
+            inputs.attention,
+            inputs.logit_rows,
+            inputs.media,
         )
         return F.linear(rows, self.head)
 

@@ -23,6 +23,7 @@ from kernels.rotary import (
     rotary_table,
     rotate,
 )
+from language_worker.models.base import MediaSpan
 from language_worker.models.feed_forward import ExpertMLP, ExpertShape, GatedMLP
 from language_worker.models.rope import Rope
 
@@ -130,13 +131,20 @@ def run_blocks(
     slots: torch.Tensor,
     attention: AttentionBatch,
     logit_rows: torch.Tensor | None,
+    media: Sequence[MediaSpan] = (),
 ) -> torch.Tensor:
-    """All layers and the final norm over hidden [T, H] (consumed); returns the rows asked for [R, H]."""
+    """All layers and the final norm over hidden [T, H] (consumed); returns the rows asked for [R, H].
+
+    media: spans whose deeper planes are added, one after each of the first layers.
+    """
     eps = blocks[0].shape.eps
     residual = hidden
     normed = rms_norm(residual, blocks[0].input_norm, eps)
     for i, block in enumerate(blocks):
         added, residual = block.forward(normed, residual, rotary, caches[i], slots, attention)
+        for span in media:
+            if i < len(span.deeper):
+                residual.index_add_(0, span.targets, span.deeper[i])
         if i + 1 < len(blocks):
             normed, residual = add_rms_norm(added, residual, blocks[i + 1].input_norm, eps)
     if logit_rows is not None:
@@ -145,15 +153,25 @@ def run_blocks(
 
 
 class RotaryPositions:
-    """Rotary tables by position: looked up for text, computed for media positions. `sections` of D/2 frequencies."""
+    """Rotary tables by position: looked up for text, computed for media positions. `sections` of D/2 frequencies,
+    side by side or interleaved."""
 
-    __slots__ = ("_device", "_head_dim", "_inv_freq", "_rope", "_sections", "_table")
+    __slots__ = ("_device", "_head_dim", "_interleaved", "_inv_freq", "_rope", "_sections", "_table")
 
-    def __init__(self, rope: Rope, *, head_dim: int, device: torch.device, sections: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        rope: Rope,
+        *,
+        head_dim: int,
+        device: torch.device,
+        sections: Sequence[int] = (),
+        interleaved: bool = False,
+    ) -> None:
         self._rope = rope
         self._head_dim = head_dim
         self._device = device
         self._sections = tuple(sections)
+        self._interleaved = interleaved
         self.reserve(0)
 
     def reserve(self, max_len: int) -> None:
@@ -164,7 +182,9 @@ class RotaryPositions:
     def table(self, positions: torch.Tensor) -> RotaryTable:
         """positions [T] (below the reserved length) or [3, T]."""
         if positions.dim() == 2:
-            return self._scaled(*mrope_cos_sin(positions, self._inv_freq, self._sections))
+            return self._scaled(
+                *mrope_cos_sin(positions, self._inv_freq, self._sections, interleaved=self._interleaved)
+            )
         return RotaryTable(
             cos=self._table.cos.index_select(0, positions), signed_sin=self._table.signed_sin.index_select(0, positions)
         )
