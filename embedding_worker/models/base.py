@@ -7,6 +7,7 @@ from typing import Protocol, Self
 
 import torch
 
+from embedding_worker.preprocess import ImageSettings
 from transfer.checkpoint import Checkpoint
 
 PLANE = "embeddings"
@@ -36,6 +37,14 @@ class VisionModel(Protocol):
     def check(cls, checkpoint: Checkpoint) -> tuple[int, int]:
         """What `load` would raise, found from the headers alone; returns the number of tensors it would read, and the
         patch_dim.
+        """
+        ...
+
+    @classmethod
+    def image_settings(cls, checkpoint: Checkpoint, *, min_pixels: int | None, max_pixels: int | None) -> ImageSettings:
+        """How images become patches, by the checkpoint's preprocessor; the bounds, where given, go first.
+
+        Raises ValueError or CheckpointError.
         """
         ...
 

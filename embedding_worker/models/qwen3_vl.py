@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from embedding_worker.models.base import PLANE, Grid
 from embedding_worker.models.qwen2_5_vl import FOREIGN, ROPE_THETA
+from embedding_worker.preprocess import ImageSettings
 from kernels.activation import gelu, gelu_tanh
 from kernels.norm import layer_norm
 from kernels.rotary import RotaryTable, rotary_2d_cos_sin, rotary_table, rotate
@@ -207,6 +208,12 @@ class Qwen3VLVision:
         weights = {name: torch.empty(shape, device="meta") for name, shape in weight_shapes(config).items()}
         planned, _ = check_checkpoint(checkpoint, weights, rules(), foreign=FOREIGN)
         return len(planned), config.patch_dim
+
+    @classmethod
+    def image_settings(cls, checkpoint: Checkpoint, *, min_pixels: int | None, max_pixels: int | None) -> ImageSettings:
+        """See `VisionModel.image_settings`."""
+        published = checkpoint.read_json("preprocessor_config.json")
+        return ImageSettings.from_config(published, min_pixels=min_pixels, max_pixels=max_pixels)
 
     def num_rows(self, grid: Grid) -> int:
         """One row per merged patch."""

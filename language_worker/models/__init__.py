@@ -17,6 +17,7 @@ REGISTRY = {
     "LlamaForCausalLM": "language_worker.models.text_decoder:Llama",
     "Qwen2ForCausalLM": "language_worker.models.text_decoder:Qwen2",
     "MiniMindForCausalLM": "language_worker.models.minimind:MiniMind",
+    "MiniMindVLM": "language_worker.models.minimind_v:MiniMindV",
     "MixtralForCausalLM": "language_worker.models.text_moe:Mixtral",
     "Qwen2MoeForCausalLM": "language_worker.models.text_moe:Qwen2Moe",
     "Qwen3MoeForCausalLM": "language_worker.models.text_moe:Qwen3Moe",

@@ -40,7 +40,7 @@ ROUND = 64  # sizes of MLPs are multiples of it
 class MiniMind(Llama):
     """See the module."""
 
-    foreign = (BUFFERS,)
+    foreign: tuple[str, ...] = (BUFFERS,)
 
     @classmethod
     def read_config(cls, config: Mapping[str, Any], names: Collection[str] = ()) -> TextConfig:

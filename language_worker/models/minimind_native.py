@@ -39,7 +39,7 @@ def infer_config(checkpoint: Checkpoint) -> dict[str, Any]:
         "tie_word_embeddings": _is_tied(checkpoint),
         **_heads(checkpoint, int(given.get("num_attention_heads", HEADS))),
     }
-    return {**config, **_mlp(checkpoint)}
+    return {**config, **_mlp(checkpoint), **_vision(checkpoint)}
 
 
 def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
@@ -87,6 +87,14 @@ def _mlp(checkpoint: Checkpoint) -> dict[str, Any]:
     if _head_norm(checkpoint) is not None:
         return {**sizes, "num_experts": num_experts, "num_experts_per_tok": 1}
     return {**sizes, "n_routed_experts": num_experts, "n_shared_experts": len(shared), "num_experts_per_tok": 2}
+
+
+def _vision(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Of MiniMind-V: the version with one linear projector marks images by a run of text tokens."""
+    if not any(name.startswith("vision_proj.") for name in checkpoint.tensors):
+        return {}
+    is_first = "vision_proj.vision_proj.0.weight" in checkpoint.tensors
+    return {"architectures": ["MiniMindVLM"], "model_type": "minimind-v", "image_ids": [34] * 196 if is_first else [12]}
 
 
 def _is_tied(checkpoint: Checkpoint) -> bool:
