@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.meta
 import jinja2.nodes
 
 from cluster.errors import ChatTemplateError, ConfigError, NoChatTemplate
@@ -23,6 +24,7 @@ from cluster.template_sandbox import create_environment, render_bounded
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 RESERVED_NAMES = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
 IMAGE_MARK = "\ufdd0"  # no character: stands for an image while a template that knows only text is rendered
+END_OF_REASONING = "</think>"
 MEDIA_TYPES = frozenset({"image", "image_url"})
 
 
@@ -34,6 +36,7 @@ class ChatTemplate:
 
     source: jinja2 source. special_tokens: names the template may use (`bos_token`, ...) -> their text.
     special_literals: every text that the tokenizer would turn into one special id. max_chars: bound of a rendering.
+    takes_tools: it tells the model of tools. has_reasoning: it tells reasoning from answers.
     placeholder: what stands for an image in a template that takes text only; "": such a template takes no images.
     Raises ConfigError if the source does not compile.
     """
@@ -60,6 +63,8 @@ class ChatTemplate:
             ) from error
         constants = {node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)}
         self._masker = Masker({*special_literals, *self._special_tokens.values()}, constants)
+        self.takes_tools = "tools" in jinja2.meta.find_undeclared_variables(tree)
+        self.has_reasoning = END_OF_REASONING in source
         self._takes_parts = any(_mentions_content(loop.iter) for loop in tree.find_all(jinja2.nodes.For))
 
     def render(
