@@ -151,6 +151,8 @@ class ClusterConfig:
             max_images_per_request=max(self.embedding.max_images_per_request, self.gateway.max_images_per_request),
         )
         language = _with_model(self.language, model)
+        if language.lora:
+            language = dataclasses.replace(language, lora=str(Path(language.lora).expanduser().resolve()))
         if model.max_model_len and not language.max_model_len:
             language = dataclasses.replace(language, max_model_len=model.max_model_len)
         if embedding.dtype != language.dtype:

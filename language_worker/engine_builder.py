@@ -19,6 +19,7 @@ from language_worker.drafter import Drafter
 from language_worker.engine import Engine
 from language_worker.errors import ModelNotSupported
 from language_worker.kv_cache import KVCache
+from language_worker.lora import AdaptedCheckpoint
 from language_worker.models import open_model, resolve_model
 from language_worker.models.base import LanguageModel, ModelSpec
 from language_worker.page_pool import PagePool
@@ -58,8 +59,7 @@ def build_engine(
     checkpoint = open_model(model_path)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, checkpoint)
-    with torch.inference_mode():
-        model = resolve_model(checkpoint.config()).load(checkpoint, dtype=dtype, device=device)
+    model = _load(checkpoint, config.lora, dtype, device)
     tokenizer = Tokenizer(model_path)
     draft_model = _load_draft_model(config, tokenizer, dtype, device) if config.draft_model else None
     size = resolve_cache(config, model.spec, dtype, device, None if draft_model is None else draft_model.spec)
@@ -97,6 +97,18 @@ def build_engine(
         dtype=dtype,
         clock=clock,
     )
+
+
+def _load(checkpoint: Checkpoint, lora: str, dtype: torch.dtype, device: torch.device) -> LanguageModel:
+    """The checkpoint's text half, with the adapter in `lora` if one is named."""
+    kind = resolve_model(checkpoint.config())
+    with torch.inference_mode():
+        if not lora:
+            return kind.load(checkpoint, dtype=dtype, device=device)
+        adapted = AdaptedCheckpoint.of(checkpoint, lora)
+        model = kind.load(adapted, dtype=dtype, device=device)
+        adapted.require_used()
+        return model
 
 
 def _load_draft_model(

@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,18 +75,20 @@ class Checkpoint:
         if index_path.is_file():
             return cls(folder=folder, tensors=_open_shards(folder, _weight_map(folder, index_path)))
         if (folder / SINGLE_FILE).is_file():
-            return cls._of_file(folder / SINGLE_FILE, _read_header)
+            return cls.open_file(folder / SINGLE_FILE)
         found = find_torch_files(folder)
         if len(found) > 1:
             names = ", ".join(path.name for path in found)
             raise CheckpointError(str(folder), (f"{names}: several files of weights; leave the one to serve",))
         if found:
-            return cls._of_file(found[0], read_torch_header)
+            return cls.open_file(found[0])
         wanted = f"neither {SINGLE_FILE} nor {INDEX_FILE} is there, and no pytorch_model.bin, *.pth or *.pt file"
         raise CheckpointError(str(folder), (f"{wanted}; safetensors are preferred",))
 
     @classmethod
-    def _of_file(cls, path: Path, read: Callable[[Path, list[str]], list[StoredTensor]]) -> Checkpoint:
+    def open_file(cls, path: Path) -> Checkpoint:
+        """What one file holds. Raises CheckpointError when it is missing or damaged."""
+        read = _read_header if path.suffix == ".safetensors" else read_torch_header
         problems: list[str] = []
         tensors = {tensor.name: tensor for tensor in read(path, problems)}
         if problems:
