@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from tests.tiny_tokenizer import NUM_TOKENS, TOKEN_IDS, save_tokenizer
 
 ARCHITECTURES = {
+    "dots1": "Dots1ForCausalLM",
     "llama": "LlamaForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -25,6 +26,11 @@ ARCHITECTURES = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 MIXTURES: dict[str, dict[str, Any]] = {
+    "dots1": {
+        "n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 2, "moe_intermediate_size": 32,
+        "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "norm_topk_prob": True,
+        "first_k_dense_replace": 1, "sliding_window": None, "num_hidden_layers": 3,
+    },
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "qwen2_moe": {
         "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40,
@@ -62,7 +68,7 @@ def make_text_model(folder: Path, family: str, *, seed: int = 0, **overrides: An
         "model_type": family,
     }
     config |= {"bos_token_id": TOKEN_IDS["<|endoftext|>"], "eos_token_id": TOKEN_IDS["<|im_end|>"]}
-    if family.startswith("qwen3"):  # its format names the size of a head
+    if family.startswith(("qwen3", "dots1")):  # its format names the size of a head
         config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
     if family.startswith("qwen2"):
         del config["attention_bias"]  # the format has none: query, key and value always have a bias
@@ -112,11 +118,13 @@ def text_weights(family: str, config: dict[str, Any], seed: int) -> Iterator[tup
         yield f"{layer}.self_attn.o_proj.weight", matrix(width, sizes["q"])
         if has_bias:
             yield f"{layer}.self_attn.o_proj.bias", vector(width)
-        if family.startswith("qwen3"):
+        if family.startswith(("qwen3", "dots1")):
             yield f"{layer}.self_attn.q_norm.weight", vector(head, mean=1.0)
             yield f"{layer}.self_attn.k_norm.weight", vector(head, mean=1.0)
         for name, (rows, columns) in _mlp_shapes(family, config, i):
             yield f"{layer}.{name}.weight", matrix(rows, columns, gain=2.0 if name.endswith("gate") else 1.0)
+            if family == "dots1" and name == "mlp.gate":
+                yield f"{layer}.{name}.e_score_correction_bias", vector(rows)
         yield f"{layer}.input_layernorm.weight", vector(width, mean=1.0)
         yield f"{layer}.post_attention_layernorm.weight", vector(width, mean=1.0)
     yield "model.norm.weight", vector(width, mean=4.0 if tied else 1.0)
@@ -130,7 +138,7 @@ def _mlp_shapes(family: str, config: dict[str, Any], layer: int) -> Iterator[tup
     step, listed = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers", ())
     counts = ("num_local_experts", "num_experts", "n_routed_experts")
     num_experts = next((config[name] for name in counts if name in config), 0)
-    if not num_experts or layer in listed or (layer + 1) % step:
+    if not num_experts or layer in listed or (layer + 1) % step or layer < config.get("first_k_dense_replace", 0):
         yield from _gated("mlp.", width, inner)
         return
     mixture = "block_sparse_moe" if family == "mixtral" else "mlp"
@@ -138,6 +146,9 @@ def _mlp_shapes(family: str, config: dict[str, Any], layer: int) -> Iterator[tup
     parts = ("w1", "w3", "w2") if family == "mixtral" else GATED
     for i in range(num_experts):
         yield from _gated(f"{mixture}.experts.{i}.", width, config.get("moe_intermediate_size", inner), parts)
+    if family == "dots1":
+        yield from _gated("mlp.shared_experts.", width, config["n_shared_experts"] * config["moe_intermediate_size"])
+        return
     for i in range(config.get("n_shared_experts", 0)):
         yield from _gated(f"mlp.shared_experts.{i}.", width, inner)
     if family == "qwen2_moe":

@@ -14,6 +14,7 @@ from language_worker.models.base import LanguageModel
 from transfer.checkpoint import Checkpoint
 
 REGISTRY = {
+    "Dots1ForCausalLM": "language_worker.models.text_moe:Dots1",
     "LlamaForCausalLM": "language_worker.models.text_decoder:Llama",
     "Qwen2ForCausalLM": "language_worker.models.text_decoder:Qwen2",
     "MiniMindForCausalLM": "language_worker.models.minimind:MiniMind",

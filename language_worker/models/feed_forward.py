@@ -14,13 +14,23 @@ import torch
 import torch.nn.functional as F
 
 from kernels.activation import swiglu
-from kernels.experts import combine_experts, group_by_expert, grouped_matmul, route
+from kernels.experts import combine_experts, group_by_expert, grouped_matmul, route, route_grouped
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupedRouting:
+    """Router weights by a sigmoid each, experts chosen within the best groups with a learned bias; see
+    `kernels.experts.route_grouped`."""
+
+    num_groups: int
+    groups_kept: int
+    scale: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertShape:
-    """Sizes of a mixture. A token's router weights are a softmax over all experts, of which `top_k` are kept, and with
-    `normalise` made to add up to 1.
+    """Sizes of a mixture. A token's router weights are a softmax over all experts (or as `grouped` says), of which
+    `top_k` are kept, and with `normalise` made to add up to 1.
 
     num_shared, shared_size: experts that every token takes; shared_gated: weighted by a sigmoid of their own.
     dense_layers: layers that have one gated MLP instead. is_stacked: the checkpoint holds all experts in one tensor.
@@ -35,6 +45,7 @@ class ExpertShape:
     shared_gated: bool = False
     dense_layers: frozenset[int] = frozenset()
     is_stacked: bool = False
+    grouped: GroupedRouting | None = None
 
 
 class GatedMLP:
@@ -58,7 +69,7 @@ class GatedMLP:
 class ExpertMLP:
     """Weights of all experts stacked: gate_up [E, 2 * inner, hidden], down [E, hidden, inner]; router [E, hidden]."""
 
-    __slots__ = ("down", "gate_up", "router", "shape", "shared", "shared_gate")
+    __slots__ = ("down", "gate_up", "router", "router_bias", "shape", "shared", "shared_gate")
 
     def __init__(self, hidden_size: int, shape: ExpertShape, *, dtype: torch.dtype, device: torch.device) -> None:
         def empty(*size: int) -> torch.Tensor:
@@ -67,6 +78,7 @@ class ExpertMLP:
         experts, inner = shape.num_experts, shape.intermediate_size
         self.shape = shape
         self.router = empty(experts, hidden_size)
+        self.router_bias = None if shape.grouped is None else torch.empty(experts, device=device)  # float32 always
         self.gate_up = empty(experts, 2 * inner, hidden_size)
         self.down = empty(experts, hidden_size, inner)
         self.shared = [
@@ -77,6 +89,8 @@ class ExpertMLP:
     def parameters(self, prefix: str) -> dict[str, torch.Tensor]:
         """Tensors to fill, by name under `prefix`; those of each expert by themselves, unless they come stacked."""
         named = {f"{prefix}.router.weight": self.router}
+        if self.router_bias is not None:
+            named[f"{prefix}.router.bias"] = self.router_bias
         if self.shape.is_stacked:
             named |= {f"{prefix}.experts.gate_up.weight": self.gate_up, f"{prefix}.experts.down.weight": self.down}
         else:
@@ -92,7 +106,7 @@ class ExpertMLP:
     def forward(self, normed: torch.Tensor) -> torch.Tensor:
         """[T, hidden] -> [T, hidden]."""
         shape = self.shape
-        weights, experts = route(F.linear(normed, self.router), shape.top_k, normalise=shape.normalise)
+        weights, experts = self._route(normed)
         groups = group_by_expert(experts, shape.num_experts)
         inner = swiglu(grouped_matmul(normed, self.gate_up, groups.offsets, groups.tokens))
         mixed = combine_experts(grouped_matmul(inner, self.down, groups.offsets), groups.places, weights)
@@ -102,3 +116,18 @@ class ExpertMLP:
                 added = added * torch.sigmoid(F.linear(normed, self.shared_gate))
             mixed = mixed + added
         return mixed
+
+    def _route(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(weights [T, k] float32, experts [T, k] int64)."""
+        shape, grouped = self.shape, self.shape.grouped
+        if grouped is None or self.router_bias is None:
+            return route(F.linear(normed, self.router), shape.top_k, normalise=shape.normalise)
+        return route_grouped(
+            F.linear(normed.float(), self.router.float()),
+            self.router_bias,
+            shape.top_k,
+            normalise=shape.normalise,
+            num_groups=grouped.num_groups,
+            groups_kept=grouped.groups_kept,
+            scale=grouped.scale,
+        )

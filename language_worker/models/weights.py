@@ -76,6 +76,9 @@ def _mlp_rules(source: str, target: str, inner: int, names: ExpertNames) -> Iter
 def _expert_rules(layer: str, shape: ExpertShape, names: ExpertNames) -> Iterator[Rule]:
     mixture = layer + names.mixture + r"\."
     yield Rule(pattern=mixture + names.router + r"\.weight", target=r"layers.\1.router.weight")
+    if shape.grouped is not None:
+        pattern = mixture + names.router + r"\.e_score_correction_bias"
+        yield Rule(pattern=pattern, target=r"layers.\1.router.bias")
     if shape.is_stacked:
         yield Rule(pattern=mixture + r"experts\.gate_up_proj", target=r"layers.\1.experts.gate_up.weight")
         yield Rule(pattern=mixture + r"experts\.down_proj", target=r"layers.\1.experts.down.weight")

@@ -140,3 +140,24 @@ def test_a_config_beside_the_file_overrules_what_was_inferred(tmp_path: Path) ->
     config = open_model(tmp_path).config()
     assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (4, 2, 16)
     assert MiniMind.read_config(config).rope.kind == "yarn"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_company_chunks_preemption_and_forks_change_nothing(variant: str, tmp_path: Path) -> None:
+    """Sampled with seeds: alone, and all at once in a cache that cannot hold them, in odd chunks and pages."""
+    make_minimind(tmp_path, variant, "pth", seed=8)
+    warm = dataclasses.replace(GREEDY, temperature=0.9, top_k=50, top_p=0.85, n=2)
+    asked = [
+        request(f"r{i}", prompt(11 + 5 * i, seed=i, vocab=NUM_TOKENS), dataclasses.replace(warm, seed=i))
+        for i in range(6)
+    ]
+    alone = {}
+    for one in asked:
+        alone |= drive(make_engine(tmp_path, max_num_seqs=2), [one])
+    tight = make_engine(tmp_path, kv_cache_tokens=102, max_model_len=60, page_size=3, max_prefill_chunk=7)
+    together = drive(tight, asked)
+    for one in asked:
+        for sample in range(2):
+            assert together[one.request_id].tokens(sample) == alone[one.request_id].tokens(sample)
+    assert tight.stats()["num_preemptions_total"] > 0
+    assert alone["r0"].tokens(0) != alone["r0"].tokens(1)
