@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.meta
 import jinja2.nodes
 
 from cluster.errors import ChatTemplateError, ConfigError, NoChatTemplate
@@ -22,6 +23,8 @@ from cluster.template_sandbox import create_environment, render_bounded
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 RESERVED_NAMES = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
+IMAGE_MARK = "\ufdd0"  # no character: stands for an image while a template that knows only text is rendered
+END_OF_REASONING = "</think>"
 MEDIA_TYPES = frozenset({"image", "image_url"})
 
 
@@ -33,6 +36,8 @@ class ChatTemplate:
 
     source: jinja2 source. special_tokens: names the template may use (`bos_token`, ...) -> their text.
     special_literals: every text that the tokenizer would turn into one special id. max_chars: bound of a rendering.
+    takes_tools: it tells the model of tools. has_reasoning: it tells reasoning from answers.
+    placeholder: what stands for an image in a template that takes text only; "": such a template takes no images.
     Raises ConfigError if the source does not compile.
     """
 
@@ -43,9 +48,11 @@ class ChatTemplate:
         special_tokens: Mapping[str, str] | None = None,
         special_literals: Collection[str] = (),
         max_chars: int = 4_000_000,
+        placeholder: str = "",
     ) -> None:
         self._special_tokens = dict(special_tokens or {})
         self._max_chars = max_chars
+        self._placeholder = placeholder
         try:
             environment = create_environment()
             self._template = environment.from_string(source)
@@ -56,6 +63,8 @@ class ChatTemplate:
             ) from error
         constants = {node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)}
         self._masker = Masker({*special_literals, *self._special_tokens.values()}, constants)
+        self.takes_tools = "tools" in jinja2.meta.find_undeclared_variables(tree)
+        self.has_reasoning = END_OF_REASONING in source
         self._takes_parts = any(_mentions_content(loop.iter) for loop in tree.find_all(jinja2.nodes.For))
 
     def render(
@@ -75,10 +84,22 @@ class ChatTemplate:
         if clash:
             raise ChatTemplateError(f"chat_template_kwargs may not set {sorted(clash)[0]!r}", "chat_template_kwargs")
         media: list[Any] = []
+        if any(IMAGE_MARK in text for text in strings_in([list(messages), tools, kwargs])):
+            raise ChatTemplateError("the messages hold U+FDD0, which is no character; remove it", "messages")
         plain_messages = [self._message(message, media) for message in messages]
         client = {"messages": plain_messages, "tools": tools, "kwargs": kwargs}
         text = self._render(client, add_generation_prompt)
-        return self._pieces(text, client, add_generation_prompt), media
+        return self._with_images(self._pieces(text, client, add_generation_prompt)), media
+
+    def _with_images(self, pieces: Pieces) -> Pieces:
+        """With the placeholder, as the template's own word, where an image stood in text."""
+        if self._takes_parts or not self._placeholder:
+            return pieces
+        placed: Pieces = []
+        for text, is_trusted in pieces:
+            for i, part in enumerate(text.split(IMAGE_MARK)):
+                placed += [(self._placeholder, True)] * (i > 0) + [(part, is_trusted)] * bool(part)
+        return placed
 
     def _message(self, message: Mapping[str, Any], media: list[Any]) -> dict[str, Any]:
         """The message as templates expect it: images as {"type": "image"}, their references set aside."""
@@ -86,8 +107,14 @@ class ChatTemplate:
         content = message.get("content")
         if isinstance(content, (list, tuple)):
             parts = [_part(part, media) for part in content]
-            result["content"] = parts if self._takes_parts else _joined_text(parts)
+            result["content"] = parts if self._takes_parts else self._joined_text(parts)
         return result
+
+    def _joined_text(self, parts: Sequence[Mapping[str, Any]]) -> str:
+        """For templates that want content as one string."""
+        if not self._placeholder and any(part["type"] != "text" for part in parts):
+            raise ChatTemplateError("the model's chat template takes text only; remove the images", "messages")
+        return "\n".join(part["text"] if part["type"] == "text" else IMAGE_MARK for part in parts)
 
     def _render(self, client: Mapping[str, Any], add_generation_prompt: bool) -> str:
         variables = {
@@ -134,11 +161,11 @@ class ChatTemplate:
             return None
 
 
-def load_chat_template(model_dir: str | Path, *, max_chars: int = 4_000_000) -> ChatTemplate:
+def load_chat_template(model_dir: str | Path, *, max_chars: int = 4_000_000, placeholder: str = "") -> ChatTemplate:
     """The template of a Hugging Face model folder: `chat_template.jinja`, else `chat_template.json`, else the
     `chat_template` of tokenizer_config.json (a string, or a list of named ones, of which `default` is taken).
 
-    Raises ConfigError if there is none or it cannot be used.
+    placeholder: see `ChatTemplate`. Raises ConfigError if there is none or it cannot be used.
     """
     folder = Path(model_dir)
     config = _read_json(folder / "tokenizer_config.json")
@@ -149,7 +176,11 @@ def load_chat_template(model_dir: str | Path, *, max_chars: int = 4_000_000) -> 
         )
     special = {name: text for name in config if name.endswith("_token") and (text := _token_text(config[name]))}
     return ChatTemplate(
-        source, special_tokens=special, special_literals=_special_literals(folder, config), max_chars=max_chars
+        source,
+        special_tokens=special,
+        special_literals=_special_literals(folder, config),
+        max_chars=max_chars,
+        placeholder=placeholder,
     )
 
 
@@ -209,13 +240,6 @@ def _part(part: Any, media: list[Any]) -> dict[str, Any]:
     reference = part.get("image_url", part.get("image"))
     media.append(reference.get("url") if isinstance(reference, Mapping) else reference)
     return {"type": "image"}
-
-
-def _joined_text(parts: Sequence[Mapping[str, Any]]) -> str:
-    """For templates that want content as one string."""
-    if any(part["type"] != "text" for part in parts):
-        raise ChatTemplateError("the model's chat template takes text only; remove the images", "messages")
-    return "\n".join(part["text"] for part in parts)
 
 
 def _mentions_content(node: jinja2.nodes.Node) -> bool:

@@ -31,6 +31,7 @@ from transfer.errors import TransferError
 
 MIB = 1024 * 1024
 Placement = Literal["any", "roles"]
+MODEL_FILES = ("config.json", "*.pth", "*.pt")  # one of which a model folder has
 MIN_KEY_CHARS = 16  # of an API key, where the gateway listens for more than this machine
 
 
@@ -102,7 +103,7 @@ class WorkersConfig:
     prefill, decode: set, they take the place of language workers: prompts are computed on the first, and answers, from
     their KV, on the second. Both are configured by the section `language`.
     placement: "roles" puts every process on a node that offers the Ray resource of its role, of which it takes one:
-    tandem-embedding, tandem-language or tandem-gateway.
+    tandem-embedding, tandem-language (tandem-prefill, tandem-decode) or tandem-gateway.
     health_timeout_s: silence after which a worker counts as hung and is restarted.
     start_timeout_s: longest wait for all workers to be placed and to load the model.
     """
@@ -172,8 +173,8 @@ class ClusterConfig:
         if not self.model.path:
             raise ConfigError("no model is named; use --model DIR or set model.path in the configuration")
         folder = Path(self.model.path).expanduser().resolve()
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"{folder} holds no config.json; point --model at a Hugging Face checkpoint folder")
+        if not any(path for pattern in MODEL_FILES for path in folder.glob(pattern)):
+            raise ConfigError(f"{folder} holds no config.json and no .pth or .pt file; point --model at a model folder")
         model = dataclasses.replace(
             self.model, path=str(folder), served_model_name=self.model.served_model_name or folder.name
         )
@@ -183,6 +184,8 @@ class ClusterConfig:
             max_images_per_request=max(self.embedding.max_images_per_request, self.gateway.max_images_per_request),
         )
         language = _with_model(self.language, model)
+        if language.lora:
+            language = dataclasses.replace(language, lora=str(Path(language.lora).expanduser().resolve()))
         if model.max_model_len and not language.max_model_len:
             language = dataclasses.replace(language, max_model_len=model.max_model_len)
         if self.workers.is_split and language.draft_model:

@@ -12,7 +12,10 @@ from typing import Any
 
 from cluster.chat import ChatTemplate, load_chat_template
 from cluster.errors import ConfigError, NoChatTemplate
+from embedding_worker.models import VISION_MODELS
+from language_worker.models import open_model, resolve_model
 from language_worker.tokenizer import Tokenizer
+from transfer.checkpoint_torch import find_torch_files
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,10 +38,13 @@ class ModelInfo:
         config = _read_config(folder)
         is_multimodal = _names_vision(config)
         image_token_id = config.get("image_token_id", tokenizer.special_tokens.get("<|image_pad|>"))
+        if is_multimodal and "vision_config" not in config:
+            image_token_id = resolve_model(config).read_spec(config).media_token_id
         if is_multimodal and not isinstance(image_token_id, int):
             raise ConfigError(f"{folder}/config.json has a vision_config but names no image_token_id")
         try:
-            chat_template = load_chat_template(folder)
+            placeholder = tokenizer.token_text(image_token_id) if is_multimodal and image_token_id is not None else ""
+            chat_template = load_chat_template(folder, placeholder=placeholder)
         except NoChatTemplate:
             chat_template = None  # a base model: completions only
         return cls(
@@ -54,10 +60,16 @@ def has_vision(path: str | Path) -> bool:
 
 
 def _names_vision(config: dict[str, Any]) -> bool:
-    return "vision_config" in config
+    return "vision_config" in config or any(name in VISION_MODELS for name in config.get("architectures") or ())
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
+    """config.json, or what the weights say where it says little or is not there."""
+    config = _read_file(folder) if (folder / "config.json").is_file() or not find_torch_files(folder) else {}
+    return config if config.get("architectures") or not find_torch_files(folder) else open_model(folder).config()
+
+
+def _read_file(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -13,7 +13,6 @@ from embedding_worker.errors import InvalidEmbedRequest
 from transfer.errors import TicketRejected
 from transfer.protocol.ticket import Ticket
 
-PLANE = "embeddings"
 MAX_KEY_CHARS = 128
 
 

@@ -16,9 +16,10 @@ class EmbedConfig:
     dtype: "auto" is the checkpoint's. device: "auto" is the first GPU, else the CPU; or a torch device name.
     num_threads: CPU threads of the encoder, 0 leaves torch's default. max_batch_patches: patches encoded in one step
     (one image may exceed it, then alone). max_image_pixels and max_image_bytes: checked before decoding.
-    min_pixels, max_pixels: area after resizing, None takes the checkpoint's. cache_tokens: embedding rows kept by
-    content key, 0 for none. num_preprocess_threads: images decoded at the same time. max_images_per_request bounds one
-    call; max_waiting_requests and max_waiting_bytes (of encoded media) bound all calls that are not done.
+    min_pixels, max_pixels: area after resizing, None takes the checkpoint's. cache_tokens: embedding rows, each with
+    all its planes, kept by content key, 0 for none. num_preprocess_threads: images decoded at the same time.
+    max_images_per_request bounds one call; max_waiting_requests and max_waiting_bytes (of encoded media) bound all
+    calls that are not done.
     """
 
     dtype: str = "auto"

@@ -49,7 +49,8 @@ class EmbedJob(Protocol):
         ...
 
     def on_rows(self, first_row: int, rows: torch.Tensor) -> None:
-        """The next rows [n, embedding_dim] in prompt order; they are shared with others, so read only.
+        """The next rows [n, embedding_dim], or [n, planes, embedding_dim], in prompt order; they are shared with
+        others, so read only.
 
         Media that lie below `first_row` as a whole are left out.
         """

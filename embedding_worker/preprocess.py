@@ -36,7 +36,11 @@ _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ImageSettings:
-    """What the checkpoint's preprocessor_config.json says. min_pixels, max_pixels: area after resizing."""
+    """What the checkpoint's preprocessor_config.json says. min_pixels, max_pixels: area after resizing.
+
+    side: pixels along both sides of every image, whatever its own; 0: what the area and the aspect ask for. crop: such
+    a square is the middle of the image, resized by its shorter side; else the whole image is squeezed into it.
+    """
 
     patch_size: int = 14
     temporal_patch_size: int = 2
@@ -47,6 +51,8 @@ class ImageSettings:
     std: tuple[float, ...] = _CLIP_STD
     rescale_factor: float = 1 / 255
     resample: int = int(Image.Resampling.BICUBIC)
+    side: int = 0
+    crop: bool = False
 
     @classmethod
     def from_config(
@@ -77,6 +83,26 @@ class ImageSettings:
         settings.validate()
         return settings
 
+    @classmethod
+    def square(cls, config: Mapping[str, Any], *, side: int, patch_size: int) -> ImageSettings:
+        """Read the preprocessor_config.json of a model that sees squares of `side` pixels, cut into single patches.
+
+        Raises ValueError naming a field that is malformed or says otherwise.
+        """
+        size = config.get("size") or {}
+        size = {"height": size, "width": size} if isinstance(size, int) else size
+        crop = bool(config.get("do_center_crop", False))
+        wanted = {"shortest_edge": side} if "shortest_edge" in size else {"height": side, "width": side}
+        cropped = config.get("crop_size") or side
+        cropped = cropped.get("height") if isinstance(cropped, Mapping) else cropped
+        if dict(size) != wanted or ("shortest_edge" in size and not crop) or (crop and cropped != side):
+            raise ValueError(
+                f"preprocessor_config.json: size {size} and crop {crop}; the model sees {side}x{side} pixels"
+            )
+        plain = {name: value for name, value in config.items() if name != "size" and value is not None}
+        read = cls.from_config({**plain, "patch_size": patch_size, "temporal_patch_size": 1, "merge_size": 1})
+        return dataclasses.replace(read, side=side, crop=crop)
+
     def validate(self) -> None:
         """Raise ValueError on sizes that are not positive integers, or colour statistics not per channel."""
         for field in ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels"):
@@ -90,6 +116,9 @@ class ImageSettings:
 
     def grid(self, height: int, width: int) -> tuple[int, int, int]:
         """(1, rows, columns) of patches after resizing. Raises ValueError beyond the aspect limit."""
+        if self.side:
+            _check_aspect(height, width)
+            return 1, self.side // self.patch_size, self.side // self.patch_size
         resized = smart_resize(height, width, self.patch_size * self.merge_size, self.min_pixels, self.max_pixels)
         return 1, resized[0] // self.patch_size, resized[1] // self.patch_size
 
@@ -119,9 +148,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
     The published rule, Python's round-half-even included. Raises ValueError beyond an aspect ratio of 200.
     """
-    ratio = max(height, width) / min(height, width)
-    if ratio > MAX_ASPECT:
-        raise ValueError(f"{width}x{height} pixels have an aspect ratio of {ratio:.1f}, the model allows {MAX_ASPECT}")
+    _check_aspect(height, width)
     new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
     if new_height * new_width > max_pixels:
         beta = math.sqrt((height * width) / max_pixels)
@@ -132,6 +159,12 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
         new_height = math.ceil(height * beta / factor) * factor
         new_width = math.ceil(width * beta / factor) * factor
     return new_height, new_width
+
+
+def _check_aspect(height: int, width: int) -> None:
+    ratio = max(height, width) / min(height, width)
+    if ratio > MAX_ASPECT:
+        raise ValueError(f"{width}x{height} pixels have an aspect ratio of {ratio:.1f}, the model allows {MAX_ASPECT}")
 
 
 def inspect_image(
@@ -161,8 +194,7 @@ def prepare_image(media: bytes | memoryview, index: int, settings: ImageSettings
         colour = image if image.mode == "RGB" else image.convert("RGB")
         if settings.grid(colour.height, colour.width) != grid:
             raise ValueError("the pixels do not have the size that the header says")
-        size = (grid[2] * settings.patch_size, grid[1] * settings.patch_size)
-        pixels = np.asarray(colour.resize(size, resample=Image.Resampling(settings.resample)))
+        pixels = np.asarray(_resized(colour, grid, settings))
     except Exception as error:  # decoders raise anything at all on hostile bytes
         _raise_if_out_of_resources(error)
         raise BadImage(index, "the image data are truncated or corrupt") from error
@@ -247,6 +279,17 @@ def _png_chunk(kind: bytes, payload: bytes) -> bytes:
 
 _PIXEL_HEADER = _png_chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))  # 1 x 1, 8 bit, grey
 _PIXEL_DATA = _png_chunk(b"IDAT", zlib.compress(b"\0\0"))
+
+
+def _resized(image: Image.Image, grid: tuple[int, int, int], settings: ImageSettings) -> Image.Image:
+    """The pixels that are cut into the grid's patches."""
+    how, side = Image.Resampling(settings.resample), settings.side
+    if not settings.crop:
+        return image.resize((grid[2] * settings.patch_size, grid[1] * settings.patch_size), resample=how)
+    short = min(image.size)
+    width, height = (int(side * length / short) for length in image.size)
+    left, top = (width - side) // 2, (height - side) // 2
+    return image.resize((width, height), resample=how).crop((left, top, left + side, top + side))
 
 
 def _cut(pixels: np.ndarray[Any, np.dtype[np.uint8]], settings: ImageSettings) -> torch.Tensor:

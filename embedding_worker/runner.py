@@ -10,7 +10,7 @@ import torch
 
 from embedding_worker.config import EmbedConfig
 from embedding_worker.errors import UnsupportedModel
-from embedding_worker.models import VISION_MODELS, resolve_vision_model
+from embedding_worker.models import VISION_MODELS, open_vision_checkpoint, resolve_vision_model
 from embedding_worker.models.base import VisionModel
 from embedding_worker.preprocess import ImageSettings, PreparedImage, content_key
 from kernels.cpu_turn import cpu_turn
@@ -40,12 +40,12 @@ class VisionRunner:
 
         Raises UnsupportedModel on an architecture or configuration that cannot be run, CheckpointError on its tensors.
         """
-        checkpoint = Checkpoint.open(model_path)
+        checkpoint = open_vision_checkpoint(model_path)
         device = _device(config.device)
         dtype = resolve_dtype(config.dtype, checkpoint)
         kind = _model_class(checkpoint)
         try:
-            settings = _settings(checkpoint, config)
+            settings = kind.image_settings(checkpoint, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
             model = kind.load(checkpoint, dtype, device)
         except ValueError as error:
             raise UnsupportedModel(str(model_path), str(error)) from error
@@ -56,11 +56,12 @@ class VisionRunner:
     @staticmethod
     def check(model_path: str | Path, config: EmbedConfig) -> int:
         """What `load` would say of the folder, from the headers alone; returns the number of tensors it would read."""
-        checkpoint = Checkpoint.open(model_path)
+        checkpoint = open_vision_checkpoint(model_path)
         resolve_dtype(config.dtype, checkpoint)
+        kind = _model_class(checkpoint)
         try:
-            settings = _settings(checkpoint, config)
-            num_tensors, patch_dim = _model_class(checkpoint).check(checkpoint)
+            settings = kind.image_settings(checkpoint, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
+            num_tensors, patch_dim = kind.check(checkpoint)
         except ValueError as error:
             raise UnsupportedModel(str(model_path), str(error)) from error
         _require_patch_dim(checkpoint, settings, patch_dim)
@@ -70,6 +71,11 @@ class VisionRunner:
     def embedding_dim(self) -> int:
         """Width of one row."""
         return self._model.embedding_dim
+
+    @property
+    def planes(self) -> tuple[str, ...]:
+        """Names of what every row consists of."""
+        return self._model.planes
 
     @property
     def dtype_name(self) -> str:
@@ -90,11 +96,13 @@ class VisionRunner:
 
     def warm_up(self) -> None:
         """Encode the smallest image there is: the first pass of a thread or a device sets much up."""
-        side = self.settings.merge_size
+        settings = self.settings
+        side = settings.side // settings.patch_size or settings.merge_size
         self.encode([PreparedImage(patches=torch.zeros(side * side, self._model.patch_dim), grid=(1, side, side))])
 
     def encode(self, images: Sequence[PreparedImage]) -> list[torch.Tensor]:
-        """Encode images in one pass. Returns per image [num_rows, embedding_dim], on the CPU, contiguous.
+        """Encode images in one pass. Returns per image [num_rows, embedding_dim], on the CPU, contiguous; with several
+        planes [num_rows, planes, embedding_dim], each plane contiguous.
 
         Raises what the model raises (out of memory, for instance).
         """
@@ -102,7 +110,14 @@ class VisionRunner:
         patches = images[0].patches if len(images) == 1 else torch.cat([image.patches for image in images])
         with cpu_turn(self.device):
             rows = self._model.encode(patches, grids).cpu()
-        return [part.clone() for part in torch.split(rows, [self.num_rows(grid) for grid in grids])]
+        return [_own(part) for part in torch.split(rows, [self.num_rows(grid) for grid in grids])]
+
+
+def _own(part: torch.Tensor) -> torch.Tensor:
+    """A copy whose planes lie one behind the other, as they travel."""
+    if part.dim() == 2:
+        return part.clone()
+    return part.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
 
 
 def _model_class(checkpoint: Checkpoint) -> type[VisionModel]:
@@ -111,12 +126,6 @@ def _model_class(checkpoint: Checkpoint) -> type[VisionModel]:
         known = ", ".join(VISION_MODELS)
         raise UnsupportedModel(str(checkpoint.folder), f"no vision half for {architecture}; there is one for {known}")
     return resolve_vision_model(architecture)
-
-
-def _settings(checkpoint: Checkpoint, config: EmbedConfig) -> ImageSettings:
-    """Of the checkpoint's preprocessor, with the worker's own bounds. Raises ValueError."""
-    published = checkpoint.read_json("preprocessor_config.json")
-    return ImageSettings.from_config(published, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
 
 
 def _require_patch_dim(checkpoint: Checkpoint, settings: ImageSettings, model_dim: int) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from embedding_worker.api import PLANE, EmbedItem, EmbedRequest, EncodeSummary
+from embedding_worker.api import EmbedItem, EmbedRequest, EncodeSummary
 from embedding_worker.config import EmbedConfig
 from embedding_worker.errors import EmbedError, InvalidEmbedRequest, TooManyImages
 from embedding_worker.pipeline import EmbedPipeline
@@ -47,7 +47,8 @@ class EmbeddingWorker:
         self._endpoint = endpoint
         self._runner = VisionRunner.load(model_path, config)
         self._pipeline = EmbedPipeline(self._runner, config)
-        self._planes = (PlaneSpec(name=PLANE, dtype=self._runner.dtype_name, row_shape=(self._runner.embedding_dim,)),)
+        dtype, shape = self._runner.dtype_name, (self._runner.embedding_dim,)
+        self._planes = tuple(PlaneSpec(name=name, dtype=dtype, row_shape=shape) for name in self._runner.planes)
         self._service = Service(endpoint, transfer)
         self._sender = StreamSender(self._service, transfer)
         self._service.register("embed", self._on_embed)
@@ -97,7 +98,7 @@ class EmbeddingWorker:
         except (EmbedError, TransferError) as error:
             call.fail(error_code(error), str(error))
             return
-        job = _EmbedCall(call, stream, time.monotonic() + request.deadline_ms / 1e3)
+        job = _EmbedCall(call, stream, self._runner.planes, time.monotonic() + request.deadline_ms / 1e3)
         if request.ticket.epoch == 1:
             self._submit(job)
         else:
@@ -121,11 +122,12 @@ class EmbeddingWorker:
 class _EmbedCall:
     """One `embed` call as the pipeline's job: rows go to the stream; the stream's end, or an error, ends the call."""
 
-    def __init__(self, call: IncomingCall, stream: OutgoingStream, deadline: float) -> None:
+    def __init__(self, call: IncomingCall, stream: OutgoingStream, planes: Sequence[str], deadline: float) -> None:
         self.media: Sequence[memoryview] = call.frames
         self.deadline = deadline
         self._call = call
         self._stream = stream
+        self._planes = planes
         self._summary: EncodeSummary | None = None
         self._sent: StreamStats | None = None
         self._lock = threading.Lock()
@@ -144,7 +146,8 @@ class _EmbedCall:
         self._stream.announce(sum(item.num_rows for item in items), [item.to_body() for item in items])
 
     def on_rows(self, first_row: int, rows: torch.Tensor) -> None:
-        self._stream.write(first_row, {PLANE: rows})
+        parts = (rows,) if rows.dim() == 2 else rows.unbind(1)
+        self._stream.write(first_row, dict(zip(self._planes, parts, strict=True)))
 
     def on_encoded(self, summary: EncodeSummary) -> None:
         with self._lock:

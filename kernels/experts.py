@@ -38,6 +38,40 @@ def route(logits: torch.Tensor, top_k: int, *, normalise: bool) -> tuple[torch.T
     return weights / weights.sum(1, keepdim=True) if normalise else weights, experts
 
 
+def route_grouped(
+    logits: torch.Tensor,
+    bias: torch.Tensor,
+    top_k: int,
+    *,
+    normalise: bool,
+    num_groups: int,
+    groups_kept: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """sigmoid(logits) in float32 as weights; the experts with the largest weight + bias are taken, from the
+    `groups_kept` groups whose two best add up to most: (weights * scale [T, k] float32, experts [T, k] int64).
+
+    logits: [T, E], neighbours in `num_groups` groups of at least two; bias: [E] float32, which counts for the choice
+    only. Equal ones are taken by rising expert, equal groups by rising group. normalise: a token's weights add up to
+    `scale`. Raises ValueError when the numbers do not fit.
+    """
+    num_experts = logits.shape[1]
+    size = num_experts // max(1, num_groups)
+    if size * num_groups != num_experts or size < 2 or not 1 <= groups_kept <= num_groups:
+        raise ValueError(f"route_grouped: {groups_kept} of {num_groups} groups of {num_experts} experts")
+    if not 1 <= top_k <= groups_kept * size:
+        raise ValueError(f"route_grouped: {top_k} experts of {groups_kept} groups of {size}")
+    scores = torch.sigmoid(logits.float())
+    wanted = scores + bias
+    best = wanted.view(-1, num_groups, size).sort(dim=2, descending=True).values[:, :, :2].sum(2)
+    kept = best.sort(dim=1, descending=True, stable=True).indices[:, :groups_kept]
+    is_kept = torch.zeros_like(best, dtype=torch.bool).scatter_(1, kept, True)
+    wanted = wanted.masked_fill(~is_kept.repeat_interleave(size, dim=1), -torch.inf)
+    experts = wanted.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+    weights = scores.gather(1, experts)
+    return (weights / weights.sum(1, keepdim=True) if normalise else weights) * scale, experts
+
+
 def group_by_expert(experts: torch.Tensor, num_experts: int) -> ExpertGroups:
     """Sort choices [T, k] int64 (each in 0..num_experts - 1) by expert, the choices of one expert by token."""
     flat = experts.reshape(-1)

@@ -40,17 +40,24 @@ def rotary_cos_sin(positions: torch.Tensor, inv_freq: torch.Tensor) -> tuple[tor
 
 
 def mrope_cos_sin(
-    positions: torch.Tensor, inv_freq: torch.Tensor, sections: Sequence[int]
+    positions: torch.Tensor, inv_freq: torch.Tensor, sections: Sequence[int], *, interleaved: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Angles of three positions (temporal, height, width) per token.
 
     positions: [3, T] integer; inv_freq: [D/2]; `sections` share the D/2 frequencies among the three positions in turn
-    (section `i` follows row `i % 3`). Returns cos, sin: [T, D/2] float32.
+    (section `i` follows row `i % 3`), or `interleaved`: three sections, of which the second and third take every third
+    frequency from their own place on, and the first what is left. Returns cos, sin: [T, D/2] float32.
     Raises ValueError when the sections do not sum up to D/2.
     """
     if sum(sections) != inv_freq.shape[0]:
         raise ValueError(f"mrope: sections {list(sections)} must sum up to {inv_freq.shape[0]} frequencies")
     by_row = positions.to(torch.float32)
+    if interleaved:
+        axes = torch.zeros(inv_freq.shape[0], dtype=torch.int64)
+        for axis in (1, 2):
+            axes[axis : 3 * sections[axis] : 3] = axis
+        angles = by_row[axes.to(positions.device)].T * inv_freq
+        return angles.cos(), angles.sin()
     parts = [
         by_row[i % 3][:, None] * frequencies for i, frequencies in enumerate(torch.split(inv_freq, list(sections)))
     ]

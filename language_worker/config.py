@@ -34,11 +34,14 @@ class EngineConfig:
     min_partial_chunk: tokens that a prefill whose media rows have not all arrived computes at least.
     decode_strategy: "auto" takes the model's own; "speculative" drafts up to num_draft_tokens a step from what followed
     the same words before: equal output, fewer steps where text repeats itself.
+    lora: a low-rank adapter that is merged into the weights as they load: MiniMind's lora_*.pth or a folder of PEFT's;
+    "": none.
     draft_model: folder of a small text model with the same tokenizer, which makes the drafts instead; "": none.
     max_waiting: requests that may wait before QueueFull. max_logits_bytes: cap on one request's returned logits.
     """
 
     dtype: DTypeName = "auto"
+    lora: str = ""
     device: str = "auto"
     quantization: Quantization = "none"
     num_threads: int = 0

@@ -21,7 +21,8 @@ from language_worker.drafter import Drafter
 from language_worker.engine import Engine
 from language_worker.errors import ModelNotSupported
 from language_worker.kv_cache import KVCache
-from language_worker.models import resolve_model
+from language_worker.lora import AdaptedCheckpoint
+from language_worker.models import open_model, resolve_model
 from language_worker.models.base import LanguageModel, ModelSpec
 from language_worker.models.decoder import Decoder
 from language_worker.page_pool import PagePool
@@ -58,10 +59,10 @@ def build_engine(
     """
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    checkpoint = Checkpoint.open(model_path)
+    checkpoint = open_model(model_path)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, checkpoint)
-    model = _load_model(checkpoint, config.quantization, dtype, device)
+    model = _load_model(checkpoint, config.quantization, config.lora, dtype, device)
     tokenizer = Tokenizer(model_path)
     draft_model = _load_draft_model(config, tokenizer, dtype, device) if config.draft_model else None
     size = resolve_cache(config, model.spec, dtype, device, None if draft_model is None else draft_model.spec)
@@ -103,18 +104,27 @@ def build_engine(
 
 
 def _load_model(
-    checkpoint: Checkpoint, quantization: Quantization, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint, quantization: Quantization, lora: str, dtype: torch.dtype, device: torch.device
 ) -> LanguageModel:
-    """ModelNotSupported for a checkpoint that is quantised already, and for a family that is not quantised here."""
+    """The checkpoint's text half, with the adapter in `lora` if one is named.
+
+    ModelNotSupported for a checkpoint that is quantised already, and for a family that is not quantised here.
+    """
     config = checkpoint.config()
     _refuse_quantised(config)
     kind = resolve_model(config)
+    adapted = AdaptedCheckpoint.of(checkpoint, lora) if lora else None
+    source = adapted or checkpoint
     with torch.inference_mode():
         if quantization == "none":
-            return kind.load(checkpoint, dtype=dtype, device=device)
-        if not issubclass(kind, Decoder):
+            model = kind.load(source, dtype=dtype, device=device)
+        elif issubclass(kind, Decoder):
+            model = kind.load(source, dtype=dtype, device=device, quantization=quantization)
+        else:
             raise ModelNotSupported(f"quantization {quantization!r} is not served for {kind.__name__}; use 'none'")
-        return kind.load(checkpoint, dtype=dtype, device=device, quantization=quantization)
+    if adapted is not None:
+        adapted.require_used()
+    return model
 
 
 def _refuse_quantised(config: Mapping[str, Any]) -> None:
@@ -136,8 +146,8 @@ def _load_draft_model(
         raise ModelNotSupported(
             f"draft model {config.draft_model} has another tokenizer than the model; use a smaller one of its family"
         )
-    checkpoint = Checkpoint.open(config.draft_model)
-    model = _load_model(checkpoint, "none", dtype, device)
+    checkpoint = open_model(config.draft_model)
+    model = _load_model(checkpoint, "none", "", dtype, device)
     if model.spec.vocab_size < tokenizer.vocab_size:
         raise ModelNotSupported(
             f"draft model {config.draft_model} knows {model.spec.vocab_size} token ids of {tokenizer.vocab_size}"
@@ -155,7 +165,7 @@ def _strategy(config: EngineConfig, spec: ModelSpec) -> DecodeStrategy:
 
 def check_model(model_path: str | Path, config: EngineConfig) -> int:
     """What `build_engine` would say of the tensors, from their headers alone; returns how many it would read."""
-    checkpoint = Checkpoint.open(model_path)
+    checkpoint = open_model(model_path)
     resolve_dtype(config.dtype, checkpoint)
     _refuse_quantised(checkpoint.config())
     return resolve_model(checkpoint.config()).check(checkpoint)

@@ -54,31 +54,37 @@ class MediaItem:
 
 
 class MediaRows:
-    """Input buffer of one request: rows [total, hidden] filled in order by one writer, read by the engine.
+    """Input buffer of one request: rows [planes, total, hidden] filled in order by one writer, read by the engine.
 
     `num_filled` moves only after the rows below it are in place, so the reader needs no lock.
     """
 
     __slots__ = ("num_filled", "rows")
 
-    def __init__(self, total: int, hidden_size: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.rows = torch.empty((total, hidden_size), dtype=dtype, device=device)
+    def __init__(
+        self, total: int, hidden_size: int, *, dtype: torch.dtype, device: torch.device, num_planes: int = 1
+    ) -> None:
+        self.rows = torch.empty((num_planes, total, hidden_size), dtype=dtype, device=device)
         self.num_filled = 0
 
     @property
     def is_full(self) -> bool:
-        return self.num_filled == self.rows.shape[0]
+        return self.num_filled == self.rows.shape[1]
 
-    def write(self, first_row: int, rows: torch.Tensor) -> None:
-        """Copy rows [n, hidden] to first_row..; they must continue where the last ones ended (MediaFailed)."""
-        end = first_row + rows.shape[0]
-        if first_row != self.num_filled or end > self.rows.shape[0] or rows.shape[1:] != self.rows.shape[1:]:
+    def write(self, first_row: int, *planes: torch.Tensor) -> None:
+        """Copy rows [n, hidden] of each plane to first_row..; they must continue where the last ones ended
+        (MediaFailed)."""
+        num_planes, total, hidden_size = self.rows.shape
+        num_rows = planes[0].shape[0]
+        fits = len(planes) == num_planes and all(plane.shape == (num_rows, hidden_size) for plane in planes)
+        if first_row != self.num_filled or first_row + num_rows > total or not fits:
             raise MediaFailed(
-                f"embedding rows {tuple(rows.shape)} arrived at row {first_row}; "
-                f"expected row {self.num_filled} of {tuple(self.rows.shape)}"
+                f"embedding rows {[tuple(plane.shape) for plane in planes]} arrived at row {first_row}; "
+                f"expected row {self.num_filled} of {num_planes} planes {(total, hidden_size)}"
             )
-        self.rows[first_row:end].copy_(rows)
-        self.num_filled = end
+        for target, plane in zip(self.rows, planes, strict=True):
+            target[first_row : first_row + num_rows].copy_(plane)
+        self.num_filled = first_row + num_rows
 
     def clear(self) -> None:
         """The rows come anew, from the first; nobody may be writing."""

@@ -29,21 +29,20 @@ from transfer.tensors import PlaneSpec
 
 logger = logging.getLogger(__name__)
 
-PLANE = "embeddings"
-
 
 def embedding_streams(service: Service, engine: Engine, config: TransferConfig) -> InputStreams:
     """Streams from embedding workers, which may take over from each other."""
-    plane = PlaneSpec(name=PLANE, dtype=dtype_name(engine.dtype), row_shape=(engine.spec.hidden_size,))
+    dtype, shape = dtype_name(engine.dtype), (engine.spec.hidden_size,)
+    planes = tuple(PlaneSpec(name=name, dtype=dtype, row_shape=shape) for name in engine.spec.media_planes)
     # As long as whoever has to find another sender may take to see that one is needed, and some more to find it.
     take_over_s = 2 * config.peer_timeout_s + config.idle_timeout_s
-    return InputStreams(service, engine, config, plane, MediaFailed, take_over_s)
+    return InputStreams(service, engine, config, planes, MediaFailed, take_over_s)
 
 
 def kv_streams(service: Service, engine: Engine, config: TransferConfig) -> InputStreams:
     """Streams from prefill workers."""
     plane = kv_plane(engine.dtype, engine.spec.kv.row_elements)
-    return InputStreams(service, engine, kv_transfer(config, plane), plane, KVStreamFailed, 0.0)
+    return InputStreams(service, engine, kv_transfer(config, plane), (plane,), KVStreamFailed, 0.0)
 
 
 class InputStreams:
@@ -54,14 +53,14 @@ class InputStreams:
         service: Service,
         engine: Engine,
         config: TransferConfig,
-        plane: PlaneSpec,
+        planes: tuple[PlaneSpec, ...],
         failure: type[EngineError],
         take_over_s: float,
     ) -> None:
         self._engine = engine
-        self.plane = plane.name
+        self.planes = tuple(plane.name for plane in planes)
         self.failure = failure
-        self._receiver = StreamReceiver(service, config, (plane,), device=str(engine.runner.device))
+        self._receiver = StreamReceiver(service, config, planes, device=str(engine.runner.device))
         self._take_over_s = take_over_s
         self._num_takeovers = 0
         self._streams: dict[str, str] = {}  # request id -> stream id, while the stream may still be open
@@ -142,7 +141,7 @@ class _Listener:
         if buffer is None:
             return  # the request ended; its stream is being aborted
         try:
-            buffer.write(first_row, planes[self._owner.plane])
+            buffer.write(first_row, *(planes[name] for name in self._owner.planes))
         except MediaFailed as error:
             self._engine.fail(self._request_id, error)
         self._engine.wake()
@@ -155,5 +154,5 @@ class _Listener:
 
     def on_failed(self, error: TransferError) -> None:
         self._owner.failed(self._request_id)
-        what = f"the {self._owner.plane} stream of request {self._request_id}"
+        what = f"the {self._owner.planes[0]} stream of request {self._request_id}"
         self._engine.fail(self._request_id, self._owner.failure(f"{what} failed ({error_code(error)}): {error}"))

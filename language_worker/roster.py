@@ -239,7 +239,13 @@ class Roster:
     def _admit_media(self, active: ActiveRequest) -> None:
         """The request's rows are reserved: allocate them (which may fail for want of memory) and queue the request."""
         rows = sum(item.rows for item in active.items or ())
-        active.media = MediaRows(rows, self._spec.hidden_size, dtype=self._dtype, device=self._device)
+        active.media = MediaRows(
+            rows,
+            self._spec.hidden_size,
+            dtype=self._dtype,
+            device=self._device,
+            num_planes=len(self._spec.media_planes),
+        )
         self._report_admitted(active)
         self._schedule(active)
 

@@ -163,7 +163,8 @@ class ModelRunner:
                 first, last = w.seq.media_rows(w.start, w.end)
                 if first < last:
                     targets = torch.tensor(w.seq.media_positions[first:last]) + (offset - w.start)
-                    spans.append(MediaSpan(targets=targets.to(self.device), rows=media.rows[first:last]))
+                    rows, *deeper = media.rows[:, first:last]
+                    spans.append(MediaSpan(targets=targets.to(self.device), rows=rows, deeper=tuple(deeper)))
             offset += w.length
         return tuple(spans)
 

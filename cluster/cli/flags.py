@@ -25,6 +25,7 @@ MODEL_FLAGS: dict[str, tuple[tuple[str, ...], Any, str]] = {
     "--dtype": (("model.dtype",), str, "auto (default: the checkpoint's), float32, bfloat16 or float16"),
     "--quantization": (("model.quantization",), str, "none (default), int8, int8_dynamic or int4: stored weights"),
     "--max-model-len": (("model.max_model_len",), int, "longest prompt plus answer in tokens"),
+    "--lora": (("language.lora",), str, "a low-rank adapter to merge into the weights: lora_*.pth, or a PEFT folder"),
     "--block-size": (("transfer.block_size",), int, "rows per transfer block (default 128)"),
     "--default-allocate-tokens": (
         ("transfer.default_allocate_tokens",),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cluster.answer_splitter import THINK, AnswerSplitter
 from cluster.chat import RESERVED_NAMES, ChatTemplate
-from cluster.errors import BadRequest, ChatTemplateError, TooManyImages
+from cluster.errors import BadRequest, ChatTemplateError, TooManyImages, UnsupportedParameter
 from cluster.gateway.body import validate
+from cluster.gateway.chat_message import ChatMessage
 from cluster.gateway.context import GatewayContext
 from cluster.gateway.events import ChunkWriter
 from cluster.gateway.generation import Event
@@ -23,6 +26,8 @@ from cluster.media import parse_image_url
 from cluster.served import RequestStats, ServedRequest
 from language_worker.api import TokenLogprob
 
+END_TOKENS = 16  # of a prompt, among which its template opens the reasoning if it does
+
 
 def prepare_chat(state: GatewayState, fields: dict[str, Any]) -> Job:
     """The job of a chat request; raises a ClientError that says what is wrong with it."""
@@ -31,7 +36,12 @@ def prepare_chat(state: GatewayState, fields: dict[str, Any]) -> Job:
     context = state.context
     sampling = chat_sampling(request, context.tokenizer.vocab_size)
     token_ids, urls = render_prompt(
-        context, request.messages, request.add_generation_prompt, request.chat_template_kwargs, must_fit=True
+        context,
+        request.messages,
+        request.add_generation_prompt,
+        request.chat_template_kwargs,
+        tools=request.offered_tools,
+        must_fit=True,
     )
     check_length(len(token_ids), sampling.max_tokens, context.max_model_len, "messages")
     cap = context.config.max_image_bytes
@@ -44,7 +54,23 @@ def prepare_chat(state: GatewayState, fields: dict[str, Any]) -> Job:
         sampling=sampling,
         timeout_s=context.config.request_timeout_s,
     )
-    return Job(requests=(served,), stream=bool(request.stream), answer=ChatAnswer(state, request, response_id))
+    messages = [ChatMessage(_splitter(context, request, token_ids)) for _ in range(request.n or 1)]
+    answer = ChatAnswer(state, request, response_id, messages)
+    return Job(requests=(served,), stream=bool(request.stream), answer=answer)
+
+
+def _splitter(context: GatewayContext, request: ChatRequest, prompt: Sequence[int]) -> AnswerSplitter | None:
+    """What tells an answer's parts apart; None where all of it is content."""
+    template = _template(context)
+    finds_calls = request.offered_tools is not None
+    if not template.has_reasoning and not finds_calls:
+        return None
+    end = context.tokenizer.decode(prompt[-END_TOKENS:], skip_special_tokens=False)
+    return AnswerSplitter(
+        splits_reasoning=template.has_reasoning,
+        in_reasoning=template.has_reasoning and end.rstrip().endswith(THINK),
+        finds_calls=finds_calls,
+    )
 
 
 def render_prompt(
@@ -53,11 +79,12 @@ def render_prompt(
     add_generation_prompt: bool | None,
     template_kwargs: Mapping[str, Any] | None,
     *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
     must_fit: bool = False,
 ) -> tuple[list[int], list[str]]:
     """(prompt token ids with one placeholder per image, image URLs in prompt order).
 
-    must_fit: refuse a prompt that is plainly too long before it is tokenized.
+    tools: what the model may call. must_fit: refuse a prompt that is plainly too long before it is tokenized.
     """
     template = _template(context)
     shaped = template_messages(messages)
@@ -69,9 +96,14 @@ def render_prompt(
         raise TooManyImages(f"the request has {num_images} images; at most {limit} are allowed", "messages")
     if num_images and context.image_token_id is None:
         raise BadRequest("this model takes no images; send text only", "messages")
-    _check_text_size(shaped, context.config.max_prompt_chars)
+    if tools and not template.takes_tools:
+        raise UnsupportedParameter("this model's chat template tells it of no tools; leave out `tools`", "tools")
+    _check_text_size(shaped, context.config.max_prompt_chars, tools)
     pieces, urls = template.render(
-        shaped, add_generation_prompt=add_generation_prompt is not False, **_checked_kwargs(template_kwargs)
+        shaped,
+        add_generation_prompt=add_generation_prompt is not False,
+        tools=tools,
+        **_checked_kwargs(template_kwargs),
     )
     if must_fit:  # judged on the rendered text: a template may leave out what it was given
         check_text(context, "".join(text for text, _ in pieces), "messages")
@@ -92,12 +124,14 @@ def _template(context: GatewayContext) -> ChatTemplate:
     return context.chat_template
 
 
-def _check_text_size(messages: Sequence[Mapping[str, Any]], limit: int) -> None:
-    num_chars = 0
+def _check_text_size(
+    messages: Sequence[Mapping[str, Any]], limit: int, tools: Sequence[Mapping[str, Any]] | None
+) -> None:
+    num_chars = len(json.dumps(tools)) if tools else 0
     for message in messages:
         content = message["content"]
         parts = [part.get("text", "") for part in content] if isinstance(content, list) else [content or ""]
-        num_chars += sum(map(len, parts))
+        num_chars += sum(map(len, parts)) + len(message.get("reasoning_content") or "")
     if num_chars > limit:
         raise BadRequest(f"the messages have {num_chars} characters; at most {limit} are allowed", "messages")
 
@@ -116,7 +150,9 @@ def _checked_kwargs(template_kwargs: Mapping[str, Any] | None) -> Mapping[str, A
 class ChatAnswer:
     """The chunks of one chat request in OpenAI's shape. Index i is sample i."""
 
-    def __init__(self, state: GatewayState, request: ChatRequest, response_id: str) -> None:
+    def __init__(
+        self, state: GatewayState, request: ChatRequest, response_id: str, messages: Sequence[ChatMessage]
+    ) -> None:
         self._tokenizer = state.context.tokenizer
         self._with_logprobs = bool(request.logprobs)
         self._include_usage = request.include_usage
@@ -139,7 +175,7 @@ class ChatAnswer:
         self._usage = UsageCounter()
         self._continuous_usage = request.continuous_usage
         self._prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
-        self._texts: list[list[str]] = [[] for _ in range(request.n or 1)]
+        self._messages = messages
         self._logprobs: list[list[TokenLogprob]] = [[] for _ in range(request.n or 1)]
         self._ends: list[tuple[str, str | int | None]] = [("length", None)] * (request.n or 1)
 
@@ -154,11 +190,20 @@ class ChatAnswer:
         if chunk.index not in self._roles:
             self._roles.add(chunk.index)
             parts.append(writer.role(chunk.index))
-        if chunk.text or (self._with_logprobs and chunk.logprobs):
-            logprobs = chat_logprobs(chunk.logprobs or (), self._tokenizer) if self._with_logprobs else None
-            parts.append(writer.delta(chunk.index, chunk.text, logprobs))
+        message = self._messages[chunk.index]
+        deltas = message.add(chunk.text, is_last=chunk.finish_reason is not None)
+        logprobs = chat_logprobs(chunk.logprobs or (), self._tokenizer) if self._with_logprobs else None
+        if logprobs is not None and chunk.logprobs and not deltas:
+            deltas = [{"content": ""}]
+        for delta in deltas:
+            if delta.keys() == {"content"}:
+                parts.append(writer.delta(chunk.index, delta["content"], logprobs))
+            else:
+                parts.append(writer.part(chunk.index, delta, logprobs))
+            logprobs = None  # all of a chunk's come with its first delta
         if chunk.finish_reason is not None:
-            parts.append(writer.finish(chunk.index, chunk.finish_reason, chunk.stop_reason))
+            reason = message.finish_reason(chunk.finish_reason)
+            parts.append(writer.finish(chunk.index, reason, chunk.stop_reason))
         return parts
 
     def write_usage(self, stats: dict[int, RequestStats]) -> str:
@@ -170,7 +215,7 @@ class ChatAnswer:
             self._usage.note(event)
             if chunk.prompt_logprobs is not None:
                 self._prompt_logprobs = chunk.prompt_logprobs
-            self._texts[chunk.index].append(chunk.text)
+            self._messages[chunk.index].add(chunk.text, is_last=chunk.finish_reason is not None)
             self._logprobs[chunk.index].extend(chunk.logprobs or ())
             if chunk.finish_reason is not None:
                 self._ends[chunk.index] = chunk.finish_reason, chunk.stop_reason
@@ -179,12 +224,12 @@ class ChatAnswer:
         choices = [
             {
                 "index": i,
-                "message": {"role": "assistant", "content": "".join(texts), "refusal": None},
+                "message": message.message(),
                 "logprobs": chat_logprobs(self._logprobs[i], self._tokenizer) if self._with_logprobs else None,
-                "finish_reason": self._ends[i][0],
+                "finish_reason": message.finish_reason(self._ends[i][0]),
                 "stop_reason": self._ends[i][1],
             }
-            for i, texts in enumerate(self._texts)
+            for i, message in enumerate(self._messages)
         ]
         body = {**self._head, "choices": choices, "usage": self._usage.final(stats)}
         if self._prompt_logprobs is not None:

@@ -46,6 +46,11 @@ class ChunkWriter:
         body = f'{index},"delta":{{"content":{json.dumps(text)}}},"logprobs":{tail},"finish_reason":null'
         return self._open + body + self._close
 
+    def part(self, index: int, delta: dict[str, Any], logprobs: Any = None) -> str:
+        """A chat chunk with something else than text, or with reasoning."""
+        body = f'{index},"delta":{json.dumps(delta)},"logprobs":{json.dumps(logprobs)},"finish_reason":null'
+        return self._open + body + self._close
+
     def role(self, index: int) -> str:
         """A chat choice's first chunk."""
         body = f'{index},"delta":{{"role":"assistant","content":""}},"logprobs":null,"finish_reason":null'

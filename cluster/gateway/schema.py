@@ -71,6 +71,20 @@ class ToolCall(Strict):
     function: FunctionCall
 
 
+class FunctionTool(Strict):
+    """A function that the model may call. `strict` is accepted; calls are not held to the parameters' schema."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: FunctionTool
+
+
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
@@ -82,6 +96,7 @@ class Message(Strict):
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = None  # extension, as the answers have it
     refusal: None = None
     audio: None = None
     function_call: None = None
@@ -90,8 +105,8 @@ class Message(Strict):
     def _check_role(self) -> Message:
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
             raise ValueError(f"content is required in a {self.role} message")
-        if self.tool_calls and self.role != "assistant":
-            raise ValueError("tool_calls belong to assistant messages")
+        if (self.tool_calls or self.reasoning_content) and self.role != "assistant":
+            raise ValueError("tool_calls and reasoning_content belong to assistant messages")
         parts = self.content if isinstance(self.content, list) else []
         if self.role not in ("user", "tool") and any(isinstance(part, ImagePart) for part in parts):
             raise ValueError(f"images are not allowed in {self.role} messages; put them into a user message")
@@ -164,9 +179,26 @@ class ChatRequest(Sampling):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Any = None
     # extensions
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_tool_choice(self) -> ChatRequest:
+        if self.tool_choice not in (None, "none", "auto"):
+            raise UnsupportedParameter(
+                "tool_choice may be 'auto' or 'none'; the model is not forced to call a tool", "tool_choice"
+            )
+        return self
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]] | None:
+        """The tools that the model is told of, as plain maps."""
+        if not self.tools or self.tool_choice == "none":
+            return None
+        return [tool.model_dump(exclude_none=True) for tool in self.tools]
 
     @model_validator(mode="after")
     def _check_pairs(self) -> ChatRequest:

@@ -7,8 +7,10 @@ from typing import Protocol, Self
 
 import torch
 
+from embedding_worker.preprocess import ImageSettings
 from transfer.checkpoint import Checkpoint
 
+PLANE = "embeddings"
 Grid = tuple[int, int, int]
 """Patches of one medium: frames (already merged in time), rows, columns."""
 
@@ -16,10 +18,12 @@ Grid = tuple[int, int, int]
 class VisionModel(Protocol):
     """The vision half of a checkpoint, loaded and ready.
 
-    embedding_dim: width of one output row. patch_dim: width of one input patch. fingerprint: digest of the loaded
-    weights and configuration, part of every content key.
+    planes: names of what every output row consists of, each [embedding_dim]; the first is what replaces a placeholder's
+    embedding. embedding_dim: width of a row in one plane. patch_dim: width of one input patch. fingerprint: digest of
+    the loaded weights and configuration, part of every content key.
     """
 
+    planes: tuple[str, ...]
     embedding_dim: int
     patch_dim: int
     fingerprint: str
@@ -36,6 +40,14 @@ class VisionModel(Protocol):
         """
         ...
 
+    @classmethod
+    def image_settings(cls, checkpoint: Checkpoint, *, min_pixels: int | None, max_pixels: int | None) -> ImageSettings:
+        """How images become patches, by the checkpoint's preprocessor; the bounds, where given, go first.
+
+        Raises ValueError or CheckpointError.
+        """
+        ...
+
     def num_rows(self, grid: Grid) -> int:
         """Embedding rows of a medium of this grid."""
         ...
@@ -44,6 +56,6 @@ class VisionModel(Protocol):
         """Encode media packed one after the other.
 
         patches: [sum(t * h * w), patch_dim] float32 on any device. Returns [sum(num_rows), embedding_dim] in the
-        model's dtype, on its device.
+        model's dtype, on its device; with several planes [sum(num_rows), planes, embedding_dim].
         """
         ...

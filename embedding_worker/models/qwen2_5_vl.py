@@ -15,7 +15,8 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 
-from embedding_worker.models.base import Grid
+from embedding_worker.models.base import PLANE, Grid
+from embedding_worker.preprocess import ImageSettings
 from kernels.activation import gelu, swiglu
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.rotary import RotaryTable, rotary_2d_cos_sin, rotary_table, rotate
@@ -178,6 +179,8 @@ def frame_layout(grid: Grid, merge: int, window: int) -> FrameLayout:
 class Qwen2_5_VLVision:
     """The loaded tower. See `VisionModel` for the contract."""
 
+    planes = (PLANE,)
+
     def __init__(self, config: VisionConfig, weights: Mapping[str, torch.Tensor], fingerprint: str) -> None:
         self.config = config
         self.embedding_dim = config.out_hidden_size
@@ -203,6 +206,12 @@ class Qwen2_5_VLVision:
         weights = {name: torch.empty(shape, device="meta") for name, shape in weight_shapes(config).items()}
         planned, _ = check_checkpoint(checkpoint, weights, rules(config), foreign=FOREIGN)
         return len(planned), config.patch_dim
+
+    @classmethod
+    def image_settings(cls, checkpoint: Checkpoint, *, min_pixels: int | None, max_pixels: int | None) -> ImageSettings:
+        """See `VisionModel.image_settings`."""
+        published = checkpoint.read_json("preprocessor_config.json")
+        return ImageSettings.from_config(published, min_pixels=min_pixels, max_pixels=max_pixels)
 
     def num_rows(self, grid: Grid) -> int:
         """One row per merged patch."""

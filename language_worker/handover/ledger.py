@@ -90,10 +90,10 @@ class Handovers:
         header, arriving = active.header, active.arriving
         assert header is not None and arriving is not None
         needed = sum(spec.row_bytes for spec in header.state)
-        if needed > arriving.rows[header.num_tokens :].nbytes:
+        if needed > arriving.rows[0, header.num_tokens :].nbytes:
             raise KVMismatch(f"the KV came without all of its {needed} bytes of state")
-        state = unpack_state(header, arriving.rows[header.num_tokens :])
-        active.imported = ImportedRows(rows=arriving.rows[: header.num_tokens])
+        state = unpack_state(header, arriving.rows[0, header.num_tokens :])
+        active.imported = ImportedRows(rows=arriving.rows[0, : header.num_tokens])
         last_input = state.pop(LAST_INPUT, None)
         if last_input is not None:
             active.media = _only_last(active.items or (), last_input, device)
@@ -126,13 +126,14 @@ def _state_of(active: ActiveRequest) -> dict[str, torch.Tensor]:
     """What the decode engine needs beside the KV: the last input, where that is no token."""
     if active.media is None or not active.media_positions or active.media_positions[-1] != len(active.prompt) - 1:
         return {}
-    return {LAST_INPUT: active.media.rows[-1]}
+    return {LAST_INPUT: active.media.rows[:, -1]}
 
 
 def _only_last(items: Sequence[MediaItem], row: torch.Tensor, device: torch.device) -> MediaRows:
-    """Media rows of which none but the last is ever needed."""
+    """Media rows of which none but the last [planes, hidden] is ever needed."""
     total = sum(item.rows for item in items)
-    media = MediaRows(total, row.shape[0], dtype=row.dtype, device=device)
-    media.rows[-1] = row.to(device)
+    num_planes, hidden_size = row.shape
+    media = MediaRows(total, hidden_size, dtype=row.dtype, device=device, num_planes=num_planes)
+    media.rows[:, -1] = row.to(device)
     media.num_filled = total
     return media

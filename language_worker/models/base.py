@@ -36,13 +36,18 @@ class KVSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSpec:
-    """Sizes and ids the engine needs. media_token_id: the placeholder that media rows replace (None: text only)."""
+    """Sizes and ids the engine needs. media_token_id: the placeholder that media rows replace (None: text only).
+
+    media_planes: what comes with every media row, each [hidden]: the first replaces the placeholder's embedding, each
+    further one is added behind one of the first layers.
+    """
 
     vocab_size: int
     hidden_size: int
     max_position_embeddings: int
     kv: KVSpec
     media_token_id: int | None
+    media_planes: tuple[str, ...] = ("embeddings",)
     decode_strategy: str = "autoregressive"
 
 
@@ -56,10 +61,12 @@ class PromptPositions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MediaSpan:
-    """Rows [n, hidden] that replace the embeddings at step indices `targets` [n] int64."""
+    """Rows [n, hidden] that replace the embeddings at step indices `targets` [n] int64; deeper: rows [n, hidden] that
+    are added there behind the first layer, the second, ..."""
 
     targets: torch.Tensor
     rows: torch.Tensor
+    deeper: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -36,7 +36,8 @@ class Decoder(LanguageModel):
     ) -> None:
         self.spec = spec
         self.embedding = torch.empty((spec.vocab_size, spec.hidden_size), dtype=dtype, device=device)
-        self.blocks = [DecoderBlock(block, dtype=dtype, device=device) for _ in range(spec.kv.num_layers)]
+        shapes = [block.at_layer(i) for i in range(spec.kv.num_layers)]
+        self.blocks = [DecoderBlock(shape, dtype=dtype, device=device) for shape in shapes]
         self.final_norm = torch.empty(spec.hidden_size, dtype=dtype, device=device)
         self.head = self.embedding if tied else torch.empty_like(self.embedding)
         self.rotary = rotary

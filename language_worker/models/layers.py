@@ -1,4 +1,4 @@
-"""The shared body of rotary decoder models: a pre-norm block with grouped-query attention over pages and a gated MLP.
+"""The shared body of rotary decoder models: a pre-norm block with grouped-query attention over pages and an MLP.
 
 Holds fused weights as plain tensors (no module tree: at batch 1 a step is bound by call overhead). A family is its
 config, its name map and these blocks.
@@ -12,13 +12,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kernels.activation import swiglu
-from kernels.halved_matrix import halved
 from kernels.linear import Weight, linear
 from kernels.norm import add_rms_norm, rms_norm, rms_norm_heads
 from kernels.paged_attention import AttentionBatch, paged_attention
 from kernels.pages import write_pages
-from kernels.quantised_matrix import QuantisedMatrix, Quantization, new_matrix
+from kernels.quantised_matrix import Quantization
 from kernels.rotary import (
     RotaryTable,
     mrope_cos_sin,
@@ -26,16 +24,19 @@ from kernels.rotary import (
     rotary_table,
     rotate,
 )
-from language_worker.models.base import StepInputs
+from language_worker.models.base import MediaSpan, StepInputs
+from language_worker.models.feed_forward import ExpertMLP, ExpertShape, GatedMLP
+from language_worker.models.matrices import finish, quantise
 from language_worker.models.rope import Rope
 
-MATRICES = ("qkv", "o", "gate_up", "down")  # of a block: what quantisation is for
+MATRICES = ("qkv", "o")  # of attention: what quantisation is for
 _FIRST_BIAS = r"layers\.0\.self_attn\.([qo])_proj\.bias"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockShape:
-    """Sizes and options of one decoder block. has_qk_norm: every query and key head is normalised before rotation."""
+    """Sizes and options of one decoder block. has_qk_norm: every query and key head is normalised before rotation.
+    experts: of the layers that have a mixture of experts for an MLP."""
 
     hidden_size: int
     intermediate_size: int
@@ -46,6 +47,13 @@ class BlockShape:
     has_qkv_bias: bool = False
     has_o_bias: bool = False
     has_qk_norm: bool = False
+    experts: ExpertShape | None = None
+
+    def at_layer(self, index: int) -> BlockShape:
+        """The shape of one layer: some of a mixture's may be dense."""
+        if self.experts is None or index not in self.experts.dense_layers:
+            return self
+        return replace(self, experts=None)
 
     @property
     def qkv_rows(self) -> int:
@@ -58,10 +66,10 @@ class BlockShape:
 
 
 class DecoderBlock:
-    """One layer. Weights are [out, in]; qkv stacks query, key and value heads, gate_up stacks gate and up; qk_norm
-    [heads + key heads, head_dim] has a row for each head that is normalised."""
+    """One layer. Weights are [out, in]; qkv stacks query, key and value heads; qk_norm [heads + key heads, head_dim]
+    has a row for each head that is normalised."""
 
-    __slots__ = ("down", "gate_up", "input_norm", "o", "o_bias", "post_norm", "qk_norm", "qkv", "qkv_bias", "shape")
+    __slots__ = ("input_norm", "mlp", "o", "o_bias", "post_norm", "qk_norm", "qkv", "qkv_bias", "shape")
 
     def __init__(self, shape: BlockShape, *, dtype: torch.dtype, device: torch.device) -> None:
         def empty(*size: int) -> torch.Tensor:
@@ -75,27 +83,22 @@ class DecoderBlock:
         self.o: Weight = empty(shape.hidden_size, shape.num_heads * shape.head_dim)
         self.o_bias = empty(shape.hidden_size) if shape.has_o_bias else None
         self.post_norm = empty(shape.hidden_size)
-        self.gate_up: Weight = empty(2 * shape.intermediate_size, shape.hidden_size)
-        self.down: Weight = empty(shape.hidden_size, shape.intermediate_size)
+        self.mlp: GatedMLP | ExpertMLP
+        if shape.experts is None:
+            self.mlp = GatedMLP(shape.hidden_size, shape.intermediate_size, dtype=dtype, device=device)
+        else:
+            self.mlp = ExpertMLP(shape.hidden_size, shape.experts, dtype=dtype, device=device)
 
     def quantise(self, method: Quantization, device: torch.device) -> None:
         """Before it is filled: matrices of the format that `method` names in place of its own, all of it on `device`.
         Raises ValueError where the format cannot hold them."""
-        for name in self.__slots__:
-            held = getattr(self, name)
-            if name in MATRICES:
-                setattr(self, name, new_matrix(method, *held.shape, dtype=held.dtype, device=device))
-            elif isinstance(held, torch.Tensor):
-                setattr(self, name, held.to(device))
+        quantise(self, MATRICES, method, device)
+        self.mlp.quantise(method, device)
 
     def finish(self) -> None:
         """It is filled: bring the matrices into the form that is read fastest."""
-        for name in MATRICES:
-            matrix = getattr(self, name)
-            if isinstance(matrix, QuantisedMatrix):
-                matrix.finish()
-            elif isinstance(matrix, torch.Tensor):
-                setattr(self, name, halved(matrix))
+        finish(self, MATRICES)
+        self.mlp.finish()
 
     def parameters(self, prefix: str) -> dict[str, Weight]:
         """Tensors to fill, by name under `prefix`."""
@@ -104,8 +107,7 @@ class DecoderBlock:
             f"{prefix}.qkv.weight": self.qkv,
             f"{prefix}.o.weight": self.o,
             f"{prefix}.post_norm.weight": self.post_norm,
-            f"{prefix}.gate_up.weight": self.gate_up,
-            f"{prefix}.down.weight": self.down,
+            **self.mlp.parameters(prefix),
         }
         optional = {"qkv.bias": self.qkv_bias, "o.bias": self.o_bias, "qk_norm.weight": self.qk_norm}
         return named | {f"{prefix}.{name}": tensor for name, tensor in optional.items() if tensor is not None}
@@ -139,7 +141,13 @@ class DecoderBlock:
         mixed = paged_attention(queries, cache[0], cache[1], attention)
         attended = linear(mixed.reshape(-1, heads * shape.head_dim), self.o, self.o_bias)
         normed, residual = add_rms_norm(attended, residual, self.post_norm, shape.eps)
-        return linear(swiglu(linear(normed, self.gate_up)), self.down), residual
+        return self.mlp.forward(normed), residual
+
+
+def _add_deeper(residual: torch.Tensor, media: Sequence[MediaSpan], layer: int) -> None:
+    for span in media:
+        if layer < len(span.deeper):
+            residual.index_add_(0, span.targets, span.deeper[layer])
 
 
 def run_blocks(
@@ -150,34 +158,50 @@ def run_blocks(
     caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
     inputs: StepInputs,
 ) -> torch.Tensor:
-    """All layers and the final norm over hidden [T, H] (consumed); returns the rows asked for [R, H]."""
+    """All layers and the final norm over hidden [T, H] (consumed); returns the rows asked for [R, H].
+
+    The deeper planes of media are added one after each of the first layers.
+    """
     rows, last_attention = inputs.logit_rows, inputs.last_attention
     eps = blocks[0].shape.eps
     residual = hidden
     normed = rms_norm(residual, blocks[0].input_norm, eps)
     for i, block in enumerate(blocks[:-1]):
         added, residual = block.forward(normed, residual, rotary, caches[i], inputs.slots, inputs.attention)
+        _add_deeper(residual, inputs.media, i)
         normed, residual = add_rms_norm(added, residual, blocks[i + 1].input_norm, eps)
-    step = (normed, residual, rotary, caches[len(blocks) - 1], inputs.slots)
-    if last_attention is not None:
-        added, residual = blocks[-1].forward(*step, last_attention, rows)
+    last = len(blocks) - 1
+    step = (normed, residual, rotary, caches[last], inputs.slots)
+    if last_attention is not None and not any(len(span.deeper) > last for span in inputs.media):
+        added, residual = blocks[last].forward(*step, last_attention, rows)
     else:
-        added, residual = blocks[-1].forward(*step, inputs.attention)
+        added, residual = blocks[last].forward(*step, inputs.attention)
+        _add_deeper(residual, inputs.media, last)
         if rows is not None:
             added, residual = added.index_select(0, rows), residual.index_select(0, rows)
     return add_rms_norm(added, residual, final_norm, eps)[0]
 
 
 class RotaryPositions:
-    """Rotary tables by position: looked up for text, computed for media positions. `sections` of D/2 frequencies."""
+    """Rotary tables by position: looked up for text, computed for media positions. `sections` of D/2 frequencies,
+    side by side or interleaved."""
 
-    __slots__ = ("_device", "_head_dim", "_inv_freq", "_rope", "_sections", "_table")
+    __slots__ = ("_device", "_head_dim", "_interleaved", "_inv_freq", "_rope", "_sections", "_table")
 
-    def __init__(self, rope: Rope, *, head_dim: int, device: torch.device, sections: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        rope: Rope,
+        *,
+        head_dim: int,
+        device: torch.device,
+        sections: Sequence[int] = (),
+        interleaved: bool = False,
+    ) -> None:
         self._rope = rope
         self._head_dim = head_dim
         self._device = device
         self._sections = tuple(sections)
+        self._interleaved = interleaved
         self.reserve(0)
 
     def move(self, device: torch.device) -> None:
@@ -193,7 +217,9 @@ class RotaryPositions:
     def table(self, positions: torch.Tensor) -> RotaryTable:
         """positions [T] (below the reserved length) or [3, T]."""
         if positions.dim() == 2:
-            return self._scaled(*mrope_cos_sin(positions, self._inv_freq, self._sections))
+            return self._scaled(
+                *mrope_cos_sin(positions, self._inv_freq, self._sections, interleaved=self._interleaved)
+            )
         return RotaryTable(
             cos=self._table.cos.index_select(0, positions), signed_sin=self._table.signed_sin.index_select(0, positions)
         )

@@ -39,17 +39,22 @@ class Qwen2_5_VLConfig:
     sections: tuple[int, ...]
     tied: bool
     merge_size: int
+    interleaved: bool = False
 
     @classmethod
-    def read(cls, config: Mapping[str, Any]) -> Qwen2_5_VLConfig:
-        """From a flat (published) or nested (`text_config`) config.json; ModelNotSupported names a bad option."""
+    def read(
+        cls, config: Mapping[str, Any], *, sections: tuple[int, ...] = DEFAULT_SECTIONS, theta: float = DEFAULT_THETA
+    ) -> Qwen2_5_VLConfig:
+        """From a flat (published) or nested (`text_config`) config.json; ModelNotSupported names a bad option.
+
+        sections, theta: where config.json does not say."""
         text = {**config, **(config.get("text_config") or {})}
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         _refuse_unserved(text, rope)
         hidden, heads = read_size(text, "hidden_size"), read_size(text, "num_attention_heads")
         kv_heads = int(text.get("num_key_value_heads") or heads)
         head_dim = int(text.get("head_dim") or hidden // heads)
-        sections = tuple(rope.get("mrope_section") or DEFAULT_SECTIONS)
+        sections = tuple(rope.get("mrope_section") or sections)
         if sum(sections) * 2 != head_dim or heads % kv_heads:
             raise ModelNotSupported(
                 f"mrope_section {list(sections)} must add up to half of head_dim {head_dim}, and "
@@ -74,7 +79,7 @@ class Qwen2_5_VLConfig:
         return cls(
             spec=spec,
             block=block,
-            theta=float(rope.get("rope_theta") or text.get("rope_theta") or DEFAULT_THETA),
+            theta=float(rope.get("rope_theta") or text.get("rope_theta") or theta),
             sections=sections,
             tied=bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
             merge_size=int((config.get("vision_config") or {}).get("spatial_merge_size", 2)),
@@ -88,19 +93,26 @@ class Qwen2_5_VLText(Decoder):
         self, config: Qwen2_5_VLConfig, block: BlockShape, *, dtype: torch.dtype, device: torch.device
     ) -> None:
         rope = Rope(theta=config.theta)
-        rotary = RotaryPositions(rope, head_dim=block.head_dim, device=device, sections=config.sections)
+        rotary = RotaryPositions(
+            rope, head_dim=block.head_dim, device=device, sections=config.sections, interleaved=config.interleaved
+        )
         super().__init__(config.spec, block, rotary, tied=config.tied, dtype=dtype, device=device)
         self.config = config
 
+    @staticmethod
+    def read_config(config: Mapping[str, Any]) -> Qwen2_5_VLConfig:
+        """From config.json. Raises ModelNotSupported."""
+        return Qwen2_5_VLConfig.read(config)
+
     @classmethod
     def read_spec(cls, config: Mapping[str, Any]) -> ModelSpec:
-        return Qwen2_5_VLConfig.read(config).spec
+        return cls.read_config(config).spec
 
     @classmethod
     def empty(
         cls, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device
     ) -> tuple[Self, list[Rule], tuple[str, ...]]:
-        config = Qwen2_5_VLConfig.read(checkpoint.config())
+        config = cls.read_config(checkpoint.config())
         block = config.block.with_biases(checkpoint.tensors, TEXT_PREFIX)
         model = cls(config, block, dtype=dtype, device=device)
         foreign = FOREIGN + ((r"lm_head\.weight",) if config.tied else ())

@@ -1,11 +1,12 @@
 """Text-only decoder families: Llama, Qwen2 and Qwen3.
 
 One body; they differ in biases (read off the checkpoint), in Qwen3's norm of every query and key head, and in defaults.
+Those with a mixture of experts are in `text_moe.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -16,7 +17,7 @@ from language_worker.models.base import KVSpec, ModelSpec
 from language_worker.models.decoder import Decoder, read_size, refuse_unserved
 from language_worker.models.layers import BlockShape, RotaryPositions
 from language_worker.models.rope import Rope
-from language_worker.models.weights import decoder_rules
+from language_worker.models.weights import HF_EXPERTS, ExpertNames, decoder_rules
 from transfer.checkpoint import Checkpoint
 from transfer.checkpoint_rules import Rule
 
@@ -65,24 +66,34 @@ class TextConfig:
 
 
 class Llama(Decoder):
-    """Llama 2 and 3, and whatever was converted to their layout."""
+    """Llama 2 and 3, and whatever was converted to their layout.
+
+    foreign: patterns of names that are not read. expert_names: of the parts of a mixture, where there is one.
+    """
 
     has_qk_norm = False
+    expert_names: ExpertNames = HF_EXPERTS
+    foreign: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
+
+    @classmethod
+    def read_config(cls, config: Mapping[str, Any], names: Collection[str] = ()) -> TextConfig:
+        """From config.json and the checkpoint's tensor names (none: sizes only). Raises ModelNotSupported."""
+        return TextConfig.read(config, has_qk_norm=cls.has_qk_norm)
 
     @classmethod
     def read_spec(cls, config: Mapping[str, Any]) -> ModelSpec:
-        return TextConfig.read(config, has_qk_norm=cls.has_qk_norm).spec
+        return cls.read_config(config).spec
 
     @classmethod
     def empty(
         cls, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device
     ) -> tuple[Self, list[Rule], tuple[str, ...]]:
-        config = TextConfig.read(checkpoint.config(), has_qk_norm=cls.has_qk_norm)
+        config = cls.read_config(checkpoint.config(), checkpoint.tensors)
         block = config.block.with_biases(checkpoint.tensors, PREFIX)
         rotary = RotaryPositions(config.rope, head_dim=block.head_dim, device=device)
         model = cls(config.spec, block, rotary, tied=config.tied, dtype=dtype, device=device)
-        foreign = (r".*\.rotary_emb\.inv_freq", *((r"lm_head\.weight",) if config.tied else ()))
-        return model, decoder_rules(block, prefix=PREFIX, tied=config.tied), foreign
+        foreign = (*cls.foreign, *((r"lm_head\.weight",) if config.tied else ()))
+        return model, decoder_rules(block, prefix=PREFIX, tied=config.tied, experts=cls.expert_names), foreign
 
 
 class Qwen2(Llama):

@@ -1,4 +1,4 @@
-"""Random tiny Qwen2.5-VL checkpoints give the reference implementation's logits and greedy tokens, in float32.
+"""Random tiny Qwen2.5-VL and Qwen3-VL checkpoints give the reference's logits and greedy tokens, in float32.
 
 Twice each: colocated (`LLM`, in-memory endpoints) and disaggregated (an embedding worker and a language worker in
 processes of their own, over ZeroMQ), with every pair of default grant and block size spread over the checkpoints.
@@ -28,6 +28,7 @@ from tests.e2e.front import Front, Gathered
 from tests.e2e.worker_process import WorkerProcess
 from tests.profiles import IS_SOAK
 from tests.tiny_models import QWEN2_5_VL_CONFIGS, make_qwen2_5_vl, random_image, reference, reference_inputs
+from tests.tiny_qwen3_vl import QWEN3_VL_CONFIGS, make_qwen3_vl, qwen3_vl_reference
 from tests.tiny_tokenizer import TOKEN_IDS
 from transfer.config import TransferConfig
 
@@ -36,7 +37,7 @@ NUM_NEW = 8
 GREEDY = SamplingParams(max_tokens=NUM_NEW, temperature=0.0, ignore_eos=True)
 SIZES = ((57, 90), (28, 28), (120, 41), (300, 33), (1, 1), (86, 84), (170, 169), (31, 199), (233, 140))
 DEFAULT_TOKENS = (1, 100, 8000, 8192)
-BLOCK_SIZES = (16, 100, 128)
+BLOCK_SIZES = (16, 37, 128)
 PAIRS = tuple(itertools.product(DEFAULT_TOKENS, BLOCK_SIZES))
 TRANSPORTS = ("ipc", "tcp", "curve")
 ENGINE = {"dtype": "float32", "device": "cpu", "num_threads": 1, "kv_cache_tokens": 4096, "max_model_len": 1024}
@@ -94,9 +95,8 @@ def _case(folder: Path, model: Any, index: int, num_images: int) -> Case:
     )
 
 
-def _cases(folder: Path, index: int) -> list[Case]:
+def _cases(folder: Path, model: Any, index: int) -> list[Case]:
     """Text only, and twice some of 1 to 5 images (the soak profile: each number once)."""
-    model = reference(folder)
     model.generation_config.eos_token_id = None
     counts = (0, 1, 2, 3, 4, 5) if IS_SOAK else (0, 1 + index % 5, 1 + (index + 2) % 5)
     return [_case(folder, model, index, count) for count in counts]
@@ -122,7 +122,18 @@ def _one_thread() -> Iterator[None]:
 @pytest.mark.parametrize("index", range(len(QWEN2_5_VL_CONFIGS)))
 def test_equals_the_reference(index: int, tmp_path: Path, processes: dict[str, WorkerProcess]) -> None:
     folder = make_qwen2_5_vl(tmp_path, seed=100 + index, **QWEN2_5_VL_CONFIGS[index])
-    cases = _cases(folder, index)
+    _check_equal(folder, reference(folder), index, processes)
+
+
+@pytest.mark.parametrize("index", range(len(QWEN3_VL_CONFIGS)))
+def test_deepstack_equals_the_reference(index: int, tmp_path: Path, processes: dict[str, WorkerProcess]) -> None:
+    """Every media row consists of several planes; in a block they arrive together, whatever the block's size."""
+    folder = make_qwen3_vl(tmp_path, seed=200 + index, **QWEN3_VL_CONFIGS[index])
+    _check_equal(folder, qwen3_vl_reference(folder), index, processes)
+
+
+def _check_equal(folder: Path, model: Any, index: int, processes: dict[str, WorkerProcess]) -> None:
+    cases = _cases(folder, model, index)
     assert len({tuple(case.tokens) for case in cases}) > 1, "prompts must matter to the model"
     for default_tokens, block_size in _pairs_of(index):
         transfer = {"block_size": block_size, "default_allocate_tokens": default_tokens}

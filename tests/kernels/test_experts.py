@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.dispatch import Path, forced
-from kernels.experts import combine_experts, group_by_expert, grouped_matmul, route
+from kernels.experts import combine_experts, group_by_expert, grouped_matmul, route, route_grouped
 from tests.kernels.paths import paths
 from tests.profiles import IS_SOAK
 from tests.tolerances import assert_matches
@@ -51,6 +51,46 @@ def test_routing_and_grouping(
             assert int(groups.offsets[expert]) <= place < int(groups.offsets[expert + 1])
     assert sorted(groups.places.flatten().tolist()) == list(range(tokens * top_k))
     assert groups.offsets[[0, -1]].tolist() == [0, tokens * top_k]
+
+
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
+@given(
+    tokens=st.integers(0, 9),
+    groups=st.sampled_from([(1, 1, 5), (2, 1, 3), (4, 2, 2), (3, 3, 4)]),  # how many, kept, of how many experts
+    top_k=st.integers(1, 4),
+    normalise=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_routing_within_groups(
+    tokens: int, groups: tuple[int, int, int], top_k: int, normalise: bool, seed: int
+) -> None:
+    num_groups, kept, size = groups
+    top_k = min(top_k, kept * size)
+    logits = (_draw(seed, tokens, num_groups * size, dtype=torch.float32) * 2).round()  # with ties
+    bias = (_draw(seed + 1, num_groups * size, dtype=torch.float32) * 4).round() / 4
+    weights, chosen = route_grouped(
+        logits, bias, top_k, normalise=normalise, num_groups=num_groups, groups_kept=kept, scale=2.5
+    )
+    scores = torch.sigmoid(logits)
+    for t in range(tokens):
+        wanted = (scores[t] + bias).tolist()
+        of_group = [sorted(wanted[g * size : (g + 1) * size], reverse=True) for g in range(num_groups)]
+        totals = [float(torch.tensor(best[:2]).sum()) for best in of_group]
+        open_groups = sorted(range(num_groups), key=lambda g: (-totals[g], g))[:kept]
+        candidates = [e for e in range(num_groups * size) if e // size in open_groups]
+        ranked = sorted(candidates, key=lambda e: (-wanted[e], e))[:top_k]
+        assert chosen[t].tolist() == ranked
+        expected = torch.tensor([float(scores[t, e]) for e in ranked], dtype=torch.float64)
+        assert_matches(weights[t], 2.5 * (expected / expected.sum() if normalise else expected))
+
+
+def test_groups_that_do_not_fit_are_refused() -> None:
+    for num_groups, kept, top_k in [(3, 1, 1), (8, 1, 1), (4, 5, 1), (4, 1, 3), (4, 1, 0)]:
+        with pytest.raises(ValueError, match="route_grouped"):
+            route_grouped(
+                torch.zeros(1, 8), torch.zeros(8), top_k, normalise=True, num_groups=num_groups, groups_kept=kept,
+                scale=1.0,
+            )  # fmt: skip
 
 
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True)

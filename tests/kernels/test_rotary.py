@@ -77,6 +77,22 @@ def test_mrope_sections_follow_their_row(
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
+    positions=st.lists(st.tuples(*[st.integers(0, 300)] * 3), min_size=1, max_size=9),
+    sections=st.lists(st.integers(0, 9), min_size=3, max_size=3).filter(any),
+)
+def test_interleaved_mrope_sections_take_turns(positions: list[tuple[int, int, int]], sections: list[int]) -> None:
+    """Frequency i is the height's or the width's in its turn, as long as their sections last; else it is time's."""
+    half, theta = sum(sections), 1e6
+    row_of = [i % 3 if i < 3 * sections[i % 3] else 0 for i in range(half)]
+    angles = torch.tensor([[p[row_of[i]] * _frequency(i, 2 * half, theta) for i in range(half)] for p in positions])
+    frequencies = inverse_frequencies(2 * half, theta)
+    cos, sin = mrope_cos_sin(torch.tensor(positions).T, frequencies, sections, interleaved=True)
+    torch.testing.assert_close(cos, angles.cos(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(sin, angles.sin(), rtol=0, atol=1e-4)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
     positions=st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), min_size=1, max_size=9),
     quarter=st.integers(1, 20),
     path=with_native,

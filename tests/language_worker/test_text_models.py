@@ -1,4 +1,7 @@
-"""Llama, Qwen2 and Qwen3 against transformers on random tiny checkpoints: logits, greedy tokens, rotary scaling."""
+"""Text decoders, dense and with experts, against transformers on random tiny checkpoints.
+
+Logits, greedy tokens, rotary scaling.
+"""
 
 import dataclasses
 import json
@@ -46,6 +49,20 @@ SCALINGS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 CASES = [(family, shape) for family in ("llama", "qwen2", "qwen3") for shape in SHAPES]
+CASES += [
+    ("mixtral", {}),
+    ("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 1, "num_hidden_layers": 3}),
+    ("mixtral", {"num_local_experts": 3, "num_experts_per_tok": 3, "tie_word_embeddings": True}),
+    ("qwen2_moe", {}),
+    ("qwen2_moe", {"norm_topk_prob": True, "num_experts_per_tok": 1, "decoder_sparse_step": 2}),
+    ("qwen2_moe", {"mlp_only_layers": [0, 2], "num_hidden_layers": 3, "num_experts": 16, "num_experts_per_tok": 4}),
+    ("dots1", {}),
+    ("dots1", {"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "routed_scaling_factor": 1.0}),
+    ("dots1", {"n_group": 2, "topk_group": 1, "num_experts_per_tok": 4, "first_k_dense_replace": 0}),
+    ("qwen3_moe", {}),
+    ("qwen3_moe", {"norm_topk_prob": False, "num_experts": 12, "num_experts_per_tok": 8, "head_dim": 24}),
+    ("qwen3_moe", {"mlp_only_layers": [1], "tie_word_embeddings": True, "num_experts_per_tok": 1}),
+]
 CASES += [(family, scaling) for scaling in SCALINGS.values() for family in ("llama", "qwen3")]
 
 

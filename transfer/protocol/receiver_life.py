@@ -180,7 +180,7 @@ class ReceiverLife:
     def due(self) -> float:
         """When `tick` next has something to do, if nothing happens before."""
         timers, facts, state = self.timers, self.facts, self.facts.state
-        if self._owes_ack():
+        if self._has_news():
             return 0.0
         if state is ReceiverState.REGISTERED:
             due = self._progressed + timers.stream_timeout_s
@@ -218,7 +218,7 @@ class ReceiverLife:
         if not self._sender_owes() and now - self._progressed >= timers.admit_timeout_s:
             waited = f"the stream was neither granted blocks nor admitted for {timers.admit_timeout_s:g} s"
             return self.fail(StreamTimeout(f"{waited} (state {state.value})"))
-        return [Send(self._ack())] if self._owes_ack() else []
+        return [Send(self._ack())] if self._has_news() else []
 
     # -- helpers --------------------------------------------------------------------------------------------------
 
@@ -253,8 +253,11 @@ class ReceiverLife:
             self._late_serial = serial
             self._turn_s = min(2 * self._turn_s, self.timers.idle_timeout_s)
 
-    def _owes_ack(self) -> bool:
-        """Not before this epoch's announcement came: its sender takes the first Ack for the answer to that."""
+    def _has_news(self) -> bool:
+        """Whether more is stored than the sender was told.
+
+        Not before this epoch's announcement came: its sender takes the first Ack for the answer to that.
+        """
         return self.facts.is_announced and self._acked < self.window.next_index
 
     def _sender_owes(self) -> bool:
@@ -271,6 +274,8 @@ class ReceiverLife:
         Of the last blocks of an admitted stream the Close says the same.
         """
         window = self.window
+        if not self._has_news():
+            return False
         if window.next_index >= self.num_blocks and self.facts.state is ReceiverState.ADMITTED:
             return False
         return window.next_index >= window.num_granted or 2 * (window.next_index - self._acked) >= self.credit

@@ -1,0 +1,169 @@
+"""A plain vision transformer over one square image: SigLIP's, or CLIP's with its class token.
+
+    patches + positions -> layers of (norm, attention, norm, MLP) -> features of every patch
+
+SigLIP's features are behind its last norm; CLIP has a norm in front, and its features are those of the last layer,
+without the class token's. Knows no model that it is a part of.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from kernels.activation import gelu, gelu_sigmoid, gelu_tanh
+from kernels.norm import layer_norm
+from kernels.varlen_attention import Segments, varlen_attention
+from transfer.checkpoint_rules import Rule
+
+UNUSED = (
+    r"(?:vision_encoder\.)?(?:vision_model\.)?(?:head\..*|embeddings\.position_ids)",
+    r"(?:vision_encoder\.)?(?:text_model\..*|logit_scale|logit_bias|visual_projection\.weight|text_projection\.weight)",
+)  # parts of the published files that features do not depend on
+UNUSED_OF_CLIP = (*UNUSED, r"(?:vision_encoder\.)?(?:vision_model\.)?post_layernorm\..*")
+ACTIVATIONS = {"gelu_pytorch_tanh": gelu_tanh, "quick_gelu": gelu_sigmoid, "gelu": gelu}
+CLIP_DEFAULTS = {"patch_size": 32, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu"}
+SIGLIP_DEFAULTS = {"patch_size": 16, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"}
+KINDS = {"siglip_vision_model": False, "siglip": False, "clip_vision_model": True, "clip": True}  # is it CLIP's
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EncoderConfig:
+    """The config.json of the encoder's folder. is_clip: with a class token, a norm in front, and none used behind."""
+
+    is_clip: bool
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    image_size: int
+    patch_size: int
+    eps: float
+    activation: str
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> EncoderConfig:
+        """Raises ValueError naming what is missing or unusable."""
+        kind = config.get("model_type")
+        if kind not in KINDS:
+            raise ValueError(f"the vision encoder is {kind!r}; served are {', '.join(KINDS)}")
+        vision = {**(CLIP_DEFAULTS if KINDS[kind] else SIGLIP_DEFAULTS), **(config.get("vision_config") or config)}
+        sizes = {
+            "depth": "num_hidden_layers", "hidden_size": "hidden_size", "intermediate_size": "intermediate_size",
+            "num_heads": "num_attention_heads", "image_size": "image_size", "patch_size": "patch_size",
+        }  # fmt: skip
+        defaults = {"num_hidden_layers": 12, "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+        values = {field: vision.get(name, defaults.get(name, 224)) for field, name in sizes.items()}
+        if wrong := [name for field, name in sizes.items() if type(values[field]) is not int or values[field] < 1]:
+            raise ValueError(f"the vision encoder's config.json needs positive integers for {', '.join(wrong)}")
+        if vision["hidden_act"] not in ACTIVATIONS or vision.get("num_channels", 3) != 3:
+            raise ValueError(
+                f"the vision encoder has {vision.get('num_channels', 3)} channels and hidden_act "
+                f"{vision['hidden_act']!r}; served are 3 and {', '.join(ACTIVATIONS)}"
+            )
+        if values["hidden_size"] % values["num_heads"] or values["image_size"] % values["patch_size"]:
+            raise ValueError(f"the vision encoder's sizes do not divide: {values}")
+        eps = float(vision["layer_norm_eps"])
+        return cls(is_clip=KINDS[kind], eps=eps, activation=vision["hidden_act"], **values)
+
+    @property
+    def side(self) -> int:
+        """Patches along one side of an image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def patch_dim(self) -> int:
+        return 3 * self.patch_size**2
+
+
+def encoder_rules(config: EncoderConfig) -> list[Rule]:
+    """Where the encoder's published tensors go; `vision_model.` in front of them is optional."""
+    prefix, width = r"(?:vision_encoder\.)?(?:vision_model\.)?", config.hidden_size
+    layer = prefix + r"encoder\.layers\.(\d+)\."
+    rules = [
+        Rule(
+            pattern=prefix + r"embeddings\.patch_embedding\.weight",
+            target="patch_embed.weight",
+            transform=lambda weight: weight.flatten(1),
+        ),
+        Rule(pattern=prefix + r"embeddings\.position_embedding\.weight", target="positions"),
+        Rule(pattern=layer + r"layer_norm1\.(weight|bias)", target=r"layers.\1.norm1.\2"),
+        Rule(pattern=layer + r"layer_norm2\.(weight|bias)", target=r"layers.\1.norm2.\2"),
+        Rule(pattern=layer + r"self_attn\.out_proj\.(weight|bias)", target=r"layers.\1.out.\2"),
+        Rule(pattern=layer + r"mlp\.(fc1|fc2)\.(weight|bias)", target=r"layers.\1.\2.\3"),
+    ]
+    for i, name in enumerate("qkv"):
+        rows = (i * width, (i + 1) * width)
+        rules.append(
+            Rule(pattern=layer + rf"self_attn\.{name}_proj\.(weight|bias)", target=r"layers.\1.qkv.\2", rows=rows)
+        )
+    if config.is_clip:
+        rules.append(Rule(pattern=prefix + r"embeddings\.class_embedding", target="class_token"))
+        rules.append(Rule(pattern=prefix + r"pre_layrnorm\.(weight|bias)", target=r"first_norm.\1"))
+    else:
+        rules.append(Rule(pattern=prefix + r"embeddings\.patch_embedding\.bias", target="patch_embed.bias"))
+        rules.append(Rule(pattern=prefix + r"post_layernorm\.(weight|bias)", target=r"last_norm.\1"))
+    return rules
+
+
+def encoder_shapes(config: EncoderConfig) -> dict[str, tuple[int, ...]]:
+    """Every destination and its shape."""
+    width, inner = config.hidden_size, config.intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "patch_embed.weight": (width, config.patch_dim),
+        "positions": (config.side**2 + config.is_clip, width),
+    }
+    shapes |= {"class_token": (width,)} if config.is_clip else {"patch_embed.bias": (width,)}
+    norms = ["first_norm" if config.is_clip else "last_norm"]
+    for i in range(config.depth):
+        norms += [f"layers.{i}.norm1", f"layers.{i}.norm2"]
+        linears = {"qkv": (3 * width, width), "out": (width, width), "fc1": (inner, width), "fc2": (width, inner)}
+        for name, shape in linears.items():
+            shapes |= {f"layers.{i}.{name}.weight": shape, f"layers.{i}.{name}.bias": shape[:1]}
+    return shapes | {f"{norm}.{part}": (width,) for norm in norms for part in ("weight", "bias")}
+
+
+class Encoder:
+    """The loaded transformer; weights by the names of `encoder_shapes`."""
+
+    def __init__(self, config: EncoderConfig, weights: Mapping[str, torch.Tensor]) -> None:
+        self.config = config
+        self._weights = weights
+
+    def features(self, patches: torch.Tensor) -> torch.Tensor:
+        """patches [images * side^2, patch_dim] of any dtype and device -> features [images * side^2, hidden]."""
+        config, weights, num_patches = self.config, self._weights, self.config.side**2
+        embed = weights["patch_embed.weight"]
+        embedded = F.linear(patches.to(embed.device, embed.dtype), embed, weights.get("patch_embed.bias"))
+        stream = embedded.view(-1, num_patches, config.hidden_size)
+        num_images = stream.shape[0]
+        if config.is_clip:
+            stream = torch.cat((weights["class_token"].expand(num_images, 1, -1), stream), dim=1)
+        stream = (stream + weights["positions"]).flatten(0, 1)
+        if config.is_clip:
+            stream = self._norm("first_norm", stream)
+        segments = Segments.from_lengths([num_patches + config.is_clip] * num_images)
+        for i in range(config.depth):
+            self._layer(f"layers.{i}.", stream, segments)
+        if config.is_clip:
+            return stream.view(num_images, num_patches + 1, -1)[:, 1:].flatten(0, 1)
+        return self._norm("last_norm", stream)
+
+    def _layer(self, name: str, stream: torch.Tensor, segments: Segments) -> None:
+        """One layer, added into `stream` [N, width] in place."""
+        config = self.config
+        qkv = self._linear(name + "qkv", self._norm(name + "norm1", stream))
+        query, key, value = qkv.view(-1, 3, config.num_heads, config.hidden_size // config.num_heads).unbind(1)
+        stream.add_(self._linear(name + "out", varlen_attention(query, key, value, segments).flatten(1)))
+        inner = self._linear(name + "fc1", self._norm(name + "norm2", stream))
+        stream.add_(self._linear(name + "fc2", ACTIVATIONS[config.activation](inner)))
+
+    def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self._weights[name + ".weight"], self._weights[name + ".bias"])
+
+    def _norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return layer_norm(x, self._weights[name + ".weight"], self._weights[name + ".bias"], self.config.eps)

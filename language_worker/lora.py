@@ -1,0 +1,149 @@
+"""Low-rank adapters merged into a checkpoint while it loads: W + scale * B A, in float32, rounded once.
+
+Two layouts: MiniMind's own (`lora_*.pth`: `<module>.lora.A.weight`, `<module>.lora.B.weight`, scale 1) and PEFT's
+folders (adapter_config.json beside adapter_model.safetensors or .bin: `base_model.model.<module>.lora_A.weight`, ...,
+scale alpha / r). Strict: every tensor of an adapter has a partner and a weight that it fits; the model must read that
+weight.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transfer.checkpoint import Checkpoint, CheckpointError
+from transfer.checkpoint_rules import StoredTensor
+from transfer.checkpoint_torch import load_state
+
+PEFT_CONFIG = "adapter_config.json"
+_NATIVE = re.compile(r"(?P<module>.+)\.lora\.(?P<side>[AB])\.weight")
+_PEFT = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adapter:
+    """Matrices of each changed weight by its name: (A [r, in], B [out, r]); what B A is multiplied by."""
+
+    path: Path
+    matrices: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    scale: float
+
+    @classmethod
+    def open(cls, path: str | Path) -> Adapter:
+        """From a file, or from a folder that holds one. Raises CheckpointError naming all that is wrong."""
+        path = Path(path).expanduser()
+        if (path / PEFT_CONFIG).is_file():
+            return cls._paired(path, _peft_tensors(path), _PEFT, _peft_scale(path))
+        files = [path] if path.is_file() else sorted(path.glob("lora_*.pth"))
+        if len(files) != 1:
+            wanted = f"one lora_*.pth, or {PEFT_CONFIG}, is wanted there; found: {[file.name for file in files]}"
+            raise CheckpointError(str(path), (wanted,))
+        return cls._paired(path, _read(path, files[0]), _NATIVE, 1.0)
+
+    @classmethod
+    def _paired(
+        cls, path: Path, tensors: Mapping[str, torch.Tensor], pattern: re.Pattern[str], scale: float
+    ) -> Adapter:
+        sides: dict[str, dict[str, torch.Tensor]] = {}
+        problems = []
+        for name, tensor in tensors.items():
+            match = pattern.fullmatch(name)
+            if match is None:
+                problems.append(f"unexpected: {name} (no part of a low-rank adapter)")
+            else:
+                sides.setdefault(match["module"] + ".weight", {})[match["side"]] = tensor
+        problems += [f"missing: the other half of {name}'s adapter" for name, pair in sides.items() if len(pair) < 2]
+        if not sides:
+            problems.append("it holds no adapter")
+        if problems:
+            raise CheckpointError(str(path), tuple(problems))
+        return cls(path=path, matrices={name: (pair["A"], pair["B"]) for name, pair in sides.items()}, scale=scale)
+
+    def problems(self, stored: Mapping[str, StoredTensor]) -> list[str]:
+        """Why it does not fit a checkpoint's tensors."""
+        found = []
+        for name, (down, up) in self.matrices.items():
+            made = (up.shape[0], down.shape[-1]) if down.dim() == up.dim() == 2 else None
+            if name not in stored:
+                found.append(f"the adapter changes {name}, which the checkpoint does not hold")
+            elif made is None or up.shape[1] != down.shape[0] or made != stored[name].shape:
+                found.append(
+                    f"wrong shape: the adapter of {name} is {tuple(up.shape)} times {tuple(down.shape)}, the weight is "
+                    f"{stored[name].shape}"
+                )
+        return found
+
+    def merged(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """The weight as changed; in float32 where it is."""
+        if name not in self.matrices:
+            return weight
+        down, up = self.matrices[name]
+        return torch.addmm(weight.float(), up.float(), down.float(), alpha=self.scale)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdaptedCheckpoint(Checkpoint):
+    """A checkpoint whose weights come out changed. used: those that were read so far."""
+
+    adapter: Adapter
+    used: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, path: str | Path) -> AdaptedCheckpoint:
+        """Raises CheckpointError when the adapter cannot be read or does not fit."""
+        adapter = Adapter.open(path)
+        if problems := adapter.problems(checkpoint.tensors):
+            raise CheckpointError(str(adapter.path), tuple(problems))
+        return cls(folder=checkpoint.folder, tensors=checkpoint.tensors, inferred=checkpoint.inferred, adapter=adapter)
+
+    def stream(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in Checkpoint.stream(self, names):
+            self.used.add(name)
+            yield name, self.adapter.merged(name, tensor)
+
+    def require_used(self) -> None:
+        """Raises CheckpointError when the model, now loaded, has left out a weight that the adapter changes."""
+        if left := sorted(self.adapter.matrices.keys() - self.used):
+            problems = tuple(f"the adapter changes {name}, which the language half does not read" for name in left)
+            raise CheckpointError(str(self.adapter.path), problems)
+
+
+def _read(folder: Path, file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_state(file)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(folder), (str(error),)) from error
+
+
+def _peft_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    if (folder / "adapter_model.bin").is_file():
+        return _read(folder, folder / "adapter_model.bin")
+    opened = Checkpoint.open_file(folder / "adapter_model.safetensors")
+    return dict(opened.stream(list(opened.tensors)))
+
+
+def _peft_scale(folder: Path) -> float:
+    """Raises CheckpointError for what would change the numbers in another way."""
+    try:
+        config: Any = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(folder), (f"{PEFT_CONFIG} is not readable JSON: {error}",)) from error
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    wrong = [name for name in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern") if config.get(name)]
+    if config.get("bias", "none") != "none":
+        wrong.append("bias")
+    if config.get("peft_type", "LORA") != "LORA" or wrong:
+        what = ", ".join(wrong) or f"peft_type {config.get('peft_type')!r}"
+        raise CheckpointError(str(folder), (f"{PEFT_CONFIG} asks for {what}, which is not served",))
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
+        raise CheckpointError(
+            str(folder), (f"{PEFT_CONFIG} has r {rank!r} and lora_alpha {alpha!r}; numbers are needed",)
+        )
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
