@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from language_worker.models import layers
+from language_worker.models import feed_forward
 from tests.language_worker.helpers import SamplingParams, drive, make_engine, prompt, request
 from tests.tiny_models import make_qwen2_5_vl
 
@@ -19,13 +19,13 @@ LAYERS = 3
 def rows_of_mlps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows each MLP saw, in order."""
     seen: list[int] = []
-    swiglu = layers.swiglu
+    swiglu = feed_forward.swiglu
 
     def recording(gate_up: torch.Tensor) -> torch.Tensor:
         seen.append(gate_up.shape[0])
         return swiglu(gate_up)
 
-    monkeypatch.setattr(layers, "swiglu", recording)
+    monkeypatch.setattr(feed_forward, "swiglu", recording)
     return seen
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from language_worker.config import EngineConfig
 from language_worker.engine import Engine
 from language_worker.engine_builder import check_model
 from language_worker.errors import InvalidRequest, ModelNotSupported
+from language_worker.models import feed_forward, layers
 from language_worker.models.decoder import Decoder
-from language_worker.models.layers import MATRICES
 from tests.language_worker.helpers import drive, make_engine, prompt, request
 from tests.tiny_models import make_qwen2_5_vl
 from tests.tiny_text_models import make_text_model
@@ -26,27 +27,32 @@ def _decoder(engine: Engine) -> Decoder:
     return model
 
 
+def _weights(engine: Engine) -> dict[str, Any]:
+    """The matrices of all blocks, of attention and of the MLP."""
+    parts = [(f"{i}", b) for i, b in enumerate(_decoder(engine).blocks)]
+    parts += [(f"{i}.mlp", b.mlp) for i, b in enumerate(_decoder(engine).blocks)]
+    return {
+        f"{at}.{name}": getattr(part, name)
+        for at, part in parts
+        for name in (feed_forward.MATRICES if at.endswith("mlp") else layers.MATRICES)
+    }
+
+
 def _matrices(engine: Engine) -> dict[str, QuantisedMatrix]:
-    found = {}
-    for i, block in enumerate(_decoder(engine).blocks):
-        for name in MATRICES:
-            matrix = getattr(block, name)
-            assert isinstance(matrix, QuantisedMatrix)
-            found[f"{i}.{name}"] = matrix
+    found = _weights(engine)
+    assert all(isinstance(matrix, QuantisedMatrix) for matrix in found.values())
     return found
 
 
 @torch.inference_mode()
 def _round_like(plain: Engine, method: Quantization) -> None:
     """Replace a plain engine's matrices by what is left of them after quantisation, rounded here in float64."""
-    for block in _decoder(plain).blocks:
-        for name in MATRICES:
-            weight = getattr(block, name)
-            size = next(s for s in (128, 64, 32) if weight.shape[1] % s == 0) if method == "int4" else weight.shape[1]
-            levels = 7 if method == "int4" else 127
-            groups = weight.double().unflatten(1, (-1, size))
-            steps = groups.abs().amax(-1, keepdim=True) / levels
-            weight.copy_(((groups / steps).round() * steps).flatten(1))
+    for weight in _weights(plain).values():
+        size = next(s for s in (128, 64, 32) if weight.shape[1] % s == 0) if method == "int4" else weight.shape[1]
+        levels = 7 if method == "int4" else 127
+        groups = weight.double().unflatten(1, (-1, size))
+        steps = groups.abs().amax(-1, keepdim=True) / levels
+        weight.copy_(((groups / steps).round() * steps).flatten(1))
 
 
 @pytest.mark.parametrize("method", ["int8", "int4"])
@@ -85,7 +91,7 @@ def test_logits_stay_near_those_of_the_full_weights(
 def test_matrices_take_their_share_of_bfloat16(method: Quantization, share: float, tmp_path: Path) -> None:
     folder = make_qwen2_5_vl(tmp_path, hidden_size=128, intermediate_size=256)
     plain, quantised = make_engine(folder, dtype="bfloat16"), make_engine(folder, dtype="bfloat16", quantization=method)
-    full = sum(2 * getattr(b, name).numel() for b in _decoder(plain).blocks for name in MATRICES)
+    full = sum(2 * weight.numel() for weight in _weights(plain).values())
     held = sum(matrix.num_bytes for matrix in _matrices(quantised).values())
     assert share < held / full < share * 1.15  # the scales
 
