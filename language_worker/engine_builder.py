@@ -110,6 +110,10 @@ def _load_draft_model(
     checkpoint = Checkpoint.open(config.draft_model)
     with torch.inference_mode():
         model = resolve_model(checkpoint.config()).load(checkpoint, dtype=dtype, device=device)
+    if model.spec.needs_previous_ids:
+        raise ModelNotSupported(
+            f"draft model {config.draft_model} reads the token before each of its own, which drafts cannot offer"
+        )
     if model.spec.vocab_size < tokenizer.vocab_size:
         raise ModelNotSupported(
             f"draft model {config.draft_model} knows {model.spec.vocab_size} token ids of {tokenizer.vocab_size}"
@@ -161,7 +165,8 @@ def resolve_cache(
 
     draft: of the draft model, whose cache has as many pages and comes out of the same budget.
     """
-    wanted_len = min(config.max_model_len or spec.max_position_embeddings, spec.max_position_embeddings)
+    default_len = spec.default_model_len or spec.max_position_embeddings
+    wanted_len = min(config.max_model_len or default_len, spec.max_position_embeddings)
     if config.max_model_len > spec.max_position_embeddings:
         raise ModelNotSupported(
             f"max_model_len {config.max_model_len} exceeds the checkpoint's {spec.max_position_embeddings} positions"

@@ -70,6 +70,7 @@ class ModelRunner:
         """Run one non-empty plan. KV of every window is written; provisional positions too."""
         windows = plan.windows
         rows, sampling, sample_rows, slices = _logit_rows(windows)
+        needs_previous = self.model.spec.needs_previous_ids
         inputs = StepInputs(
             token_ids=torch.tensor(_token_ids(windows)).to(self.device),
             positions=self._positions(windows).to(self.device),
@@ -77,6 +78,7 @@ class ModelRunner:
             attention=self._attention(windows),
             media=self._media(windows),
             logit_rows=None if rows is None else torch.tensor(rows, dtype=torch.int64).to(self.device),
+            previous_ids=torch.tensor(_previous_ids(windows)).to(self.device) if needs_previous else None,
         )
         logits = self._forward(inputs)
         return StepLogits(logits=logits, sampling=sampling, sample_rows=sample_rows, prompt_slices=slices)
@@ -88,7 +90,15 @@ class ModelRunner:
         attention = AttentionBatch(page_table=one[:, None], query_lens=[1], kv_lens=[1], query_start=[0])
         token = one.to(self.device)
         self._forward(
-            StepInputs(token_ids=token, positions=token, slots=token, attention=attention, media=(), logit_rows=None)
+            StepInputs(
+                token_ids=token,
+                positions=token,
+                slots=token,
+                attention=attention,
+                media=(),
+                logit_rows=None,
+                previous_ids=token - 1,
+            )
         )
 
     def _forward(self, inputs: StepInputs) -> torch.Tensor:
@@ -156,6 +166,15 @@ def _token_ids(windows: tuple[Window, ...]) -> list[int]:
     for w in windows:
         ids += w.seq.tokens[w.start : w.end]
         ids += w.drafts
+    return ids
+
+
+def _previous_ids(windows: tuple[Window, ...]) -> list[int]:
+    """The id before each token of the step in its sequence, -1 before a sequence's first."""
+    ids: list[int] = []
+    for w in windows:
+        before = w.seq.tokens[w.start - 1] if w.start else -1
+        ids += [before, *w.seq.tokens[w.start : w.end], *w.drafts][: w.length]
     return ids
 
 

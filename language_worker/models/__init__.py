@@ -8,6 +8,8 @@ from language_worker.errors import ModelNotSupported
 from language_worker.models.base import LanguageModel
 
 REGISTRY = {
+    "NanoChat": "language_worker.models.nanochat_layouts:NanoChatNative",
+    "NanoChatForCausalLM": "language_worker.models.nanochat_layouts:NanoChatHuggingFace",
     "LlamaForCausalLM": "language_worker.models.text_decoder:Llama",
     "Qwen2ForCausalLM": "language_worker.models.text_decoder:Qwen2",
     "Qwen3ForCausalLM": "language_worker.models.text_decoder:Qwen3",

@@ -31,7 +31,13 @@ class KVSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSpec:
-    """Sizes and ids the engine needs. media_token_id: the placeholder that media rows replace (None: text only)."""
+    """Sizes and ids the engine needs. media_token_id: the placeholder that media rows replace (None: text only).
+
+    default_model_len: longest sequence where nobody asks for more (0: max_position_embeddings). tool_machine: what runs
+    between the model's tokens and writes into its output (None: nothing does). needs_previous_ids: the model reads the
+    token before each query too. That is state which a sequence's own tokens give: it survives chunks, forks, prefix
+    hits and preemption, and whoever moves a sequence's pages elsewhere moves its tokens with them and nothing else.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -39,6 +45,9 @@ class ModelSpec:
     kv: KVSpec
     media_token_id: int | None
     decode_strategy: str = "autoregressive"
+    default_model_len: int = 0
+    needs_previous_ids: bool = False
+    tool_machine: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +69,8 @@ class MediaSpan:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepInputs:
     """One step: token_ids [T] int64; positions [T] or [3, T] int64; slots [T] int64; logit_rows [R] int64 or None
-    for all T rows. Sequences lie one after the other."""
+    for all T rows. Sequences lie one after the other. previous_ids: [T] int64, the id before each token in its sequence
+    and -1 before the first, for models that need them."""
 
     token_ids: torch.Tensor
     positions: torch.Tensor
@@ -68,6 +78,7 @@ class StepInputs:
     attention: AttentionBatch
     media: tuple[MediaSpan, ...]
     logit_rows: torch.Tensor | None
+    previous_ids: torch.Tensor | None = None
 
 
 class LanguageModel(ABC):
