@@ -23,11 +23,13 @@ from embedding_worker.config import EmbedConfig
 from embedding_worker.errors import EmbedError
 from language_worker.config import DTypeName, EngineConfig
 from language_worker.errors import EngineError
+from language_worker.nanochat_files import choose_folder
 from transfer.config import TransferConfig
 from transfer.endpoints.addresses import is_loopback
 from transfer.errors import TransferError
 
 MIB = 1024 * 1024
+MODEL_FILES = ("config.json", "*.pth", "*.pt")  # one of which a model folder has
 MIN_KEY_CHARS = 16  # of an API key, where the gateway listens for more than this machine
 
 
@@ -138,9 +140,9 @@ class ClusterConfig:
         """
         if not self.model.path:
             raise ConfigError("no model is named; use --model DIR or set model.path in the configuration")
-        folder = Path(self.model.path).expanduser().resolve()
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"{folder} holds no config.json; point --model at a Hugging Face checkpoint folder")
+        folder = choose_folder(Path(self.model.path).expanduser().resolve())
+        if not any(path for pattern in MODEL_FILES for path in folder.glob(pattern)):
+            raise ConfigError(f"{folder} holds no config.json; point --model at a checkpoint folder")
         model = dataclasses.replace(
             self.model, path=str(folder), served_model_name=self.model.served_model_name or folder.name
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 from cluster.chat import ChatTemplate, load_chat_template
 from cluster.errors import ConfigError, NoChatTemplate
+from language_worker.models import open_model
 from language_worker.tokenizer import Tokenizer
 
 
@@ -58,6 +59,8 @@ def _names_vision(config: dict[str, Any]) -> bool:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
+    if not (folder / "config.json").is_file() and folder.is_dir():
+        return open_model(folder).config()
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -19,7 +19,7 @@ from language_worker.drafter import Drafter
 from language_worker.engine import Engine
 from language_worker.errors import ModelNotSupported
 from language_worker.kv_cache import KVCache
-from language_worker.models import resolve_model
+from language_worker.models import open_model, resolve_model
 from language_worker.models.base import LanguageModel, ModelSpec
 from language_worker.page_pool import PagePool
 from language_worker.prefix_cache import DIGEST_BYTES, PrefixCache
@@ -31,6 +31,7 @@ from transfer.checkpoint import Checkpoint
 from transfer.checkpoint_dtype import checkpoint_dtype
 
 CPU_CACHE_BYTES = 512 << 20
+BY_DEVICE = "by device"  # what a layout says whose tensors are of several dtypes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -55,9 +56,9 @@ def build_engine(
     """
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    checkpoint = Checkpoint.open(model_path)
+    checkpoint = open_model(model_path, config.config_overrides)
     device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, checkpoint)
+    dtype = resolve_dtype(config.dtype, checkpoint, device)
     with torch.inference_mode():
         model = resolve_model(checkpoint.config()).load(checkpoint, dtype=dtype, device=device)
     tokenizer = Tokenizer(model_path)
@@ -107,7 +108,7 @@ def _load_draft_model(
         raise ModelNotSupported(
             f"draft model {config.draft_model} has another tokenizer than the model; use a smaller one of its family"
         )
-    checkpoint = Checkpoint.open(config.draft_model)
+    checkpoint = open_model(config.draft_model)
     with torch.inference_mode():
         model = resolve_model(checkpoint.config()).load(checkpoint, dtype=dtype, device=device)
     if model.spec.needs_previous_ids:
@@ -131,7 +132,7 @@ def _strategy(config: EngineConfig, spec: ModelSpec) -> DecodeStrategy:
 
 def check_model(model_path: str | Path, config: EngineConfig) -> int:
     """What `build_engine` would say of the tensors, from their headers alone; returns how many it would read."""
-    checkpoint = Checkpoint.open(model_path)
+    checkpoint = open_model(model_path, config.config_overrides)
     resolve_dtype(config.dtype, checkpoint)
     return resolve_model(checkpoint.config()).check(checkpoint)
 
@@ -149,10 +150,12 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def resolve_dtype(name: str, checkpoint: Checkpoint) -> torch.dtype:
-    """ "auto": the checkpoint's own."""
+def resolve_dtype(name: str, checkpoint: Checkpoint, device: torch.device | None = None) -> torch.dtype:
+    """ "auto": the checkpoint's own; of one that mixes several by design, bfloat16 on a GPU and float32 elsewhere."""
     if name == "auto":
         name = checkpoint_dtype(checkpoint)
+    if name == BY_DEVICE:
+        name = "bfloat16" if device is not None and device.type == "cuda" else "float32"
     if name not in DTYPES:
         raise ModelNotSupported(f"dtype {name!r} is not served; choose one of {', '.join(DTYPES)}")
     return DTYPES[name]

@@ -64,6 +64,7 @@ THIRD_PARTIES: dict[str, tuple[str, ...]] = {
         "transfer/memory/buffers.py",
         "transfer/checkpoint.py",
         "transfer/checkpoint_rules.py",
+        "transfer/checkpoint_torch.py",
         "transfer/simulation/content.py",  # the rows that simulated producers write
         "cluster/llm.py",  # logits leave as a tensor
         "cluster/cli/doctor.py",  # looks for GPUs

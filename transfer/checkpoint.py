@@ -1,4 +1,4 @@
-"""Reading safetensors checkpoints: named tensors at rest.
+"""Reading checkpoints: named tensors at rest, in safetensors files or in one file of torch.save.
 
 A `Checkpoint` lists what a folder holds, from the headers alone. `load_checkpoint` streams it into preallocated
 destinations under a model's rules, strict both ways: every source tensor is consumed exactly once or declared foreign,
@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from transfer.checkpoint_rules import Planned, Rule, StoredTensor, part, plan
+from transfer.checkpoint_torch import find_torch_files, read_torch_header, stream_torch
 from transfer.errors import TransferError
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -55,10 +56,16 @@ class LoadReport:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """A Hugging Face model folder: its tensors by name, from one safetensors file or from indexed shards."""
+    """A model folder: its tensors by name, from one safetensors file, from indexed shards, or from one torch file.
+
+    inferred: what was found out about the model otherwise, for what config.json does not say. overrides: entries that
+    the user sets against both.
+    """
 
     folder: Path
     tensors: Mapping[str, StoredTensor]
+    inferred: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:
@@ -70,17 +77,30 @@ class Checkpoint:
         if index_path.is_file():
             return cls(folder=folder, tensors=_open_shards(folder, _weight_map(folder, index_path)))
         if (folder / SINGLE_FILE).is_file():
-            problems: list[str] = []
-            tensors = {tensor.name: tensor for tensor in _read_header(folder / SINGLE_FILE, problems)}
-            if problems:
-                raise CheckpointError(str(folder), tuple(problems))
-            return cls(folder=folder, tensors=tensors)
-        wanted = f"neither {SINGLE_FILE} nor {INDEX_FILE} is there; only safetensors checkpoints are read"
-        raise CheckpointError(str(folder), (wanted,))
+            return cls._of_file(folder / SINGLE_FILE, _read_header)
+        found = find_torch_files(folder)
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found)
+            raise CheckpointError(str(folder), (f"{names}: several files of weights; leave the one to serve",))
+        if found:
+            return cls._of_file(found[0], read_torch_header)
+        wanted = f"neither {SINGLE_FILE} nor {INDEX_FILE} is there, and no pytorch_model.bin, *.pth or *.pt file"
+        raise CheckpointError(str(folder), (f"{wanted}; safetensors are preferred",))
+
+    @classmethod
+    def _of_file(cls, path: Path, read: Callable[[Path, list[str]], list[StoredTensor]]) -> Checkpoint:
+        problems: list[str] = []
+        tensors = {tensor.name: tensor for tensor in read(path, problems)}
+        if problems:
+            raise CheckpointError(str(path.parent), tuple(problems))
+        return cls(folder=path.parent, tensors=tensors)
 
     def config(self) -> dict[str, Any]:
-        """config.json as a map. Raises CheckpointError when it is missing or not a JSON object."""
-        return self.read_json("config.json")
+        """config.json as a map, over what was inferred and under the overrides. Raises CheckpointError when there is
+        nothing to override, or config.json is not a JSON object."""
+        if self.inferred and not (self.folder / "config.json").is_file():
+            return {**self.inferred, **self.overrides}
+        return {**self.inferred, **self.read_json("config.json"), **self.overrides}
 
     def read_json(self, file_name: str) -> dict[str, Any]:
         """A JSON object of the folder. Raises CheckpointError when it is missing or not a JSON object."""
@@ -91,10 +111,13 @@ class Checkpoint:
         by_file = sorted(names, key=lambda name: str(self.tensors[name].file))
         for file, group in itertools.groupby(by_file, key=lambda name: self.tensors[name].file):
             try:
+                if file.suffix != ".safetensors":
+                    yield from stream_torch(file, list(group))
+                    continue
                 with safe_open(file, framework="pt") as reader:
                     for name in group:
                         yield name, reader.get_tensor(name)
-            except (OSError, SafetensorError) as error:
+            except (OSError, ValueError, SafetensorError) as error:
                 raise CheckpointError(str(self.folder), (f"{file.name}: {error}",)) from error
 
 

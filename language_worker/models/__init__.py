@@ -1,11 +1,17 @@
-"""Model registry: Hugging Face architecture -> "module:Class", resolved on use, so that listing imports no model."""
+"""Model registry: Hugging Face architecture -> "module:Class", resolved on use, so that listing imports no model.
+
+Checkpoints that come without a config.json are described by the family whose names and shapes theirs are.
+"""
 
 import pkgutil
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from language_worker.errors import ModelNotSupported
 from language_worker.models.base import LanguageModel
+from transfer.checkpoint import Checkpoint
 
 REGISTRY = {
     "NanoChat": "language_worker.models.nanochat_layouts:NanoChatNative",
@@ -15,6 +21,24 @@ REGISTRY = {
     "Qwen3ForCausalLM": "language_worker.models.text_decoder:Qwen3",
     "Qwen2_5_VLForConditionalGeneration": "language_worker.models.qwen2_5_vl:Qwen2_5_VLText",
 }
+# Families with a layout of their own: each a function from a checkpoint to the config.json it would have, {} when it is
+# not of the family.
+NATIVE = ("language_worker.models.nanochat_layouts:infer_config",)
+
+
+def open_model(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> Checkpoint:
+    """The checkpoint of a folder, with a configuration inferred where config.json names no architecture.
+
+    overrides: entries of config.json to use instead of the checkpoint's. Raises CheckpointError, or ModelNotSupported
+    when the tensors leave something open.
+    """
+    checkpoint = replace(Checkpoint.open(folder), overrides=dict(overrides or {}))
+    if (checkpoint.folder / "config.json").is_file() and checkpoint.config().get("architectures"):
+        return checkpoint
+    for place in NATIVE:
+        if inferred := pkgutil.resolve_name(place)(checkpoint):
+            return replace(checkpoint, inferred=inferred)
+    return checkpoint
 
 
 def resolve_model(config: Mapping[str, Any]) -> type[LanguageModel]:

@@ -101,9 +101,8 @@ def detect_generation(shapes: Shapes) -> int:
         if widths == {generation.gate_width} and bool(smear) == bool(generation.smear_width):
             return number
     gates = f"the gates of value embeddings (ve_gate) read {', '.join(map(str, sorted(widths)))} channels"
-    raise _ambiguous(
-        f"{gates}, {'with' if smear else 'without'} a smear gate; known are 32 without, 12 with and without"
-    )
+    beside = "beside" if smear else "without"
+    raise _ambiguous(f"{gates}, {beside} a smear gate; known are 32 without it, and 12 with and without it")
 
 
 def _ambiguous(what: str) -> ModelNotSupported:

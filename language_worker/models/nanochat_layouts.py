@@ -30,8 +30,8 @@ VOCAB_MULTIPLE = 64
 _LAYER = r"transformer\.h\.(\d+)\."
 
 CAP_WARNING = (
-    "the logits' soft cap is taken to be 15; nanochat had 20 from 3 to 9 March 2026: if %s was trained in that week, set "
-    "config_overrides: {final_logit_softcapping: 20} (greedy tokens are the same either way)"
+    "the logits' soft cap is taken to be 15; nanochat had 20 from 3 to 9 March 2026: if %s was trained in that week, "
+    "set config_overrides: {final_logit_softcapping: 20} (greedy tokens are the same either way)"
 )
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def infer_config(checkpoint: Checkpoint) -> dict[str, Any]:
     Raises CheckpointError when its meta file is missing, ModelNotSupported when it says too little.
     """
     first = checkpoint.tensors.get("transformer.h.0.attn.c_q.weight")
-    if first is None or "transformer.wte.weight" not in checkpoint.tensors:
+    if first is None:
         return {}
     meta_name = first.file.name.replace("model", "meta", 1).removesuffix(".pt") + ".json"
     sizes = checkpoint.read_json(meta_name).get("model_config")
@@ -194,9 +194,9 @@ def _cap(config: Mapping[str, Any]) -> float | None:
 
 def _padded_vocab(checkpoint: Checkpoint, vocab_size: int) -> int:
     """Rows of the embedding: the vocabulary, since December 2025 rounded up to a multiple of 64."""
-    stored = checkpoint.tensors["transformer.wte.weight"].shape
+    stored = checkpoint.tensors.get("transformer.wte.weight")
     padded = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-    return padded if stored and stored[0] == padded else vocab_size
+    return padded if stored is not None and stored.shape[:1] == (padded,) else vocab_size
 
 
 def _qkv_rules(shape: NanoChatShape, pattern: str) -> list[Rule]:
