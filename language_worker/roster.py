@@ -32,6 +32,7 @@ from language_worker.outputs import MediaAdmitted, Output
 from language_worker.request import MediaSpan
 from language_worker.scheduler import Scheduler
 from language_worker.tokenizer import Tokenizer
+from language_worker.tools.machine import find_toolbox
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class Roster:
         self._model = model
         self._spec = model.spec
         self._tokenizer = tokenizer
+        self._toolbox = find_toolbox(model.spec.tool_machine, tokenizer)
         self._scheduler = scheduler
         self._limits = limits
         self._dtype = dtype
@@ -230,7 +232,11 @@ class Roster:
         grids = [(start, item.grid) for start, item in zip(active.starts, items, strict=True)]
         positions = self._model.prompt_positions(len(active.prompt), grids)
         first = active.build_samples(
-            self._tokenizer, positions, max_model_len=self._limits.max_model_len, vocab_size=self._spec.vocab_size
+            self._tokenizer,
+            positions,
+            max_model_len=self._limits.max_model_len,
+            vocab_size=self._spec.vocab_size,
+            toolbox=self._toolbox,
         )
         self._scheduler.add(first)
         if not active.is_counted:

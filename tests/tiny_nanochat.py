@@ -184,6 +184,23 @@ def native_tensors(generation: int, config: Mapping[str, Any], *, seed: int, pad
     return tensors
 
 
+def make_scripted_nanochat(base: Path, followers: Mapping[int, Sequence[int]]) -> Path:
+    """A generation-0 checkpoint that has learnt one thing: which tokens may follow each, all equally likely.
+
+    At most 64 tokens have followers; its layers add nothing, so that the head sees the token itself.
+    """
+    config = {**SIZES, "n_embd": 64, "n_layer": 2, "sequence_len": 512}
+    folder = make_native_nanochat(base, 0, **config)
+    tensors = {name: torch.zeros_like(t) for name, t in native_tensors(0, config, seed=0, padded=True).items()}
+    for place, (token, nexts) in enumerate(followers.items()):
+        tensors["transformer.wte.weight"][token, place] = 1.0
+        for follower in nexts:
+            tensors["lm_head.weight"][follower, place] = 20.0
+    torch.save(tensors, folder / "model_000007.pt")
+    (folder / "meta_000007.json").write_text(json.dumps({"model_config": config}), encoding="utf-8")
+    return folder
+
+
 def native_logits(
     generation: int,
     config: Mapping[str, Any],

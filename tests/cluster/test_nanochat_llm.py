@@ -33,7 +33,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
 
 def test_a_text_begins_as_documents_did(llm: LLM) -> None:
     (answer,) = llm.generate("Hello there", SamplingParams(max_tokens=5, temperature=0, ignore_eos=True))
-    assert answer.prompt_token_ids == [BOS, *llm._info.tokenizer.encode("Hello there")]
+    assert answer.prompt_token_ids == [BOS, *llm.tokenizer.encode("Hello there")]
     assert len(answer.outputs[0].token_ids) == 5
 
 
@@ -45,7 +45,7 @@ def test_a_conversation_is_rendered_as_nanochat_does(llm: LLM) -> None:
         {"role": "user", "content": [{"type": "text", "text": "again"}]},
     ]
     (answer,) = llm.chat(messages, SamplingParams(max_tokens=1))
-    encode = llm._info.tokenizer.encode
+    encode = llm.tokenizer.encode
     assert answer.prompt_token_ids == [
         BOS, USER, *encode("Be brief.\n\nHello <|bos|>"), USER_END, ASSISTANT, *encode("hello"), ASSISTANT_END,
         USER, *encode("again"), USER_END, ASSISTANT,
