@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -30,7 +31,7 @@ def _script() -> dict[int, list[int]]:
     """The answer `is <an expression>: yes`, whatever is asked."""
     before = list(_path(ANSWER_START, "is", PYTHON, "12+3/4", PYTHON_END))
     after = list(_path(OUTPUT_END, ": ye", END))
-    return {token: [follower] for path in (before, after) for token, follower in zip(path, path[1:], strict=False)}
+    return {token: [follower] for path in (before, after) for token, follower in itertools.pairwise(path)}
 
 
 @pytest.fixture(scope="module")
