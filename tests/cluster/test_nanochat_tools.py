@@ -102,6 +102,20 @@ def test_forced_tokens_count_and_are_cut_like_any_other(llm: LLM) -> None:
     assert output.logprobs is not None and [entry.token_id for entry in output.logprobs] == output.token_ids
 
 
+@pytest.mark.parametrize("result", [[OUTPUT, *_bytes("46"), OUTPUT_END], [OUTPUT, *_bytes("99"), OUTPUT_END]])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_drafts_go_through_an_expression_and_its_result(llm: LLM, result: list[int], temperature: float) -> None:
+    """The prompt has the answer already, with a right or a wrong result, for who looks ahead to copy."""
+    prompt = [BOS, START, *TOOL, *result, *AFTER[1:], BOS, START]
+    before = llm.stats()["language-0"]["spec_decode_num_accepted_tokens_total"]
+    for _ in range(2):
+        (answer,) = llm.generate([prompt], SamplingParams(temperature=temperature, seed=1, n=2))
+        for output in answer.outputs:
+            assert (output.token_ids, output.mask, output.text) == (ANSWERS["tool"], MASKS["tool"], " ok")
+    accepted = llm.stats()["language-0"]["spec_decode_num_accepted_tokens_total"] - before
+    assert (accepted > 0) == (llm.config.language.decode_strategy == "speculative")
+
+
 def test_the_best_of_several_keep_their_masks(llm: LLM) -> None:
     params = SamplingParams(temperature=1.0, n=2, best_of=6, seed=1)
     (answer,) = llm.generate([[BOS, START]], params)
