@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,7 @@ from embedding_worker.runner import VisionRunner
 from language_worker.config import EngineConfig
 from language_worker.engine_builder import check_model
 from language_worker.errors import EngineError
+from language_worker.nanochat_files import choose_folder
 from transfer.checkpoint import Checkpoint
 from transfer.errors import TransferError
 
@@ -144,6 +146,7 @@ def _port(host: str, port: int) -> Finding:
 
 def _model(path: str) -> Iterator[Finding]:
     """Both halves find all they need: names and shapes from the headers, no weights are loaded."""
+    path = str(choose_folder(Path(path)))
     opened = _checked(
         f"{path}: weights",
         lambda: f"{len(Checkpoint.open(path).tensors)} tensors, all shards present",
