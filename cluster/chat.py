@@ -20,6 +20,7 @@ import jinja2.nodes
 from cluster.errors import ChatTemplateError, ConfigError, NoChatTemplate
 from cluster.template_masking import Masker, Masking, strings_in
 from cluster.template_sandbox import create_environment, render_bounded
+from language_worker.nanochat_files import read_published
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 RESERVED_NAMES = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
@@ -218,10 +219,11 @@ def _token_text(token: Any) -> str | None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    text = read_published(path.parent, path.name)
+    if text is None:
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(text)
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}; replace it by the published file") from error
     if not isinstance(value, dict):

@@ -25,6 +25,7 @@ from embedding_worker.errors import EmbedError
 from kernels.quantised_matrix import Quantization
 from language_worker.config import DTypeName, EngineConfig
 from language_worker.errors import EngineError
+from language_worker.nanochat_files import choose_folder
 from transfer.config import TransferConfig
 from transfer.endpoints.addresses import is_loopback
 from transfer.errors import TransferError
@@ -172,7 +173,7 @@ class ClusterConfig:
         """
         if not self.model.path:
             raise ConfigError("no model is named; use --model DIR or set model.path in the configuration")
-        folder = Path(self.model.path).expanduser().resolve()
+        folder = choose_folder(Path(self.model.path).expanduser().resolve())
         if not any(path for pattern in MODEL_FILES for path in folder.glob(pattern)):
             raise ConfigError(f"{folder} holds no config.json and no .pth or .pt file; point --model at a model folder")
         model = dataclasses.replace(

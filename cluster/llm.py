@@ -21,6 +21,7 @@ from cluster.progress import progress_bar
 from cluster.prompts import is_conversation, is_single_prompt, request_from_messages, request_from_prompt
 from cluster.served import RequestStats, ServedRequest
 from language_worker.api import SamplingParams, TokenChunk
+from language_worker.tokenizer import Tokenizer
 
 MAX_SUBMITTED = 512  # of a long list of prompts; the rest follows as answers come in
 
@@ -66,6 +67,11 @@ class LLM:
     def close(self) -> None:
         """Stop the workers and free the model; closing twice does nothing."""
         self._finalizer()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's."""
+        return self._info.tokenizer
 
     def generate(
         self,

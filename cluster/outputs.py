@@ -12,7 +12,8 @@ from language_worker.api import TokenChunk, TokenLogprob
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompletionOutput:
-    """One sample. logprobs: one entry per token id, None unless asked for."""
+    """One sample. logprobs: one entry per token id, None unless asked for. mask: one entry per token id, 1 if the model
+    chose it and 0 if a tool wrote it."""
 
     index: int
     text: str
@@ -20,6 +21,7 @@ class CompletionOutput:
     finish_reason: str | None
     stop_reason: str | int | None = None
     logprobs: list[TokenLogprob] | None = None
+    mask: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +51,7 @@ class OutputBuilder:
         sample = self._samples[chunk.index]
         sample.texts.append(chunk.text)
         sample.token_ids.extend(chunk.token_ids)
+        sample.mask.extend(chunk.mask or (1,) * len(chunk.token_ids))
         sample.logprobs.extend(chunk.logprobs or ())
         if chunk.finish_reason is not None:
             sample.finish_reason, sample.stop_reason = chunk.finish_reason, chunk.stop_reason
@@ -72,6 +75,7 @@ class _Sample:
     def __init__(self) -> None:
         self.texts: list[str] = []
         self.token_ids: list[int] = []
+        self.mask: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
@@ -84,6 +88,7 @@ class _Sample:
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             logprobs=self.logprobs if with_logprobs else None,
+            mask=self.mask,
         )
 
 

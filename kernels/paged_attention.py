@@ -44,6 +44,7 @@ class AttentionBatch:
     query_start: Sequence[int]
     _plan: tuple[_Group, ...] | None = None
     _small: _SmallWindows | None = None
+    _slides: dict[int, tuple[_Group, ...]] = dataclasses.field(default_factory=dict)  # by size of a sliding window
     _tiles: Any = None  # what the Triton path prepared
 
     def prepare(
@@ -62,6 +63,19 @@ class AttentionBatch:
                 _Group.build(self, members, page_size, heads_per_key, dtype, device) for members in groups
             )
         return self._plan, self._small
+
+    def slide(
+        self, window: int, *, page_size: int, heads_per_key: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[_Group, ...]:
+        """As `prepare`, for layers whose queries see `window` keys, their own the last: older keys are not gathered."""
+        if window not in self._slides:
+            self.check(page_size)
+            seen = [min(kv, queries + window - 1) for queries, kv in zip(self.query_lens, self.kv_lens, strict=True)]
+            self._slides[window] = tuple(
+                _Group.build(self, members, page_size, heads_per_key, dtype, device, window)
+                for members in _group(self.query_lens, seen, with_short=True)
+            )
+        return self._slides[window]
 
     def tiles(self, triton: ModuleType, q: torch.Tensor, page_size: int, heads_per_key: int) -> tuple[Any, Any]:
         """(tiles, shape) of the Triton path for all layers. Raises ValueError as `prepare` does."""
@@ -110,15 +124,19 @@ class _Group:
         heads_per_key: int,
         dtype: torch.dtype,
         device: torch.device,
+        window: int = 0,
     ) -> _Group:
+        """window: keys that a query sees, its own the last (0: all); those that no query sees are left out."""
         query_len = batch.query_lens[members[0]]
-        kv_lens = [batch.kv_lens[i] for i in members]
+        firsts = [max(0, batch.kv_lens[i] - query_len - window + 1) if window else 0 for i in members]
+        kv_lens = [batch.kv_lens[i] - first for i, first in zip(members, firsts, strict=True)]
         max_kv = max(kv_lens)
         if query_len > SHORT_WINDOW:
-            mask = None if query_len == max_kv else _sliding_mask(query_len, max_kv, dtype)
+            is_causal = query_len == max_kv and not 0 < window < max_kv
+            mask = None if is_causal else _sliding_mask(query_len, max_kv, dtype, window)
         else:
-            mask = _padded_mask(query_len, kv_lens, heads_per_key, dtype)
-        slots = _gather_slots(batch.page_table, members, kv_lens, page_size)
+            mask = _padded_mask(query_len, kv_lens, heads_per_key, dtype, window)
+        slots = _gather_slots(batch.page_table, members, kv_lens, page_size, firsts)
         rows = _query_rows([batch.query_start[i] for i in members], query_len)
         return cls(
             rows=rows if isinstance(rows, slice) else rows.to(device),
@@ -183,17 +201,17 @@ def paged_attention(
         return out
     k_flat = k_cache.view(num_pages * page_size, num_kv_heads, head_dim)
     v_flat = v_cache.view(num_pages * page_size, num_kv_heads, head_dim)
-    if mask != CAUSAL or softcap is not None or lse is not None:
+    if mask.block_length != 1 or softcap is not None or lse is not None:
         batch.check(page_size)
         return _by_definition(q, k_flat, v_flat, batch, page_size, scale, mask, softcap, lse)
-    quick = native("paged_attention", q, q.numel()) if head_dim <= NATIVE_HEAD_DIM else None
-    groups, small = batch.prepare(
-        page_size=page_size,
-        heads_per_key=heads_per_key,
-        dtype=q.dtype,
-        device=q.device,
-        small_width=0 if quick is None else q.shape[1] * head_dim,
-    )
+    sizes: dict[str, Any] = {"page_size": page_size, "heads_per_key": heads_per_key, "dtype": q.dtype}
+    quick, small = None, None
+    if mask.window:
+        groups = batch.slide(mask.window, **sizes, device=q.device)
+    else:
+        quick = native("paged_attention", q, q.numel()) if head_dim <= NATIVE_HEAD_DIM else None
+        width = 0 if quick is None else q.shape[1] * head_dim
+        groups, small = batch.prepare(**sizes, device=q.device, small_width=width)
     if small is None and len(groups) == 1 and isinstance(groups[0].rows, slice):
         return _answer(q, k_flat, v_flat, groups[0], scale)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -303,37 +321,45 @@ def _query_rows(starts: Sequence[int], query_len: int) -> slice | torch.Tensor:
 
 
 def _gather_slots(
-    page_table: torch.Tensor, members: Sequence[int], kv_lens: Sequence[int], page_size: int
+    page_table: torch.Tensor, members: Sequence[int], kv_lens: Sequence[int], page_size: int, firsts: Sequence[int]
 ) -> slice | torch.Tensor:
-    """Slots of all positions of all members, each padded to the longest with its own first slot (which is valid)."""
+    """Slots of `kv_lens` positions of all members from `firsts` on, each padded to the longest with its own first slot
+    (which is valid)."""
     if len(members) == 1:
-        listed: list[int] = page_table[members[0], : -(-kv_lens[0] // page_size)].tolist()
+        first, end = firsts[0], firsts[0] + kv_lens[0]
+        listed: list[int] = page_table[members[0], first // page_size : -(-end // page_size)].tolist()
         if listed == list(range(listed[0], listed[0] + len(listed))):
-            return slice(listed[0] * page_size, listed[0] * page_size + kv_lens[0])
-        return kv_slots(page_table[members[0]], kv_lens[0], page_size)
+            start = listed[0] * page_size + first % page_size
+            return slice(start, start + kv_lens[0])
+        return kv_slots(page_table[members[0]], end, page_size)[first:]
     lens = torch.tensor(kv_lens)[:, None]
     positions = torch.arange(max(kv_lens))[None]
-    positions = torch.where(positions < lens, positions, 0)
+    positions = torch.where(positions < lens, positions, 0) + torch.tensor(firsts)[:, None]
     pages = page_table[list(members)].to(torch.int64).gather(1, positions // page_size)
     return (pages * page_size + positions % page_size).flatten()
 
 
-def _padded_mask(query_len: int, kv_lens: Sequence[int], heads_per_key: int, dtype: torch.dtype) -> torch.Tensor | None:
+def _padded_mask(
+    query_len: int, kv_lens: Sequence[int], heads_per_key: int, dtype: torch.dtype, window: int
+) -> torch.Tensor | None:
     """[n, 1, query_len * heads_per_key, max_kv] (rows ordered as `_short_windows` has them), or None if all is seen."""
     max_kv = max(kv_lens)
     if query_len == 1 and all(length == max_kv for length in kv_lens):
         return None
-    last_seen = torch.tensor(kv_lens)[:, None] - query_len + torch.arange(query_len)
-    hidden = torch.arange(max_kv) > last_seen[:, :, None]
+    last_seen = (torch.tensor(kv_lens)[:, None] - query_len + torch.arange(query_len))[:, :, None]
+    hidden = torch.arange(max_kv) > last_seen
+    if window:
+        hidden |= torch.arange(max_kv) <= last_seen - window
     mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -math.inf)
     return mask.repeat_interleave(heads_per_key, dim=1)[:, None]
 
 
-def _sliding_mask(query_len: int, kv_len: int, dtype: torch.dtype) -> torch.Tensor:
+def _sliding_mask(query_len: int, kv_len: int, dtype: torch.dtype, window: int) -> torch.Tensor:
     """Causal mask [query_len, kv_len] of a window at the end of its keys, for queries in reverse order.
 
-    Reversed row r is query `query_len - 1 - r`, which sees `kv_len - r` keys. Every row is then the row above moved
-    one to the left: all are windows of one vector, so the mask costs query_len + kv_len elements, not their product.
+    Reversed row r is query `query_len - 1 - r`, which sees `kv_len - r` keys, or the last `window` of these. Every row
+    is then the row above moved one to the left: all are windows of one vector, so the mask costs query_len + kv_len
+    elements, not their product.
 
         vector   0 0 0 0 0 . . .        (kv_len zeros, then -inf)
         row 0    0 0 0 0 0
@@ -342,4 +368,6 @@ def _sliding_mask(query_len: int, kv_len: int, dtype: torch.dtype) -> torch.Tens
     """
     vector = torch.zeros(kv_len + query_len, dtype=dtype)
     vector[kv_len:] = -math.inf
+    if window:
+        vector[: max(0, kv_len - window)] = -math.inf
     return vector.as_strided((query_len, kv_len), (1, 1))

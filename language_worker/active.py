@@ -20,6 +20,7 @@ from language_worker.sampler import Choice
 from language_worker.sampling_state import SamplingState
 from language_worker.stop import StopChecker
 from language_worker.tokenizer import Tokenizer
+from language_worker.tools.machine import Toolbox, VisibleText
 
 
 @dataclass(kw_only=True, slots=True)
@@ -55,6 +56,7 @@ class Sample:
             finish_reason=verdict.finish_reason,
             stop_reason=verdict.stop_reason,
             logprobs=tuple(choice.logprob for choice in taken if choice.logprob is not None) or None,
+            mask=tuple(int(not choice.is_forced) for choice in taken) if any(c.is_forced for c in taken) else None,
             num_prompt_tokens=self.seq.prompt_len,
             num_cached_tokens=num_cached,
             prompt_logprobs=prompt_logprobs,
@@ -130,10 +132,16 @@ class ActiveRequest:
         return taken
 
     def build_samples(
-        self, tokenizer: Tokenizer, positions: PromptPositions | None, *, max_model_len: int, vocab_size: int
+        self,
+        tokenizer: Tokenizer,
+        positions: PromptPositions | None,
+        *,
+        max_model_len: int,
+        vocab_size: int,
+        toolbox: Toolbox | None = None,
     ) -> Sequence:
         """Create the samples; returns the sequence of the first, which computes the prompt for all of them. The prompt
-        must fit max_model_len with one token to spare."""
+        must fit max_model_len with one token to spare. toolbox: what may write into their outputs."""
         params = self.request.sampling
         limit = max_model_len - len(self.prompt)
         max_tokens = limit if params.max_tokens is None else min(params.max_tokens, limit)
@@ -146,10 +154,17 @@ class ActiveRequest:
             )
         if params.num_samples > params.n:
             self.ranking = Ranking(params.num_samples)
-        self.samples = [self._sample(i, tokenizer, positions, max_tokens) for i in range(params.num_samples)]
+        self.samples = [self._sample(i, tokenizer, positions, max_tokens, toolbox) for i in range(params.num_samples)]
         return self.samples[0].seq
 
-    def _sample(self, index: int, tokenizer: Tokenizer, positions: PromptPositions | None, max_tokens: int) -> Sample:
+    def _sample(
+        self,
+        index: int,
+        tokenizer: Tokenizer,
+        positions: PromptPositions | None,
+        max_tokens: int,
+        toolbox: Toolbox | None,
+    ) -> Sample:
         params = self.request.sampling
         eos_ids: SequenceOf[int] = () if params.ignore_eos else tokenizer.eos_token_ids
         seq = Sequence(
@@ -170,9 +185,11 @@ class ActiveRequest:
             seed=self.seed,
             prompt=self.prompt,
             stop_ids=(*eos_ids, *params.stop_token_ids),
+            toolbox=toolbox,
         )
+        detokenizer = tokenizer.detokenizer()
         checker = StopChecker(
-            tokenizer.detokenizer(),
+            detokenizer if toolbox is None else VisibleText(detokenizer, toolbox),
             max_tokens=max_tokens,
             min_tokens=params.min_tokens,
             eos_ids=eos_ids,

@@ -217,6 +217,7 @@ class TokenChunk:
     """New output of one sample: `token_ids` in order, the text they released, and how it ended if it did.
 
     stop_reason: the stop string or stop token id that ended it. logprobs: one entry per token id when asked for.
+    mask: one entry per token id, 1 if the model chose it and 0 if a tool wrote it; None: the model chose them all.
     prompt_logprobs: only on the first chunk of sample 0; entry 0 is None (nothing precedes the first token).
     """
 
@@ -230,6 +231,7 @@ class TokenChunk:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    mask: tuple[int, ...] | None = None
 
     def to_body(self) -> dict[str, Any]:
         """Map of one wire part; optional fields appear only where they hold something."""
@@ -245,6 +247,8 @@ class TokenChunk:
             body["num_cached_tokens"] = self.num_cached_tokens
         if self.prompt_logprobs is not None:
             body["prompt_logprobs"] = [None if e is None else e.to_body() for e in self.prompt_logprobs]
+        if self.mask is not None:
+            body["mask"] = list(self.mask)
         return body
 
     @classmethod
@@ -264,6 +268,7 @@ class TokenChunk:
             prompt_logprobs=None
             if prompt is None
             else tuple(None if entry is None else TokenLogprob.from_body(entry) for entry in prompt),
+            mask=None if body.get("mask") is None else tuple(body["mask"]),
         )
 
 

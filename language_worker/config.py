@@ -4,8 +4,9 @@ Owns ranges and defaults; knows nothing of checkpoints. "auto" and 0 are filled 
 once the model's shape is known, into a new object.
 """
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 from kernels.quantised_matrix import QUANTIZATIONS, Quantization
 from language_worker.errors import InvalidRequest
@@ -36,6 +37,7 @@ class EngineConfig:
     the same words before: equal output, fewer steps where text repeats itself.
     lora: a low-rank adapter that is merged into the weights as they load: MiniMind's lora_*.pth or a folder of PEFT's;
     "": none.
+    config_overrides: entries to use instead of the checkpoint's config.json, or where it says nothing.
     draft_model: folder of a small text model with the same tokenizer, which makes the drafts instead; "": none.
     max_waiting: requests that may wait before QueueFull. max_logits_bytes: cap on one request's returned logits.
     """
@@ -58,6 +60,7 @@ class EngineConfig:
     min_partial_chunk: int = 64
     decode_strategy: StrategyName = "auto"
     num_draft_tokens: int = 8
+    config_overrides: Mapping[str, Any] = field(default_factory=dict)
     draft_model: str = ""
     max_waiting: int = 1024
     max_logits_bytes: int = 1 << 30

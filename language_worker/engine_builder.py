@@ -35,6 +35,7 @@ from transfer.checkpoint import Checkpoint
 from transfer.checkpoint_dtype import checkpoint_dtype
 
 CPU_CACHE_BYTES = 512 << 20
+BY_DEVICE = "by device"  # what a layout says whose tensors are of several dtypes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -59,9 +60,9 @@ def build_engine(
     """
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    checkpoint = open_model(model_path)
+    checkpoint = open_model(model_path, config.config_overrides)
     device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, checkpoint)
+    dtype = resolve_dtype(config.dtype, checkpoint, device)
     model = _load_model(checkpoint, config.quantization, config.lora, dtype, device)
     tokenizer = Tokenizer(model_path)
     draft_model = _load_draft_model(config, tokenizer, dtype, device) if config.draft_model else None
@@ -148,6 +149,10 @@ def _load_draft_model(
         )
     checkpoint = open_model(config.draft_model)
     model = _load_model(checkpoint, "none", "", dtype, device)
+    if model.spec.needs_previous_ids:
+        raise ModelNotSupported(
+            f"draft model {config.draft_model} reads the token before each of its own, which drafts cannot offer"
+        )
     if model.spec.vocab_size < tokenizer.vocab_size:
         raise ModelNotSupported(
             f"draft model {config.draft_model} knows {model.spec.vocab_size} token ids of {tokenizer.vocab_size}"
@@ -165,7 +170,7 @@ def _strategy(config: EngineConfig, spec: ModelSpec) -> DecodeStrategy:
 
 def check_model(model_path: str | Path, config: EngineConfig) -> int:
     """What `build_engine` would say of the tensors, from their headers alone; returns how many it would read."""
-    checkpoint = open_model(model_path)
+    checkpoint = open_model(model_path, config.config_overrides)
     resolve_dtype(config.dtype, checkpoint)
     _refuse_quantised(checkpoint.config())
     return resolve_model(checkpoint.config()).check(checkpoint)
@@ -184,10 +189,12 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def resolve_dtype(name: str, checkpoint: Checkpoint) -> torch.dtype:
-    """ "auto": the checkpoint's own."""
+def resolve_dtype(name: str, checkpoint: Checkpoint, device: torch.device | None = None) -> torch.dtype:
+    """ "auto": the checkpoint's own; of one that mixes several by design, bfloat16 on a GPU and float32 elsewhere."""
     if name == "auto":
         name = checkpoint_dtype(checkpoint)
+    if name == BY_DEVICE:
+        name = "bfloat16" if device is not None and device.type == "cuda" else "float32"
     if name not in DTYPES:
         raise ModelNotSupported(f"dtype {name!r} is not served; choose one of {', '.join(DTYPES)}")
     return DTYPES[name]
@@ -200,7 +207,8 @@ def resolve_cache(
 
     draft: of the draft model, whose cache has as many pages and comes out of the same budget.
     """
-    wanted_len = min(config.max_model_len or spec.max_position_embeddings, spec.max_position_embeddings)
+    default_len = spec.default_model_len or spec.max_position_embeddings
+    wanted_len = min(config.max_model_len or default_len, spec.max_position_embeddings)
     if config.max_model_len > spec.max_position_embeddings:
         raise ModelNotSupported(
             f"max_model_len {config.max_model_len} exceeds the checkpoint's {spec.max_position_embeddings} positions"

@@ -101,7 +101,13 @@ class AdaptedCheckpoint(Checkpoint):
         adapter = Adapter.open(path)
         if problems := adapter.problems(checkpoint.tensors):
             raise CheckpointError(str(adapter.path), tuple(problems))
-        return cls(folder=checkpoint.folder, tensors=checkpoint.tensors, inferred=checkpoint.inferred, adapter=adapter)
+        return cls(
+            folder=checkpoint.folder,
+            tensors=checkpoint.tensors,
+            inferred=checkpoint.inferred,
+            overrides=checkpoint.overrides,
+            adapter=adapter,
+        )
 
     def stream(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in Checkpoint.stream(self, names):

@@ -51,4 +51,7 @@ def _joined(chunks: list[TokenChunk], index: int, with_logprobs: bool) -> TokenC
         logprobs=tuple(entry for chunk in chunks for entry in chunk.logprobs or ()) if with_logprobs else None,
         prompt_logprobs=None,
         num_cached_tokens=chunks[0].num_cached_tokens,
+        mask=tuple(m for c in chunks for m in c.mask or (1,) * len(c.token_ids))
+        if any(c.mask for c in chunks)
+        else None,
     )

@@ -35,6 +35,7 @@ from language_worker.outputs import MediaAdmitted, Output
 from language_worker.request import MediaSpan
 from language_worker.scheduler import Scheduler
 from language_worker.tokenizer import Tokenizer
+from language_worker.tools.machine import find_toolbox
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class Roster:
         self._model = model
         self._spec = model.spec
         self._tokenizer = tokenizer
+        self._toolbox = find_toolbox(model.spec.tool_machine, tokenizer)
         self._scheduler = scheduler
         self._limits = limits
         self._dtype = dtype
@@ -271,7 +273,11 @@ class Roster:
         grids = [(start, item.grid) for start, item in zip(active.starts, items, strict=True)]
         positions = self._model.prompt_positions(len(active.prompt), grids)
         first = active.build_samples(
-            self._tokenizer, positions, max_model_len=self._limits.max_model_len, vocab_size=self._spec.vocab_size
+            self._tokenizer,
+            positions,
+            max_model_len=self._limits.max_model_len,
+            vocab_size=self._spec.vocab_size,
+            toolbox=self._toolbox,
         )
         if active.export is not None:
             self.handovers.request_export(active)

@@ -89,6 +89,7 @@ class ModelRunner:
         windows = plan.windows
         rows, sampling, sample_rows, slices = _logit_rows(windows)
         asking = [(w, count) for w in windows if (count := _num_logits(w))]
+        needs_previous = self.model.spec.needs_previous_ids
         inputs = StepInputs(
             token_ids=torch.tensor(_token_ids(windows)).to(self.device),
             positions=self._positions(windows).to(self.device),
@@ -97,6 +98,7 @@ class ModelRunner:
             media=self._media(windows),
             logit_rows=None if rows is None else torch.tensor(rows, dtype=torch.int64).to(self.device),
             last_attention=self._attention(asking) if rows else None,
+            previous_ids=torch.tensor(_previous_ids(windows)).to(self.device) if needs_previous else None,
         )
         logits = self._forward(inputs)
         return StepLogits(logits=logits, sampling=sampling, sample_rows=sample_rows, prompt_slices=slices)
@@ -108,7 +110,15 @@ class ModelRunner:
         attention = AttentionBatch(page_table=one[:, None], query_lens=[1], kv_lens=[1], query_start=[0])
         token = one.to(self.device)
         self._forward(
-            StepInputs(token_ids=token, positions=token, slots=token, attention=attention, media=(), logit_rows=None)
+            StepInputs(
+                token_ids=token,
+                positions=token,
+                slots=token,
+                attention=attention,
+                media=(),
+                logit_rows=None,
+                previous_ids=token - 1,
+            )
         )
 
     def _forward(self, inputs: StepInputs) -> torch.Tensor:
@@ -174,6 +184,15 @@ def _token_ids(windows: tuple[Window, ...]) -> list[int]:
     for w in windows:
         ids += w.seq.tokens[w.start : w.end]
         ids += w.drafts
+    return ids
+
+
+def _previous_ids(windows: tuple[Window, ...]) -> list[int]:
+    """The id before each token of the step in its sequence, -1 before a sequence's first."""
+    ids: list[int] = []
+    for w in windows:
+        before = w.seq.tokens[w.start - 1] if w.start else -1
+        ids += [before, *w.seq.tokens[w.start : w.end], *w.drafts][: w.length]
     return ids
 
 

@@ -2,8 +2,8 @@
 
 Each row follows its own SamplingState, and nothing in a row's result depends on the other rows. Order of operations:
 the rules of `logit_rules.py` (penalties, bias, what may not be chosen), rows that only pad the vocabulary (-inf),
-temperature, top-k, top-p, min-p, draw. Temperature 0 is the argmax; every tie goes to the lowest id. Input logits are
-never modified.
+temperature, top-k, top-p, min-p, draw. Temperature 0 is the argmax; every tie goes to the lowest id. Where a tool
+writes the output, its token is taken instead. Input logits are never modified.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,11 @@ from language_worker.sampling_state import SamplingState
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
-    """The chosen token of one row and, when asked for, its log-probabilities."""
+    """The chosen token of one row and, when asked for, its log-probabilities. is_forced: it was no choice."""
 
     token_id: int
     logprob: TokenLogprob | None = None
+    is_forced: bool = False
 
 
 def sample(logits: torch.Tensor, states: Sequence[SamplingState], *, num_token_ids: int | None = None) -> list[Choice]:
@@ -45,12 +46,13 @@ def sample(logits: torch.Tensor, states: Sequence[SamplingState], *, num_token_i
         ids = draw_tokens(work[drawn], [states[r] for r in drawn])
         for r, token in zip(drawn, ids.tolist(), strict=True):
             tokens[r] = token
-    return [
-        Choice(token_id=token)
-        if state.num_top is None
-        else Choice(token_id=token, logprob=token_logprob(raw[r], token, state.num_top, num_token_ids))
-        for r, (token, state) in enumerate(zip(tokens, states, strict=True))
-    ]
+    choices = []
+    for row, token, state in zip(raw, tokens, states, strict=True):
+        forced = state.forced_id
+        token_id = token if forced is None else forced
+        logprob = None if state.num_top is None else token_logprob(row, token_id, state.num_top, num_token_ids)
+        choices.append(Choice(token_id=token_id, logprob=logprob, is_forced=forced is not None))
+    return choices
 
 
 def argmax_rows(logits: torch.Tensor) -> list[int]:

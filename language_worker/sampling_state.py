@@ -11,6 +11,7 @@ from hashlib import blake2b
 
 from language_worker.api import SamplingParams
 from language_worker.logit_rules import LogitRules
+from language_worker.tools.machine import Toolbox, ToolMachine
 
 _SCALE = 2.0**-53
 
@@ -26,15 +27,23 @@ class SamplingState:
     """State of one sample. `stop_ids`: EOS and stop token ids, which min_tokens keeps from being chosen.
 
     rules: what happens to its logits first (None: nothing). counts: how often its output holds each id, if rules ask.
-    num_top: alternatives to report beside each token's log-probability; None: no report is needed.
+    num_top: alternatives to report beside each token's log-probability; None: no report is needed. machine: what writes
+    into its output (None: nothing does).
     """
 
     __slots__ = (
-        "counts", "index", "is_plain_greedy", "num_generated", "num_top", "params", "rules", "seed",
+        "counts", "index", "is_plain_greedy", "machine", "num_generated", "num_top", "params", "rules", "seed",
     )  # fmt: skip
 
     def __init__(
-        self, params: SamplingParams, *, index: int, seed: int, prompt: Sequence[int], stop_ids: Sequence[int]
+        self,
+        params: SamplingParams,
+        *,
+        index: int,
+        seed: int,
+        prompt: Sequence[int],
+        stop_ids: Sequence[int],
+        toolbox: Toolbox | None = None,
     ) -> None:
         self.params = params
         self.index = index
@@ -44,7 +53,14 @@ class SamplingState:
         needs_rules = LogitRules.are_needed(params, stop_ids)
         self.rules = LogitRules(params, prompt=prompt, stop_ids=stop_ids) if needs_rules else None
         self.num_top = 0 if params.logprobs is None and params.num_samples > params.n else params.logprobs
-        self.is_plain_greedy = params.is_greedy and self.num_top is None and self.rules is None
+        self.machine = None if toolbox is None else ToolMachine(toolbox)
+        has_rules = self.rules is not None or self.machine is not None
+        self.is_plain_greedy = params.is_greedy and self.num_top is None and not has_rules
+
+    @property
+    def forced_id(self) -> int | None:
+        """The token that the next output position has, whatever the logits say; None: one is chosen."""
+        return self.machine.forced[0] if self.machine is not None and self.machine.forced else None
 
     def draw(self) -> float:
         """The random number of the next output position."""
@@ -56,6 +72,7 @@ class SamplingState:
             return self
         later = copy(self)
         later.counts = dict(self.counts)
+        later.machine = None if self.machine is None else self.machine.copy()
         for token_id in token_ids:
             later.observe(token_id)
         return later
@@ -65,3 +82,5 @@ class SamplingState:
         self.num_generated += 1
         if self.rules is not None:
             self.counts[token_id] = self.counts.get(token_id, 0) + 1
+        if self.machine is not None:
+            self.machine.observe(token_id)

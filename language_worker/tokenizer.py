@@ -23,6 +23,7 @@ from language_worker.detokenizer import (
     token_bytes,
 )
 from language_worker.errors import InvalidRequest, ModelNotSupported
+from language_worker.nanochat_files import read_published
 from language_worker.token_bound import max_token_chars, min_tokens
 
 Pieces = Sequence[tuple[str, bool]]
@@ -39,9 +40,9 @@ class Tokenizer:
     def __init__(self, model_dir: str | Path) -> None:
         folder = Path(model_dir)
         path = folder / "tokenizer.json"
-        if not path.is_file():
+        text = read_published(folder, path.name)
+        if text is None:
             raise ModelNotSupported(f"{folder} has no tokenizer.json; save the checkpoint with a fast tokenizer")
-        text = path.read_text(encoding="utf-8")
         try:
             self._parsing = RustTokenizer.from_str(text)
             self._plain = RustTokenizer.from_str(text)
@@ -207,10 +208,11 @@ def _eos_ids(folder: Path, tokenizer: RustTokenizer) -> tuple[int, ...]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    text = read_published(path.parent, path.name)
+    if text is None:
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(text)
     except ValueError as error:
         raise ModelNotSupported(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):

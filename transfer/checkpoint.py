@@ -58,12 +58,14 @@ class LoadReport:
 class Checkpoint:
     """A model folder: its tensors by name, from one safetensors file, from indexed shards, or from one torch file.
 
-    inferred: what was found out about the model otherwise, for what config.json does not say.
+    inferred: what was found out about the model otherwise, for what config.json does not say. overrides: entries that
+    the user sets against both.
     """
 
     folder: Path
     tensors: Mapping[str, StoredTensor]
     inferred: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:
@@ -96,11 +98,11 @@ class Checkpoint:
         return cls(folder=path.parent, tensors=tensors)
 
     def config(self) -> dict[str, Any]:
-        """config.json as a map, over what was inferred. Raises CheckpointError when there is neither, or config.json is
-        not a JSON object."""
+        """config.json as a map, over what was inferred and under the overrides. Raises CheckpointError when there is
+        nothing to override, or config.json is not a JSON object."""
         if self.inferred and not (self.folder / "config.json").is_file():
-            return dict(self.inferred)
-        return {**self.inferred, **self.read_json("config.json")}
+            return {**self.inferred, **self.overrides}
+        return {**self.inferred, **self.read_json("config.json"), **self.overrides}
 
     def read_json(self, file_name: str) -> dict[str, Any]:
         """A JSON object of the folder. Raises CheckpointError when it is missing or not a JSON object."""

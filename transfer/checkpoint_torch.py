@@ -7,6 +7,7 @@ that wrappers put before every name are left out. Knows names and shapes, not mo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from transfer.checkpoint_rules import StoredTensor
 
 HF_FILE = "pytorch_model.bin"
+STEP_FILE = re.compile(r"model_(\d+)\.pt")
 PATTERNS = ("*.pth", "*.pt")
 WRAPPERS = ("module.", "_orig_mod.")
 STATE_KEYS = ("model", "model_state_dict", "state_dict")  # where a training state keeps the weights
@@ -23,9 +25,13 @@ ADAPTERS = "lora_"  # how the names of files begin that hold no whole model
 
 
 def find_torch_files(folder: Path) -> list[Path]:
-    """Files of the folder that may hold a model's weights: `pytorch_model.bin` alone, else every *.pth and *.pt."""
+    """Files of the folder that may hold a model's weights: `pytorch_model.bin` alone, else the last training step's
+    `model_{step}.pt`, else every *.pth and *.pt."""
     if (folder / HF_FILE).is_file():
         return [folder / HF_FILE]
+    steps = {int(match[1]): path for path in folder.iterdir() if (match := STEP_FILE.fullmatch(path.name))}
+    if steps:
+        return [steps[max(steps)]]
     found = {path for pattern in PATTERNS for path in folder.glob(pattern) if not path.name.startswith(ADAPTERS)}
     return sorted(found)
 

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -34,6 +35,7 @@ from kernels.dispatch import has_native
 from language_worker.config import EngineConfig
 from language_worker.engine_builder import check_model
 from language_worker.errors import EngineError
+from language_worker.nanochat_files import choose_folder
 from transfer.checkpoint import Checkpoint
 from transfer.errors import TransferError
 
@@ -191,6 +193,7 @@ def _port(host: str, port: int) -> Finding:
 
 def _model(path: str) -> Iterator[Finding]:
     """Both halves find all they need: names and shapes from the headers, no weights are loaded."""
+    path = str(choose_folder(Path(path)))
     opened = _checked(
         f"{path}: weights",
         lambda: f"{len(Checkpoint.open(path).tensors)} tensors, all shards present",

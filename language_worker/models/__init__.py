@@ -15,6 +15,8 @@ from transfer.checkpoint import Checkpoint
 
 REGISTRY = {
     "Dots1ForCausalLM": "language_worker.models.text_moe:Dots1",
+    "NanoChat": "language_worker.models.nanochat_layouts:NanoChatNative",
+    "NanoChatForCausalLM": "language_worker.models.nanochat_layouts:NanoChatHuggingFace",
     "LlamaForCausalLM": "language_worker.models.text_decoder:Llama",
     "Qwen2ForCausalLM": "language_worker.models.text_decoder:Qwen2",
     "MiniMindForCausalLM": "language_worker.models.minimind:MiniMind",
@@ -28,15 +30,19 @@ REGISTRY = {
 }
 # Families with a layout of their own: each a function from a checkpoint to the config.json it would have, {} when it is
 # not of the family.
-NATIVE = ("language_worker.models.minimind_native:infer_config",)
+NATIVE = (
+    "language_worker.models.minimind_native:infer_config",
+    "language_worker.models.nanochat_layouts:infer_config",
+)
 
 
-def open_model(folder: str | Path) -> Checkpoint:
+def open_model(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> Checkpoint:
     """The checkpoint of a folder, with a configuration inferred where config.json names no architecture.
 
-    Raises CheckpointError, or ModelNotSupported when the tensors leave something open.
+    overrides: entries of config.json to use instead of the checkpoint's. Raises CheckpointError, or ModelNotSupported
+    when the tensors leave something open.
     """
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = replace(Checkpoint.open(folder), overrides=dict(overrides or {}))
     if (checkpoint.folder / "config.json").is_file() and checkpoint.config().get("architectures"):
         return checkpoint
     for place in NATIVE:

@@ -40,6 +40,10 @@ class ModelSpec:
 
     media_planes: what comes with every media row, each [hidden]: the first replaces the placeholder's embedding, each
     further one is added behind one of the first layers.
+    default_model_len: longest sequence where nobody asks for more (0: max_position_embeddings). tool_machine: what runs
+    between the model's tokens and writes into its output (None: nothing does). needs_previous_ids: the model reads the
+    token before each query too. That is state which a sequence's own tokens give: it survives chunks, forks, prefix
+    hits and preemption, and whoever moves a sequence's pages elsewhere moves its tokens with them and nothing else.
     """
 
     vocab_size: int
@@ -49,6 +53,9 @@ class ModelSpec:
     media_token_id: int | None
     media_planes: tuple[str, ...] = ("embeddings",)
     decode_strategy: str = "autoregressive"
+    default_model_len: int = 0
+    needs_previous_ids: bool = False
+    tool_machine: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +80,8 @@ class MediaSpan:
 class StepInputs:
     """One step: token_ids [T] int64; positions [T] or [3, T] int64; slots [T] int64; logit_rows [R] int64 or None
     for all T rows. Sequences lie one after the other. last_attention: of the `logit_rows` alone, for a last layer that
-    computes no more than these; None where that saves nothing."""
+    computes no more than these; None where that saves nothing. previous_ids: [T] int64, the id before each token in its
+    sequence and -1 before the first, for models that need them."""
 
     token_ids: torch.Tensor
     positions: torch.Tensor
@@ -82,6 +90,7 @@ class StepInputs:
     media: tuple[MediaSpan, ...]
     logit_rows: torch.Tensor | None
     last_attention: AttentionBatch | None = None
+    previous_ids: torch.Tensor | None = None
 
 
 class LanguageModel(ABC):

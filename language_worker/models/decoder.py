@@ -21,7 +21,46 @@ from transfer.checkpoint import Checkpoint, check_checkpoint, load_checkpoint
 from transfer.checkpoint_rules import Rule
 
 
-class Decoder(LanguageModel):
+class RuledModel(LanguageModel):
+    """A text model that is built empty and filled by rules; a family with media overrides what asks for them."""
+
+    rotary: RotaryPositions
+
+    @classmethod
+    @abstractmethod
+    def empty(
+        cls, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Self, list[Rule], tuple[str, ...]]:
+        """A model without its weights, the rules that fill it, and patterns of the names that belong to others."""
+
+    @abstractmethod
+    def parameters(self) -> Mapping[str, Weight]:
+        """Every tensor to fill, by name."""
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> Self:
+        model, rules, foreign = cls.empty(checkpoint, dtype=dtype, device=device)
+        load_checkpoint(checkpoint, model.parameters(), rules, foreign=foreign)
+        return model
+
+    @classmethod
+    def check(cls, checkpoint: Checkpoint) -> int:
+        model, rules, foreign = cls.empty(checkpoint, dtype=torch.float32, device=torch.device("meta"))
+        return len(check_checkpoint(checkpoint, model.parameters(), rules, foreign=foreign)[0])
+
+    def reserve_positions(self, max_len: int) -> None:
+        self.rotary.reserve(max_len)
+
+    def media_rows(self, grid: tuple[int, int, int]) -> int:
+        raise MediaMismatch("this model takes text only")
+
+    def prompt_positions(
+        self, length: int, media: Sequence[tuple[int, tuple[int, int, int]]]
+    ) -> PromptPositions | None:
+        return None
+
+
+class Decoder(RuledModel):
     """See the module. tied: the head is the embedding."""
 
     def __init__(
@@ -43,13 +82,6 @@ class Decoder(LanguageModel):
         self.rotary = rotary
 
     @classmethod
-    @abstractmethod
-    def empty(
-        cls, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device
-    ) -> tuple[Self, list[Rule], tuple[str, ...]]:
-        """A model without its weights, the rules that fill it, and patterns of the names that belong to others."""
-
-    @classmethod
     def load(
         cls, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, quantization: Quantization = "none"
     ) -> Self:
@@ -62,11 +94,6 @@ class Decoder(LanguageModel):
         for block in model.blocks:
             block.finish()
         return model
-
-    @classmethod
-    def check(cls, checkpoint: Checkpoint) -> int:
-        model, rules, foreign = cls.empty(checkpoint, dtype=torch.float32, device=torch.device("meta"))
-        return len(check_checkpoint(checkpoint, model.parameters(), rules, foreign=foreign)[0])
 
     def quantise(self, method: Quantization, device: torch.device) -> None:
         """Before it is filled: the blocks' matrices in the format that `method` names, everything on `device`.
@@ -89,17 +116,6 @@ class Decoder(LanguageModel):
         for i, block in enumerate(self.blocks):
             named |= block.parameters(f"layers.{i}")
         return named
-
-    def reserve_positions(self, max_len: int) -> None:
-        self.rotary.reserve(max_len)
-
-    def media_rows(self, grid: tuple[int, int, int]) -> int:
-        raise MediaMismatch("this model takes text only")
-
-    def prompt_positions(
-        self, length: int, media: Sequence[tuple[int, tuple[int, int, int]]]
-    ) -> PromptPositions | None:
-        return None
 
     def forward(self, inputs: StepInputs, caches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         hidden = F.embedding(inputs.token_ids, self.embedding)

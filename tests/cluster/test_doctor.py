@@ -46,7 +46,7 @@ UP, QKV = "model.layers.1.mlp.up_proj.weight", "visual.blocks.2.attn.qkv.bias"
 DAMAGE: dict[
     str, tuple[Callable[[Path], object], dict[str, str]]
 ] = {  # name -> what is done, what is said of which part
-    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), {"weights": "no pytorch_model.bin"}),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), {"weights": "safetensors are preferred"}),
     "cut weights": (lambda folder: (folder / WEIGHTS).write_bytes(b"0" * 100), {"weights": "damaged or cut short"}),
     "text tensor missing": (_tensors(lambda t: t.pop(UP)), {"language half": f"missing: {UP}"}),
     "vision tensor missing": (_tensors(lambda t: t.pop(QKV)), {"vision half": f"missing: {QKV}"}),

@@ -203,6 +203,35 @@ def test_masks_soft_caps_and_log_sum_exps(
         assert_matches(lse[rows], expected_lse, reduced=16 if dtype == torch.float32 else 10**6)
 
 
+@settings(max_examples=300 if IS_SOAK else 12, deadline=None, derandomize=True)
+@given(
+    step=_steps(),
+    windows=st.lists(st.sampled_from([1, 2, 5, 17, 40, 129, 1000]), min_size=1, max_size=2, unique=True),
+    neighbours=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+def test_sliding_windows_and_whole_ones_over_one_batch(
+    step: tuple[list[int], list[int]], windows: list[int], neighbours: bool, dtype: torch.dtype, seed: int
+) -> None:
+    """As the layers of a model take turns: each size of a window, and no window, from the same batch."""
+    query_lens, kv_lens = step
+    cache = _Cache(page_size=16, kv_heads=2, head_dim=20, dtype=dtype)
+    cache.fill(kv_lens, seed, neighbours=neighbours)
+    q = _draw(seed, sum(query_lens), 6, 20, dtype=dtype)
+    starts = [sum(query_lens[:i]) for i in range(len(query_lens))]
+    batch = AttentionBatch(page_table=cache.table, query_lens=query_lens, kv_lens=kv_lens, query_start=starts)
+    for window in [*windows, 0, windows[0]]:
+        mask = AttentionMask(window=window)
+        actual = paged_attention(q, cache.k, cache.v, batch, mask=mask)
+        for start, length, kv_len, (k, v) in zip(starts, query_lens, kv_lens, cache.histories, strict=True):
+            rows, first = slice(start, start + length), kv_len - length
+            expected, _ = oracles.masked_attention(
+                q[rows], k, v, sees=lambda i, j, first=first, mask=mask: _sees(mask, first + i, j), softcap=None
+            )
+            assert_matches(actual[rows], expected, reduced=4)
+
+
 @pytest.mark.parametrize("path", WITH_NATIVE)
 def test_a_window_of_one_sees_itself_alone(path: Path) -> None:
     cache = _Cache(page_size=4, kv_heads=1, head_dim=8, dtype=torch.float32)

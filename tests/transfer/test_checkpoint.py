@@ -260,7 +260,7 @@ def test_a_malformed_index_is_refused(tmp_path: Path, index: str, message: str) 
 
 
 def test_folders_without_a_checkpoint_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no pytorch_model"):
+    with pytest.raises(CheckpointError, match="safetensors are preferred"):
         Checkpoint.open(tmp_path)
     with pytest.raises(CheckpointError, match="no such folder"):
         Checkpoint.open(tmp_path / "nowhere")
