@@ -273,6 +273,10 @@ class Attempt:
             "language_worker": self._names["generate"],
             "embedding_worker": self._names.get("embed"),
         }
+        if generated.get("num_forwards"):
+            hops["forwards"] = generated["num_forwards"]
+            hops["forwarded_tokens"] = generated["num_forwarded_tokens"]
+            hops["tokens_per_forward"] = generated["num_generated_tokens"] / generated["num_forwards"]
         if self._num_embed_tries > 1:
             hops["embed_takeovers"] = self._num_embed_tries - 1
         if self._logits:

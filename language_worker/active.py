@@ -9,8 +9,11 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 from language_worker.api import GenerateRequest, TokenChunk, TokenLogprob
+from language_worker.canvas import Canvas
+from language_worker.diffusion_params import DiffusionParams
+from language_worker.intake import answer_length
 from language_worker.media import MediaItem, MediaRows
-from language_worker.models.base import PromptPositions
+from language_worker.models.base import ModelSpec, PromptPositions
 from language_worker.outputs import PromptCollector
 from language_worker.ranking import Ranking
 from language_worker.request import MediaSpan, Sequence
@@ -58,6 +61,17 @@ class Sample:
             prompt_logprobs=prompt_logprobs,
         )
 
+    def show(self, request_id: str, preview: tuple[int | None, ...]) -> TokenChunk:
+        """A chunk that only shows the open block."""
+        return TokenChunk(
+            request_id=request_id,
+            index=self.state.index,
+            token_ids=(),
+            text="",
+            num_prompt_tokens=self.seq.prompt_len,
+            preview=preview,
+        )
+
 
 @dataclass(kw_only=True, slots=True)
 class ActiveRequest:
@@ -91,6 +105,12 @@ class ActiveRequest:
     def is_done(self) -> bool:
         return bool(self.samples) and all(sample.is_done for sample in self.samples)
 
+    @property
+    def num_forwards(self) -> tuple[int, int]:
+        """Forwards of all canvases, and the query positions in them."""
+        canvases = [sample.seq.canvas for sample in self.samples if sample.seq.canvas is not None]
+        return sum(c.num_forwards for c in canvases), sum(c.num_forwarded for c in canvases)
+
     def states_served_by(self, index: int) -> list[SamplingState]:
         """Whose next token the next logits of sample `index` choose: all samples' at the end of the prompt."""
         state = self.samples[index].state
@@ -119,26 +139,32 @@ class ActiveRequest:
         return taken
 
     def build_samples(
-        self, tokenizer: Tokenizer, positions: PromptPositions | None, *, max_model_len: int, vocab_size: int
-    ) -> Sequence:
-        """Create the samples; returns the sequence of the first, which computes the prompt for all of them. The prompt
-        must fit max_model_len with one token to spare."""
+        self, tokenizer: Tokenizer, positions: PromptPositions | None, *, max_model_len: int, spec: ModelSpec
+    ) -> list[Sequence]:
+        """Create the samples; returns the sequences to begin with: the first, which computes the prompt for all of
+        them, or all where each has a canvas. The prompt must fit max_model_len with one token to spare."""
         params = self.request.sampling
-        limit = max_model_len - len(self.prompt)
-        max_tokens = limit if params.max_tokens is None else min(params.max_tokens, limit)
+        if spec.mask_token_id is not None:
+            max_tokens = answer_length(params, len(self.prompt), max_model_len)
+        else:
+            limit = max_model_len - len(self.prompt)
+            max_tokens = limit if params.max_tokens is None else min(params.max_tokens, limit)
         if self.wants_prompt_logits:
             self.collector = PromptCollector(
                 self.prompt,
-                vocab_size=vocab_size,
+                vocab_size=spec.vocab_size,
                 keep_logits=self.request.return_logits,
                 num_top=params.prompt_logprobs,
             )
         if params.num_samples > params.n:
             self.ranking = Ranking(params.num_samples)
-        self.samples = [self._sample(i, tokenizer, positions, max_tokens) for i in range(params.num_samples)]
-        return self.samples[0].seq
+        mask_id = spec.mask_token_id
+        self.samples = [self._sample(i, tokenizer, positions, max_tokens, mask_id) for i in range(params.num_samples)]
+        return [sample.seq for sample in (self.samples[:1] if mask_id is None else self.samples)]
 
-    def _sample(self, index: int, tokenizer: Tokenizer, positions: PromptPositions | None, max_tokens: int) -> Sample:
+    def _sample(
+        self, index: int, tokenizer: Tokenizer, positions: PromptPositions | None, max_tokens: int, mask_id: int | None
+    ) -> Sample:
         params = self.request.sampling
         eos_ids: SequenceOf[int] = () if params.ignore_eos else tokenizer.eos_token_ids
         seq = Sequence(
@@ -150,7 +176,8 @@ class ActiveRequest:
             media=self.media,
             positions=positions,
             wants_prompt_logits=self.wants_prompt_logits and index == 0,
-            has_siblings=params.num_samples > 1,
+            has_siblings=params.num_samples > 1 and mask_id is None,
+            canvas=None if mask_id is None else self._canvas(index, max_tokens, mask_id, eos_ids),
         )
         state = SamplingState(
             params,
@@ -168,3 +195,15 @@ class ActiveRequest:
             stop_strings=params.stop_strings,
         )
         return Sample(seq=seq, state=state, checker=checker)
+
+    def _canvas(self, index: int, length: int, mask_id: int, eos_ids: SequenceOf[int]) -> Canvas:
+        params = self.request.sampling
+        return Canvas(
+            self.prompt,
+            length,
+            params.diffusion or DiffusionParams(),
+            mask_id=mask_id,
+            stop_ids=(*eos_ids, *params.stop_token_ids),
+            min_tokens=params.min_tokens,
+            needs_prompt_pass=self.wants_prompt_logits and index == 0,
+        )

@@ -229,10 +229,10 @@ class Roster:
             intake.check_logits_size(len(active.prompt), self._spec.vocab_size, self._limits.max_logits_bytes)
         grids = [(start, item.grid) for start, item in zip(active.starts, items, strict=True)]
         positions = self._model.prompt_positions(len(active.prompt), grids)
-        first = active.build_samples(
-            self._tokenizer, positions, max_model_len=self._limits.max_model_len, vocab_size=self._spec.vocab_size
-        )
-        self._scheduler.add(first)
+        for seq in active.build_samples(
+            self._tokenizer, positions, max_model_len=self._limits.max_model_len, spec=self._spec
+        ):
+            self._scheduler.add(seq)
         if not active.is_counted:
             self.counters["prompt_tokens_total"] += len(active.prompt)
             active.is_counted = True
@@ -284,6 +284,7 @@ class Roster:
         self._forget(active)
         self.counters["request_success_total"] += 1
         first = now if active.first_token_at is None else active.first_token_at
+        num_forwards, num_forwarded = active.num_forwards
         self.outputs.append(
             RequestDone(
                 request_id=active.request.request_id,
@@ -292,6 +293,8 @@ class Roster:
                 ttft_ms=(first - active.submitted_at) * 1000,
                 total_ms=(now - active.submitted_at) * 1000,
                 num_preemptions=sum(item.seq.num_preemptions for item in active.samples),
+                num_forwards=num_forwards,
+                num_forwarded_tokens=num_forwarded,
             )
         )
 

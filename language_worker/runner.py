@@ -78,7 +78,7 @@ class ModelRunner:
             media=self._media(windows),
             logit_rows=None if rows is None else torch.tensor(rows, dtype=torch.int64).to(self.device),
         )
-        logits = self._forward(inputs)
+        logits = self.forward(inputs)
         return StepLogits(logits=logits, sampling=sampling, sample_rows=sample_rows, prompt_slices=slices)
 
     @torch.inference_mode()
@@ -87,11 +87,11 @@ class ModelRunner:
         one = torch.zeros(1, dtype=torch.int64)
         attention = AttentionBatch(page_table=one[:, None], query_lens=[1], kv_lens=[1], query_start=[0])
         token = one.to(self.device)
-        self._forward(
+        self.forward(
             StepInputs(token_ids=token, positions=token, slots=token, attention=attention, media=(), logit_rows=None)
         )
 
-    def _forward(self, inputs: StepInputs) -> torch.Tensor:
+    def forward(self, inputs: StepInputs) -> torch.Tensor:
         """The model's step, on one thread where a second would cost more than it brings; see SERIAL_WORK."""
         if self.device.type != "cpu":
             return self.model.forward(inputs, self.cache.layers)

@@ -9,6 +9,8 @@ from language_worker.models.base import LanguageModel
 
 REGISTRY = {
     "LlamaForCausalLM": "language_worker.models.text_decoder:Llama",
+    "LLaDAModelLM": "language_worker.models.llada:Llada",
+    "LLaDAForCausalLM": "language_worker.models.llada:Llada",
     "Qwen2ForCausalLM": "language_worker.models.text_decoder:Qwen2",
     "Qwen3ForCausalLM": "language_worker.models.text_decoder:Qwen3",
     "Qwen2_5_VLForConditionalGeneration": "language_worker.models.qwen2_5_vl:Qwen2_5_VLText",

@@ -31,7 +31,8 @@ class KVSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSpec:
-    """Sizes and ids the engine needs. media_token_id: the placeholder that media rows replace (None: text only)."""
+    """Sizes and ids the engine needs. media_token_id: the placeholder that media rows replace (None: text only).
+    mask_token_id: what stands where a token is yet to be chosen, in models that are decoded by filling in (None)."""
 
     vocab_size: int
     hidden_size: int
@@ -39,6 +40,7 @@ class ModelSpec:
     kv: KVSpec
     media_token_id: int | None
     decode_strategy: str = "autoregressive"
+    mask_token_id: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.activation import swiglu
+from kernels.attention_mask import CAUSAL, AttentionMask
 from kernels.norm import add_rms_norm, rms_norm, rms_norm_heads
 from kernels.paged_attention import AttentionBatch, paged_attention
 from kernels.pages import write_pages
@@ -31,7 +32,8 @@ _FIRST_BIAS = r"layers\.0\.self_attn\.([qo])_proj\.bias"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockShape:
-    """Sizes and options of one decoder block. has_qk_norm: every query and key head is normalised before rotation."""
+    """Sizes and options of one decoder block. has_qk_norm: every query and key head is normalised before rotation.
+    mask: which keys a query sees."""
 
     hidden_size: int
     intermediate_size: int
@@ -42,6 +44,7 @@ class BlockShape:
     has_qkv_bias: bool = False
     has_o_bias: bool = False
     has_qk_norm: bool = False
+    mask: AttentionMask = CAUSAL
 
     @property
     def qkv_rows(self) -> int:
@@ -105,7 +108,7 @@ class DecoderBlock:
             qk = rms_norm_heads(qk, self.qk_norm, shape.eps)
         qk = rotate(qk, rotary)
         write_pages(cache[0], cache[1], qk[:, heads:], qkv[:, heads + kv_heads :], slots)
-        mixed = paged_attention(qk[:, :heads], cache[0], cache[1], attention)
+        mixed = paged_attention(qk[:, :heads], cache[0], cache[1], attention, mask=shape.mask)
         attended = F.linear(mixed.reshape(num_tokens, heads * shape.head_dim), self.o, self.o_bias)
         normed, residual = add_rms_norm(attended, residual, self.post_norm, shape.eps)
         return F.linear(swiglu(F.linear(normed, self.gate_up)), self.down), residual
