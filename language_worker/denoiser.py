@@ -54,7 +54,8 @@ class Denoiser:
         that leave with each."""
         spans = [list(self._spans(window)) for window in plan.windows]
         logits = self._logits([span for own in spans for span in own])
-        windows, parts, slices, first = [], [], [], 0
+        windows: list[Window] = []
+        parts, slices, first = [], [], 0
         for window, own in zip(plan.windows, spans, strict=True):
             num_rows = len(own[0].logit_rows)
             rows, first = logits[first : first + num_rows * len(own)], first + num_rows * len(own)
@@ -62,6 +63,8 @@ class Denoiser:
                 parts.append(_guided(rows, num_rows, _canvas(window).params.cfg_scale))
             elif num_rows:
                 slices.append(PromptSlice(window=window, first_row=first - num_rows * len(own), length=num_rows))
+        if all(len(own) == 1 and window.samples for window, own in zip(plan.windows, spans, strict=True)):
+            parts = [logits]  # as they lie: a large vocabulary is not copied
         filled = iter(self._fills([w for w in plan.windows if w.samples], parts, state_of))
         sampling, choices = [], []
         for window in plan.windows:

@@ -15,6 +15,7 @@ from cluster.errors import ConfigError
 BENCHMARKS: dict[str, tuple[str, str]] = {
     "transfer": ("benchmarks.bench_transfer", "the wire against raw TCP and memcpy, between two processes"),
     "decode": ("benchmarks.bench_decode", "decoding, alone and in a crowd, against transformers on the CPU"),
+    "diffusion": ("benchmarks.bench_diffusion", "filling in masks, against the published loop on the CPU"),
     "serve": ("benchmarks.bench_serving", "serving against transformers on the CPU"),
     "kernels": ("benchmarks.gpu.__main__", "every kernel on this machine's GPU, after the kernel tests there"),
 }
