@@ -35,6 +35,7 @@ THIRD_PARTIES: dict[str, tuple[str, ...]] = {
     "jinja2": ("cluster/chat.py", "cluster/template_masking.py", "cluster/template_sandbox.py"),
     "prometheus_client": ("cluster/metrics.py",),
     "ray": ("cluster/actors.py", "cluster/launch.py", "cluster/ray_connection.py"),
+    "packaging": ("cluster/cli/doctor.py",),
     "rich": ("cluster/cli/", "cluster/progress.py"),
     "yaml": ("cluster/config.py",),
     "pydantic": ("cluster/config.py", "cluster/gateway/"),

@@ -1,4 +1,8 @@
-"""`tandem doctor`: checks this machine, the installed versions, a port and a model folder, and says what to do."""
+"""`tandem doctor`: checks this machine, the installed versions, a port and a model folder, and says what to do.
+
+It changes nothing, starts nothing and loads no weights. Each check is a function that gives a `Finding` and never
+raises; what `pyproject.toml` requires is read from the installed package, so there is no second list here to keep.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,14 @@ import os
 import platform
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Literal
 
 import torch
+from packaging.requirements import Requirement
 from rich.console import Console
 from rich.markup import escape
 
@@ -30,7 +36,9 @@ from language_worker.errors import EngineError
 from transfer.checkpoint import Checkpoint
 from transfer.errors import TransferError
 
-PACKAGES = ("torch", "ray", "pyzmq", "msgpack", "safetensors", "tokenizers", "fastapi", "uvicorn", "pydantic")
+DISTRIBUTION = "tandem-serve"
+MAX_SOCKET_PATH_CHARS = 107  # of a Unix socket, on Linux
+SOCKET_NAME_CHARS = 48  # what a cluster adds to the folder of temporary files: its own folder, and a worker's socket
 MIN_SHARED_MEMORY_BYTES = 64 * 1024 * 1024
 GIB = 1024**3
 
@@ -74,10 +82,11 @@ def run(options: argparse.Namespace) -> int:
 def findings(model: str, host: str, port: int) -> Iterator[Finding]:
     """Every check in order; none raises."""
     yield _python()
-    yield from map(_package, PACKAGES)
+    yield from _packages()
     yield _machine()
     yield _accelerator()
     yield _shared_memory()
+    yield _temporary_folder()
     yield _port(host, port)
     yield from _model(model)
 
@@ -87,13 +96,28 @@ def _python() -> Finding:
     return Finding(verdict="ok", what=what)
 
 
-def _package(name: str) -> Finding:
+def _packages() -> Iterator[Finding]:
+    """One finding for each package that is required, in the versions that are."""
+    advice = "run `pip install -c constraints.txt -e .`"
     try:
-        return Finding(verdict="ok", what=f"{name} {metadata.version(name)}")
+        required = [Requirement(line) for line in metadata.requires(DISTRIBUTION) or ()]
     except metadata.PackageNotFoundError:
-        return Finding(
-            verdict="bad", what=f"{name} is not installed", advice="run `pip install -c constraints.txt -e .`"
-        )
+        yield Finding(verdict="bad", what=f"{DISTRIBUTION} is not installed", advice=advice)
+        return
+    for requirement in required:
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            yield _package(requirement, advice)
+
+
+def _package(requirement: Requirement, advice: str) -> Finding:
+    try:
+        version = metadata.version(requirement.name)
+    except metadata.PackageNotFoundError:
+        return Finding(verdict="bad", what=f"{requirement.name} is not installed", advice=advice)
+    what = f"{requirement.name} {version}"
+    if not requirement.specifier.contains(version, prereleases=True):
+        return Finding(verdict="bad", what=f"{what}, but {requirement.specifier} is required", advice=advice)
+    return Finding(verdict="ok", what=what)
 
 
 def _machine() -> Finding:
@@ -126,6 +150,17 @@ def _shared_memory() -> Finding:
             verdict="bad", what=f"/dev/shm has {free >> 20} MiB free", advice="Ray needs more: docker run --shm-size=1g"
         )
     return Finding(verdict="ok", what=f"/dev/shm has {free / GIB:.1f} GiB free")
+
+
+def _temporary_folder() -> Finding:
+    folder = tempfile.gettempdir()
+    what = f"sockets and temporary files lie in {folder}"
+    if len(os.fsencode(folder)) + SOCKET_NAME_CHARS > MAX_SOCKET_PATH_CHARS:
+        limit = MAX_SOCKET_PATH_CHARS - SOCKET_NAME_CHARS
+        return Finding(verdict="bad", what=f"{what}: too long", advice=f"set TMPDIR to a path of {limit} bytes at most")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return Finding(verdict="bad", what=f"{what}: not writable", advice="set TMPDIR to a folder of your own")
+    return Finding(verdict="ok", what=what)
 
 
 def _port(host: str, port: int) -> Finding:

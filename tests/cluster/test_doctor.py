@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cluster.cli import doctor
 from cluster.cli.doctor import Finding, findings
 from cluster.demo import MODEL_DIR
 from tests.tiny_text_models import make_text_model
@@ -100,3 +101,27 @@ def test_what_is_wrong_is_named_and_advice_given(tmp_path: Path, name: str) -> N
     assert bad.keys() == expected.keys()
     for part, text in expected.items():
         assert text in bad[part].what and bad[part].advice
+
+
+def test_every_required_package_is_looked_at_and_only_those(monkeypatch: pytest.MonkeyPatch) -> None:
+    required = ["torch>=2", "nonsense-that-nobody-has", "ray[default]<1", 'triton>=3; extra == "gpu"']
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: required)
+    found = {finding.what.split()[0]: finding for finding in doctor._packages()}
+    assert {name: finding.verdict for name, finding in found.items()} == {
+        "torch": "ok",
+        "nonsense-that-nobody-has": "bad",
+        "ray": "bad",
+    }
+    assert found["ray"].what.endswith(", but <1 is required") and "pip install" in found["ray"].advice
+
+
+def test_the_real_requirements_are_met() -> None:
+    found = list(doctor._packages())
+    assert len(found) > 10 and {finding.verdict for finding in found} == {"ok"}
+
+
+def test_a_temporary_folder_too_deep_for_sockets_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor._temporary_folder().verdict == "ok"
+    monkeypatch.setattr(doctor.tempfile, "tempdir", str(tmp_path / ("deep" * 30)))
+    finding = doctor._temporary_folder()
+    assert finding.verdict == "bad" and "too long" in finding.what and "TMPDIR" in finding.advice

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 
 from tests.transfer.test_endpoints import wait_for
 from transfer.chaos.link import Link, Relay
+from transfer.chaos.plan import FaultPlan
 from transfer.chaos.proxy import ChaosProxy, Direction, Faults
 from transfer.errors import ConfigError, LocalProtocolError
 
@@ -321,6 +324,26 @@ def test_a_link_that_was_accepted_but_never_begun_is_closed_too(
         proxy.close()
         assert sock.recv(1) == b""
     assert proxy.counts()["links"] == 0, "the link began: this shows nothing"
+
+
+def test_a_link_cancelled_just_as_it_connects_ends(upstream: Upstream) -> None:
+    async def check(near: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        port = int(upstream.address.rpartition(":")[2])
+        relay = Relay(FaultPlan(Faults()), (socket.AF_INET, ("127.0.0.1", port)), None, asyncio.Event(), Counter())
+        task = asyncio.create_task(Link(relay, near).run())
+
+        async def connect_and_cancel(sock: socket.socket, address: object) -> None:
+            await real(sock, address)
+            task.cancel()
+
+        real, loop.sock_connect = loop.sock_connect, connect_and_cancel  # type: ignore[method-assign]
+        ended, _ = await asyncio.wait({task}, timeout=WAIT_S)
+        assert ended and task.cancelled()
+
+    near, other = socket.socketpair()
+    with near, other:
+        asyncio.run(check(near))
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", ":80", "127.0.0.1:http", "127.0.0.1:70000", "", "tcp://", "ipc://x"])

@@ -64,7 +64,8 @@ class Link:
             near, far = self._near, socket.socket(family, socket.SOCK_STREAM)
             self._far = far
             _prepare(far)
-            await asyncio.wait_for(loop.sock_connect(far, address), CONNECT_TIMEOUT_S)
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):  # not wait_for, which swallows a cancel in Python 3.11
+                await loop.sock_connect(far, address)
             for direction, source, target in ((Direction.UP, near, far), (Direction.DOWN, far, near)):
                 queue: asyncio.Queue[tuple[float, Step | None]] = asyncio.Queue(MAX_WAITING)
                 self._pumps.append(asyncio.create_task(self._read(source, direction, queue)))

@@ -27,6 +27,7 @@ __all__ = ["ChaosProxy", "Direction", "Faults", "Watch"]
 logger = logging.getLogger(__name__)
 
 MAX_LINKS = 1024
+ACCEPT_PAUSE_S = 0.05  # without a descriptor for a link
 COUNTS = (
     "links", "links_open", "links_failed", "bytes_up", "bytes_down", "ends_up", "ends_down", "bytes_swallowed",
     "cut", "half_open",
@@ -126,32 +127,39 @@ class ChaosProxy:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         self._relay = Relay(self._plan, self._upstream, self._watch, asyncio.Event(), self._counts)
         self._relay.gate.set()
-        accepting = asyncio.create_task(self._accept(self._relay))
+        self._await_links(self._relay)
         self._ready.set()
         await self._stop.wait()
-        accepting.cancel()
-        tasks = [accepting, *self._links.values()]
+        self._loop.remove_reader(self._listener)
+        tasks = list(self._links.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for link in self._links:  # accepted, and cancelled before it could begin
             link.discard()
 
-    async def _accept(self, relay: Relay) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                near, _ = await loop.sock_accept(self._listener)
-            except OSError as error:  # out of descriptors, or the peer went before we looked
-                logger.warning("cannot accept on %s: %s", self._address, error)
-                await asyncio.sleep(0.05)
-                continue
-            if len(self._links) >= MAX_LINKS:
-                self._counts["links_failed"] += 1
-                near.close()
-                continue
-            link = Link(relay, near)
-            self._links[link] = asyncio.create_task(self._run(link))
+    def _await_links(self, relay: Relay) -> None:
+        """Not a task around sock_accept: one that is cancelled may lose the socket it was just given."""
+        assert self._loop is not None and self._stop is not None
+        if not self._stop.is_set():
+            self._loop.add_reader(self._listener, self._accept, relay, self._loop)
+
+    def _accept(self, relay: Relay, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            near, _ = self._listener.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:  # out of descriptors, or the peer went before we looked
+            logger.warning("cannot accept on %s: %s", self._address, error)
+            loop.remove_reader(self._listener)
+            loop.call_later(ACCEPT_PAUSE_S, self._await_links, relay)
+            return
+        if len(self._links) >= MAX_LINKS:
+            self._counts["links_failed"] += 1
+            near.close()
+            return
+        link = Link(relay, near)
+        self._links[link] = loop.create_task(self._run(link))
 
     async def _run(self, link: Link) -> None:
         self._counts["links"] += 1

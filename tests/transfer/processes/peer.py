@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import threading
 import traceback
@@ -277,7 +278,7 @@ def ticket_of(body: dict[str, Any]) -> Ticket:
 
 def _kind_of_descriptor(name: str) -> str:
     try:
-        return os.readlink(f"/proc/self/fd/{name}").split(":[")[0]
+        return _kind(os.readlink(f"/proc/self/fd/{name}").split(":[")[0])
     except OSError:
         return "of the listing itself"
 
@@ -285,7 +286,12 @@ def _kind_of_descriptor(name: str) -> str:
 def _shared_mappings() -> list[str]:
     with open("/proc/self/maps", encoding="utf-8") as maps:
         fields = [line.split(maxsplit=5) for line in maps]
-    return [parts[5].strip() if len(parts) > 5 else "anonymous" for parts in fields if parts[1][3] == "s"]
+    return [_kind(parts[5].strip()) if len(parts) > 5 else "anonymous" for parts in fields if parts[1][3] == "s"]
+
+
+def _kind(path: str) -> str:
+    """Without the number of a segment: one may be replaced by another."""
+    return re.sub(r"memfd:tandem-[0-9a-f]+", "memfd:tandem", path)
 
 
 def _resident_kib() -> int:
