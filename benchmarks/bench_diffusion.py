@@ -2,10 +2,10 @@
 
     python -m benchmarks.bench_diffusion --json FILE [--quick]
 
-The model is a random LLaDA of about 100 million parameters. Random logits never reach a threshold, so both engines'
-logits are replaced, after they were computed, by ones of which three masks of every block are certain. The published
-loop (transformers' Llama without a causal mask; one token a step, the whole canvas every time, one request at a time)
-costs the same in every step, so only some of its steps are timed.
+The model is a random LLaDA of about 100 million parameters, or of 10 where a machine is busy. Random logits never reach
+a threshold, so our logits are replaced, after they were computed, by ones of which three masks of every block are
+certain. The published loop (transformers' Llama without a causal mask; one token a step, the whole canvas every time,
+one request at a time) costs the same in every step, so only some of its steps are timed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ from language_worker.engine_builder import build_engine
 from language_worker.models.base import StepInputs
 
 RESULTS = Path(__file__).resolve().parent / "results"
-SIZES = {"d_model": 768, "n_heads": 12, "n_layers": 12, "mlp_hidden_size": 2048, "vocab_size": 8192}
+SIZES = {
+    "100m": {"d_model": 768, "n_heads": 12, "n_layers": 12, "mlp_hidden_size": 2048, "vocab_size": 8192},
+    "10m": {"d_model": 256, "n_heads": 4, "n_layers": 8, "mlp_hidden_size": 688, "vocab_size": 8192},
+}
 NUM_CERTAIN, CERTAIN_ID, BLOCK = 3, 40, 32
 LLAMA_NAMES = {
     "attn_out": "self_attn.o_proj", "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj",
@@ -46,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_diffusion", description=__doc__)
     parser.add_argument("--json", type=Path, default=RESULTS / "diffusion.json", help="where the JSON goes")
+    parser.add_argument("--model", choices=SIZES, default="100m")
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--concurrency", default="1,16", help="comma-separated numbers of requests at once")
@@ -55,18 +59,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one round: does it run, not how fast is it")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    folder = random_checkpoint(RESULTS / "models" / "llada-100m")
+    folder = random_checkpoint(RESULTS / "models" / f"llada-{options.model}", SIZES[options.model])
     config = EngineConfig(dtype="float32", device="cpu", kv_cache_tokens=16384, num_threads=options.threads)
     engine, loop = build_engine(folder, config), PublishedLoop(folder)
     engine.runner.forward = planted(engine.runner.forward)  # type: ignore[method-assign]
     rates: dict[str, list[dict[str, float]]] = {}
+
+    def note(case: str, figures: dict[str, float]) -> None:
+        rates.setdefault(case, []).append(figures)
+        print(f"{case}: {figures['tokens_per_s']:.2f} tok/s", flush=True)  # long work shows how far it is
+
     for _ in range(1 if options.quick else options.rounds):
-        rates.setdefault("published loop", []).append(loop.run(options))
+        note("published loop", loop.run(options))
         for width in map(int, options.concurrency.split(",")):
-            for name, params in (("3 a forward", THRESHOLD), ("1 a forward", STATIC)):
-                if width == 1 or params is THRESHOLD:
-                    rates.setdefault(f"dual, {name}, {width} at once", []).append(ours(engine, width, params, options))
-    report = {"machine": machine(), "versions": versions(("torch", "transformers")), "sizes": SIZES}
+            note(f"dual, 3 a forward, {width} at once", ours(engine, width, THRESHOLD, options))
+        note("dual, 1 a forward, 1 at once", ours(engine, 1, STATIC, options))
+    report = {"machine": machine(), "versions": versions(("torch", "transformers")), "model": options.model}
     report |= {"prompt_tokens": options.prompt_tokens, "new_tokens": options.new_tokens, "cases": _medians(rates)}
     write_json(options.json, report)
     Console().print(_table(report["cases"]))
@@ -117,16 +125,17 @@ class PublishedLoop:
     def __init__(self, folder: Path) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
 
+        own = json.loads((folder / "config.json").read_text())
         config = LlamaConfig(
-            hidden_size=SIZES["d_model"], num_attention_heads=SIZES["n_heads"], num_hidden_layers=SIZES["n_layers"],
-            intermediate_size=SIZES["mlp_hidden_size"], vocab_size=SIZES["vocab_size"], rms_norm_eps=1e-5,
+            hidden_size=own["d_model"], num_attention_heads=own["n_heads"], num_hidden_layers=own["n_layers"],
+            intermediate_size=own["mlp_hidden_size"], vocab_size=own["vocab_size"], rms_norm_eps=1e-5,
             rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, tie_word_embeddings=False,
         )  # fmt: skip
         self._model = LlamaForCausalLM(config).eval()
         self._model.load_state_dict(
             {_llama_name(n): t.float() for n, t in load_file(folder / "model.safetensors").items()}
         )
-        self._mask_id = json.loads((folder / "config.json").read_text())["mask_token_id"]
+        self._mask_id = own["mask_token_id"]
 
     @torch.inference_mode()
     def run(self, options: argparse.Namespace) -> dict[str, float]:
@@ -148,7 +157,7 @@ class PublishedLoop:
         return {"tokens_per_s": rate, "forwards_per_s": rate}
 
 
-def random_checkpoint(folder: Path) -> Path:
+def random_checkpoint(folder: Path, sizes: dict[str, int]) -> Path:
     """Written once."""
     if (folder / "model.safetensors").exists():
         return folder
@@ -156,9 +165,9 @@ def random_checkpoint(folder: Path) -> Path:
     tokenizer = build_tokenizer()
     save_tokenizer(tokenizer, folder)
     generator = torch.Generator().manual_seed(0)
-    width, inner, vocab = SIZES["d_model"], SIZES["mlp_hidden_size"], SIZES["vocab_size"]
+    width, inner, vocab = sizes["d_model"], sizes["mlp_hidden_size"], sizes["vocab_size"]
     shapes: dict[str, tuple[int, ...]] = {"wte": (vocab, width), "ln_f": (width,), "ff_out": (vocab, width)}
-    for i in range(SIZES["n_layers"]):
+    for i in range(sizes["n_layers"]):
         own: dict[str, tuple[int, ...]] = dict.fromkeys(("q_proj", "k_proj", "v_proj", "attn_out"), (width, width))
         own |= {"ff_proj": (inner, width), "up_proj": (inner, width), "ff_out": (width, inner)}
         own |= {"attn_norm": (width,), "ff_norm": (width,)}
@@ -170,7 +179,7 @@ def random_checkpoint(folder: Path) -> Path:
         for name, shape in shapes.items()
     }
     mask_id = tokenizer.token_to_id("<|mdm_mask|>")
-    config = {"architectures": ["LLaDAModelLM"], **SIZES, "max_sequence_length": 4096, "rope_theta": 500000.0}
+    config = {"architectures": ["LLaDAModelLM"], **sizes, "max_sequence_length": 4096, "rope_theta": 500000.0}
     config |= {"rms_norm_eps": 1e-5, "mask_token_id": mask_id, "torch_dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -60,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 case = measure(llm, questions, params)
                 cases.append({"schedule": schedule, "kv_policy": policy, **case})
                 figures = (case["exact"], case["tokens_per_forward"], case["forwarded_per_token"])
-                table.add_row(schedule, policy, f"{figures[0]:.1%}", f"{figures[1]:.2f}", f"{figures[2]:.1f}")
+                row = (schedule, policy, f"{figures[0]:.1%}", f"{figures[1]:.2f}", f"{figures[2]:.1f}")
+                table.add_row(*row)
+                print(*row, sep=", ", flush=True)  # long work shows how far it is
     console.print(table)
     write_json(options.json, {"machine": machine(), "questions": options.questions, "cases": cases})
     return 0
