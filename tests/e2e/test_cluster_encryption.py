@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,7 @@ from tests.e2e.serving import Serving, ask_demo_question, eventually
 from tests.transfer.test_endpoints import WAIT_S, Answers
 from transfer.config import TransferConfig
 from transfer.endpoints.endpoint import open_endpoint
+from transfer.endpoints.peer_book import KEY_BYTES
 from transfer.service.service import Service
 
 pytestmark = pytest.mark.ray
@@ -54,7 +56,8 @@ def test_workers_between_hosts_know_each_other_by_their_keys_and_nobody_else(tcp
         )
         for worker in addresses:
             assert_plain_client_is_cut_off(worker.address)
-        assert {values["dropped_malformed"] for values in serving.metrics().values()} == {0}
+        for values in serving.metrics().values():
+            assert values["dropped_malformed"] == values["dropped_old_link"] == 0
         ask_demo_question(serving)
         serving.await_empty_ledger()
 
@@ -62,6 +65,7 @@ def test_workers_between_hosts_know_each_other_by_their_keys_and_nobody_else(tcp
 def assert_plain_client_is_cut_off(address: str) -> None:
     context = zmq.Context()
     dealer = context.socket(zmq.DEALER)
+    dealer.setsockopt(zmq.ROUTING_ID, os.urandom(KEY_BYTES))
     try:
         monitor = dealer.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_DISCONNECTED)
         dealer.connect(address)

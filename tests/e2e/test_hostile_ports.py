@@ -97,7 +97,7 @@ def attack(process: WorkerProcess, address: str, folder: Path, *, is_guarded: bo
                 assert dropped(process) == before, "a message of a stranger got past CURVE"
             else:
                 attacker.volley(malformed)
-                assert dropped(process) - before == len(malformed)
+                assert dropped(process) - before >= len(malformed)
                 attacker.volley(forged)
                 assert dropped(process) - before >= len(malformed) + len(forged)
                 attacker.oversized(5 * MAX_HEADER_BYTES)

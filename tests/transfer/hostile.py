@@ -19,6 +19,7 @@ import msgpack
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from transfer.endpoints.peer_book import KEY_BYTES
 from transfer.memory.segment_passing import ANSWER, CHALLENGE, MAGIC, NONCE_BYTES, REQUEST
 from transfer.memory.segment_server import SOCKET_PREFIX
 from transfer.protocol.messages import Abort, Call, Close, End, Message
@@ -157,6 +158,7 @@ class Attacker:
         for keys in ((), (zmq.CURVE_PUBLICKEY, zmq.CURVE_SECRETKEY, zmq.CURVE_SERVERKEY)):
             dealer = self._context.socket(zmq.DEALER)
             self._dealers.append(dealer)
+            dealer.setsockopt(zmq.ROUTING_ID, os.urandom(KEY_BYTES))
             for option, value in zip(keys, (public, secret, zmq.curve_keypair()[0]), strict=False):
                 dealer.setsockopt(option, value)
             monitor = dealer.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
@@ -195,6 +197,7 @@ class Attacker:
         dealer = self._context.socket(zmq.DEALER)
         dealer.setsockopt(zmq.LINGER, 0)
         dealer.setsockopt(zmq.SNDHWM, 0)
+        dealer.setsockopt(zmq.ROUTING_ID, os.urandom(KEY_BYTES))  # as peers do, or all would be dropped unread
         dealer.connect(self._address)
         self._dealers.append(dealer)
         return dealer

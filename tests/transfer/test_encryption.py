@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator
 
@@ -12,6 +13,7 @@ from tests.transfer.test_endpoints import CONFIG, WAIT_S, Answers, CuttingProxy,
 from tests.transfer.virtual import PLANES, Consumer, assert_rows_equal, make_rows
 from transfer.endpoints.addresses import is_loopback, tcp_host
 from transfer.endpoints.endpoint import open_endpoint
+from transfer.endpoints.peer_book import KEY_BYTES
 from transfer.errors import ConfigError, TransferError
 from transfer.protocol.ticket import Ticket
 from transfer.service.calls import IncomingCall
@@ -126,6 +128,7 @@ def test_a_client_without_encryption_gets_nothing(pair: tuple[Worker, Worker]) -
     before = two.endpoint.stats()
     context = zmq.Context()
     dealer = context.socket(zmq.DEALER)
+    dealer.setsockopt(zmq.ROUTING_ID, os.urandom(KEY_BYTES))
     monitor = dealer.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_DISCONNECTED)
     dealer.connect(two.endpoint.address)
     dealer.send(b"\x01\x80")

@@ -37,7 +37,7 @@ CONFIG = TransferConfig(
     pool_tokens=16 * 6,
     credit_window_blocks=4,
     ping_interval_s=0.1,
-    peer_timeout_s=0.6,
+    peer_timeout_s=6.0,
     tick_s=0.01,
     shared_memory=False,
 )

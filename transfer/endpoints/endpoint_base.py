@@ -42,6 +42,7 @@ class EndpointBase(ABC):
         self._counts = {
             "messages_received": 0,
             "dropped_malformed": 0,
+            "dropped_old_link": 0,  # of a peer that was disconnected, or came back over a new link
             "dropped_unreachable": 0,
             "handler_errors": 0,
             "loop_restarts": 0,

@@ -13,6 +13,7 @@ from transfer.endpoints.addresses import is_loopback, raw_key, split_sealed, tcp
 from transfer.errors import ConfigError, Overloaded
 
 MAX_PEERS = 4096
+KEY_BYTES = 16  # of the name under which a peer's messages arrive
 
 
 class PeerBook:
@@ -41,7 +42,7 @@ class PeerBook:
         if len(self._made) >= MAX_PEERS:
             raise Overloaded(f"{MAX_PEERS} peers are connected: disconnect some")
         peer, _, token = address.partition("#")
-        key = secrets.token_bytes(16)
+        key = secrets.token_bytes(KEY_BYTES)
         connection = Connection(
             endpoint=self._own_address, peer=peer, key=key, outgoing=True, is_sealed_path=bool(token)
         )
@@ -60,8 +61,14 @@ class PeerBook:
         if address is not None:
             del self._made[address]
 
-    def came(self, identity: bytes) -> Connection:
-        """The connection of messages that arrive under `identity`."""
+    def came(self, identity: bytes) -> Connection | None:
+        """The connection of messages that arrive under `identity`; None where that is no peer's name.
+
+        When a peer comes back, ZeroMQ gives a name of its own to what is left of the link that broke. Taken for a
+        peer's, it would bind a stream to a connection that its sender never has again.
+        """
+        if len(identity) != KEY_BYTES:
+            return None
         connection = self._came.get(identity)
         if connection is None:
             if len(self._came) >= MAX_PEERS:

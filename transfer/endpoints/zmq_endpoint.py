@@ -252,15 +252,16 @@ class ZmqEndpoint(EndpointBase):
                 if is_router:
                     connection = self._peers.came(sock.recv(zmq.NOBLOCK))
                 header, frames = receive_message(sock)  # there at once when there was an identity
-                if connection is None:
-                    raise MalformedMessage("a message of a peer that was disconnected")
-                decode = decode_sealed if connection.is_sealed_path else decode_header
-                message = decode(header, len(frames))
+                is_sealed_path = connection is not None and connection.is_sealed_path
+                message = (decode_sealed if is_sealed_path else decode_header)(header, len(frames))
             except zmq.Again:
                 return
             except MalformedMessage as error:
                 self._counts["dropped_malformed"] += 1
                 logger.debug("dropped a message on %s: %s", self._address, error)
+                continue
+            if connection is None:  # what was lost with it is asked for again, as everything that is
+                self._counts["dropped_old_link"] += 1
                 continue
             self._dispatch(connection, message, frames)
 
