@@ -6,5 +6,6 @@
 from cluster.llm import LLM
 from cluster.outputs import CompletionOutput, RequestOutput
 from language_worker.api import SamplingParams
+from language_worker.diffusion_params import DiffusionParams
 
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "CompletionOutput", "DiffusionParams", "RequestOutput", "SamplingParams"]

@@ -282,6 +282,10 @@ class Attempt:
         }
         if self._route.prefill is not None:
             hops["prefill_worker"] = self._route.prefill
+        if generated.get("num_forwards"):
+            hops["forwards"] = generated["num_forwards"]
+            hops["forwarded_tokens"] = generated["num_forwarded_tokens"]
+            hops["tokens_per_forward"] = generated["num_generated_tokens"] / generated["num_forwards"]
         if self._num_embed_tries > 1:
             hops["embed_takeovers"] = self._num_embed_tries - 1
         if self._logits:

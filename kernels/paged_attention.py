@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kernels.attention_mask import CAUSAL, AttentionMask
+from kernels.attention_mask import BIDIRECTIONAL, CAUSAL, AttentionMask
 from kernels.dispatch import attention_twin, native
 from kernels.pages import kv_slots
 
@@ -45,6 +45,7 @@ class AttentionBatch:
     _plan: tuple[_Group, ...] | None = None
     _small: _SmallWindows | None = None
     _slides: dict[int, tuple[_Group, ...]] = dataclasses.field(default_factory=dict)  # by size of a sliding window
+    _slots: list[slice | torch.Tensor] | None = None  # of each sequence's keys, where all of them are seen
     _tiles: Any = None  # what the Triton path prepared
 
     def prepare(
@@ -201,6 +202,8 @@ def paged_attention(
         return out
     k_flat = k_cache.view(num_pages * page_size, num_kv_heads, head_dim)
     v_flat = v_cache.view(num_pages * page_size, num_kv_heads, head_dim)
+    if mask == BIDIRECTIONAL and softcap is None and lse is None:
+        return _unmasked(q, k_flat, v_flat, batch, page_size, scale)
     if mask.block_length != 1 or softcap is not None or lse is not None:
         batch.check(page_size)
         return _by_definition(q, k_flat, v_flat, batch, page_size, scale, mask, softcap, lse)
@@ -220,6 +223,36 @@ def paged_attention(
         quick.paged_attention(q, k_cache, v_cache, small.page_table, small.windows, scale, out)
     for group in groups:
         out[group.rows] = _answer(q[group.rows], k_flat, v_flat, group, scale)
+    return out
+
+
+def _unmasked(
+    q: torch.Tensor,
+    k_flat: torch.Tensor,
+    v_flat: torch.Tensor,
+    batch: AttentionBatch,
+    page_size: int,
+    scale: float | None,
+) -> torch.Tensor:
+    """Every query sees every key of its sequence, wherever in it the window lies. One sequence at a time: where keys
+    are gathered for the first layer is kept for the others."""
+    if batch._slots is None:
+        batch.check(page_size)
+        batch._slots = [
+            slots if isinstance(slots, slice) else slots.to(q.device)
+            for slots in (
+                _gather_slots(batch.page_table, [i], [kv_len], page_size, [0]) for i, kv_len in enumerate(batch.kv_lens)
+            )
+        ]
+    num_kv_heads, head_dim = k_flat.shape[1:]
+    out = torch.empty_like(q)
+    for start, length, slots in zip(batch.query_start, batch.query_lens, batch._slots, strict=True):
+        k, v = k_flat[slots], v_flat[slots]
+        shape = (num_kv_heads, q.shape[1] // num_kv_heads, k.shape[0], head_dim)
+        k, v = (x.transpose(0, 1)[:, None].expand(shape) for x in (k, v))
+        rows = q[start : start + length].view(length, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+        mixed = F.scaled_dot_product_attention(rows, k, v, scale=scale)
+        out[start : start + length] = mixed.permute(2, 0, 1, 3).reshape(length, -1, head_dim)
     return out
 
 

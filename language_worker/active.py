@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
-from language_worker.api import GenerateRequest, TokenChunk, TokenLogprob
+from language_worker.api import GenerateRequest, RequestDone, TokenChunk, TokenLogprob
+from language_worker.canvas import Canvas
+from language_worker.diffusion_params import DiffusionParams
 from language_worker.handover.exports import KVExport
 from language_worker.handover.rows import ImportedRows, KVHeader
-from language_worker.media import MediaItem, MediaRows
-from language_worker.models.base import PromptPositions
+from language_worker.intake import answer_length
+from language_worker.media import MediaItem, MediaRows, expand_prompt
+from language_worker.models.base import ModelSpec, PromptPositions
 from language_worker.outputs import PromptCollector
 from language_worker.ranking import Ranking
 from language_worker.request import MediaSpan, Sequence
@@ -62,6 +65,17 @@ class Sample:
             prompt_logprobs=prompt_logprobs,
         )
 
+    def show(self, request_id: str, preview: tuple[int | None, ...]) -> TokenChunk:
+        """A chunk that only shows the open block."""
+        return TokenChunk(
+            request_id=request_id,
+            index=self.state.index,
+            token_ids=(),
+            text="",
+            num_prompt_tokens=self.seq.prompt_len,
+            preview=preview,
+        )
+
 
 @dataclass(kw_only=True, slots=True)
 class ActiveRequest:
@@ -104,6 +118,12 @@ class ActiveRequest:
     def is_done(self) -> bool:
         return bool(self.samples) and all(sample.is_done for sample in self.samples)
 
+    @property
+    def num_forwards(self) -> tuple[int, int]:
+        """Forwards of all canvases, and the query positions in them."""
+        canvases = [sample.seq.canvas for sample in self.samples if sample.seq.canvas is not None]
+        return sum(c.num_forwards for c in canvases), sum(c.num_forwarded for c in canvases)
+
     def states_served_by(self, index: int) -> list[SamplingState]:
         """Whose next token the next logits of sample `index` choose: all samples' at the end of the prompt."""
         state = self.samples[index].state
@@ -131,31 +151,64 @@ class ActiveRequest:
         taken, self.collector.logprobs = tuple(self.collector.logprobs), None
         return taken
 
+    def expand(self, media_token_id: int | None) -> None:
+        """The items of its media are known: the prompt with their rows in it. Raises MediaMismatch."""
+        items = self.items or ()
+        expanded = expand_prompt(self.request.prompt_token_ids, media_token_id, items)
+        self.prompt, self.starts = expanded.token_ids, expanded.starts
+        self.media_positions = expanded.media_positions
+        self.media_spans = tuple(
+            MediaSpan(start=start, end=start + item.rows, key=item.cache_key)
+            for start, item in zip(self.starts, items, strict=True)
+        )
+
+    def report(self, now: float) -> RequestDone:
+        """Every sample has ended: what it took."""
+        first = now if self.first_token_at is None else self.first_token_at
+        num_forwards, num_forwarded = self.num_forwards
+        return RequestDone(
+            request_id=self.request.request_id,
+            num_prompt_tokens=len(self.prompt),
+            num_generated_tokens=self.num_generated,
+            ttft_ms=(first - self.submitted_at) * 1000,
+            total_ms=(now - self.submitted_at) * 1000,
+            num_preemptions=sum(item.seq.num_preemptions for item in self.samples),
+            num_forwards=num_forwards,
+            num_forwarded_tokens=num_forwarded,
+        )
+
     def build_samples(
         self,
         tokenizer: Tokenizer,
         positions: PromptPositions | None,
         *,
         max_model_len: int,
-        vocab_size: int,
+        spec: ModelSpec,
         toolbox: Toolbox | None = None,
-    ) -> Sequence:
-        """Create the samples; returns the sequence of the first, which computes the prompt for all of them. The prompt
-        must fit max_model_len with one token to spare. toolbox: what may write into their outputs."""
+    ) -> list[Sequence]:
+        """Create the samples; returns the sequences to begin with: the first, which computes the prompt for all of
+        them, or all where each has a canvas. The prompt must fit max_model_len with one token to spare. toolbox: what
+        may write into their outputs."""
         params = self.request.sampling
-        limit = max_model_len - len(self.prompt)
-        max_tokens = limit if params.max_tokens is None else min(params.max_tokens, limit)
+        if spec.mask_token_id is not None:
+            max_tokens = answer_length(params, len(self.prompt), max_model_len)
+        else:
+            limit = max_model_len - len(self.prompt)
+            max_tokens = limit if params.max_tokens is None else min(params.max_tokens, limit)
         if self.wants_prompt_logits:
             self.collector = PromptCollector(
                 self.prompt,
-                vocab_size=vocab_size,
+                vocab_size=spec.vocab_size,
                 keep_logits=self.request.return_logits,
                 num_top=params.prompt_logprobs,
             )
         if params.num_samples > params.n:
             self.ranking = Ranking(params.num_samples)
-        self.samples = [self._sample(i, tokenizer, positions, max_tokens, toolbox) for i in range(params.num_samples)]
-        return self.samples[0].seq
+        mask_id = spec.mask_token_id
+        self.samples = [
+            self._sample(i, tokenizer, positions, max_tokens, mask_id, toolbox) for i in range(params.num_samples)
+        ]
+        return [sample.seq for sample in (self.samples[:1] if mask_id is None else self.samples)]
 
     def _sample(
         self,
@@ -163,6 +216,7 @@ class ActiveRequest:
         tokenizer: Tokenizer,
         positions: PromptPositions | None,
         max_tokens: int,
+        mask_id: int | None,
         toolbox: Toolbox | None,
     ) -> Sample:
         params = self.request.sampling
@@ -176,8 +230,9 @@ class ActiveRequest:
             media=self.media,
             positions=positions,
             wants_prompt_logits=self.wants_prompt_logits and index == 0,
-            has_siblings=params.num_samples > 1,
+            has_siblings=params.num_samples > 1 and mask_id is None,
             imported=self.imported,
+            canvas=None if mask_id is None else self._canvas(index, max_tokens, mask_id, eos_ids),
         )
         state = SamplingState(
             params,
@@ -197,3 +252,15 @@ class ActiveRequest:
             stop_strings=params.stop_strings,
         )
         return Sample(seq=seq, state=state, checker=checker)
+
+    def _canvas(self, index: int, length: int, mask_id: int, eos_ids: SequenceOf[int]) -> Canvas:
+        params = self.request.sampling
+        return Canvas(
+            self.prompt,
+            length,
+            params.diffusion or DiffusionParams(),
+            mask_id=mask_id,
+            stop_ids=(*eos_ids, *params.stop_token_ids),
+            min_tokens=params.min_tokens,
+            needs_prompt_pass=self.wants_prompt_logits and index == 0,
+        )

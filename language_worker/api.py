@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from language_worker.diffusion_params import DiffusionParams
 from language_worker.errors import EngineError, InvalidRequest
 
 MAX_SAMPLES = 128
@@ -35,6 +36,7 @@ class SamplingParams:
     banned_token_ids: never chosen, whatever allows or favours them. stop: strings that end the text (never emitted).
     min_tokens: EOS, stop ids and stop strings do not end the output before that many tokens; the ids are not chosen.
     logprobs / prompt_logprobs: how many alternatives to report beside the token itself (None: no report).
+    diffusion: for models that fill in masks (None: their defaults); max_tokens is then the canvas' length.
     """
 
     max_tokens: int | None = None
@@ -57,6 +59,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    diffusion: DiffusionParams | None = None
 
     def __post_init__(self) -> None:
         _check_int("max_tokens", self.max_tokens, 1, MAX_INT, optional=True)
@@ -75,6 +78,8 @@ class SamplingParams:
         _check_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS, optional=True)
         if type(self.ignore_eos) is not bool:
             raise InvalidRequest(f"ignore_eos is {self.ignore_eos!r}; use true or false")
+        if self.diffusion is not None and not isinstance(self.diffusion, DiffusionParams):
+            raise InvalidRequest(f"diffusion is {type(self.diffusion).__name__}; use DiffusionParams")
         self._check_collections()
 
     def _check_collections(self) -> None:
@@ -125,6 +130,7 @@ class SamplingParams:
         body["stop"] = list(self.stop_strings)
         for name in ("stop_token_ids", "banned_token_ids"):
             body[name] = list(body[name])
+        body["diffusion"] = None if self.diffusion is None else self.diffusion.to_body()
         body["allowed_token_ids"] = None if self.allowed_token_ids is None else list(self.allowed_token_ids)
         return body
 
@@ -140,6 +146,8 @@ class SamplingParams:
                 values["logit_bias"] = dict(values["logit_bias"])
             except (TypeError, ValueError):
                 raise InvalidRequest("logit_bias must be a list of [token id, bias] pairs") from None
+        if values.get("diffusion") is not None:
+            values["diffusion"] = DiffusionParams.from_body(values["diffusion"])
         return cls(**values)
 
 
@@ -218,6 +226,7 @@ class TokenChunk:
 
     stop_reason: the stop string or stop token id that ended it. logprobs: one entry per token id when asked for.
     mask: one entry per token id, 1 if the model chose it and 0 if a tool wrote it; None: the model chose them all.
+    preview: the open block after a step, None for a mask; such a chunk holds nothing else.
     prompt_logprobs: only on the first chunk of sample 0; entry 0 is None (nothing precedes the first token).
     """
 
@@ -232,6 +241,7 @@ class TokenChunk:
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     mask: tuple[int, ...] | None = None
+    preview: tuple[int | None, ...] | None = None
 
     def to_body(self) -> dict[str, Any]:
         """Map of one wire part; optional fields appear only where they hold something."""
@@ -245,6 +255,8 @@ class TokenChunk:
         }
         if self.num_cached_tokens:
             body["num_cached_tokens"] = self.num_cached_tokens
+        if self.preview is not None:
+            body["preview"] = list(self.preview)
         if self.prompt_logprobs is not None:
             body["prompt_logprobs"] = [None if e is None else e.to_body() for e in self.prompt_logprobs]
         if self.mask is not None:
@@ -265,6 +277,7 @@ class TokenChunk:
             logprobs=None if logprobs is None else tuple(map(TokenLogprob.from_body, logprobs)),
             num_prompt_tokens=body.get("num_prompt_tokens", num_prompt_tokens),
             num_cached_tokens=body.get("num_cached_tokens", 0),
+            preview=None if body.get("preview") is None else tuple(body["preview"]),
             prompt_logprobs=None
             if prompt is None
             else tuple(None if entry is None else TokenLogprob.from_body(entry) for entry in prompt),
@@ -282,6 +295,8 @@ class RequestDone:
     ttft_ms: float
     total_ms: float
     num_preemptions: int = 0
+    num_forwards: int = 0  # of canvases; 0 where tokens come one by one
+    num_forwarded_tokens: int = 0  # query positions in them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

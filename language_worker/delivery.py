@@ -103,6 +103,8 @@ class Delivery:
             "ttft_ms": done.ttft_ms,
             "total_ms": done.total_ms,
             "num_preemptions": done.num_preemptions,
+            "num_forwards": done.num_forwards,
+            "num_forwarded_tokens": done.num_forwarded_tokens,
             "grant_rounds": self._streams.end(done.request_id),
         }
         if call is not None:

@@ -18,12 +18,13 @@ import torch
 
 from language_worker.active import ActiveRequest, Sample
 from language_worker.api import GenerateRequest
+from language_worker.denoiser import Denoiser
 from language_worker.drafter import Drafter
 from language_worker.errors import Cancelled, EngineError, StepFailed
 from language_worker.handover.exports import KVExport
 from language_worker.media import MediaRows
 from language_worker.outputs import Output, PromptLogits, StepReport
-from language_worker.plan import StepPlan
+from language_worker.plan import StepPlan, Window
 from language_worker.request import Sequence as TokenSequence
 from language_worker.request import Status
 from language_worker.roster import EngineLimits, Roster
@@ -44,7 +45,7 @@ STATS_COUNTERS = (
 
 class Engine:
     """See the module. `clock` gives monotonic seconds; `new_seed` gives the seed of a request without one; `drafter`
-    goes with a strategy that leaves its drafts open."""
+    goes with a strategy that leaves its drafts open, `denoiser` with one that fills in canvases."""
 
     def __init__(
         self,
@@ -57,9 +58,11 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         new_seed: Callable[[], int] = lambda: secrets.randbits(64),
         drafter: Drafter | None = None,
+        denoiser: Denoiser | None = None,
     ) -> None:
         self.runner = runner
         self.drafter = drafter
+        self.denoiser = denoiser
         self.scheduler = scheduler
         self.tokenizer = tokenizer
         self.limits = limits
@@ -190,6 +193,8 @@ class Engine:
         with torch.inference_mode():
             if self.drafter is not None:
                 plan = self.drafter.fill(plan, lambda seq: self._roster.sample_of(seq.key).state)
+            if self.denoiser is not None:
+                return self.denoiser.run(plan, lambda seq: self._roster.sample_of(seq.key).state)
             step = self.runner.run(plan)
             served = [self._roster.active_of(w.seq.key).states_served_by(w.seq.key[1]) for w in step.sampling]
             return plan, step, choose(step, served, num_token_ids=self.tokenizer.vocab_size) if served else []
@@ -205,9 +210,11 @@ class Engine:
             self._collect(part.window.seq.key, part.window.start, step.logits[part.first_row :][: part.length])
         chosen = {id(window): served for window, served in zip(step.sampling, choices, strict=True)}
         now = self._clock()
-        self._roster.counters["computed_tokens_total"] += sum(window.length for window in plan.windows)
+        self._roster.counters["computed_tokens_total"] += plan.num_tokens
         for window in plan.windows:
             served = chosen.get(id(window))
+            if window.fills:
+                self._preview(window)
             self.scheduler.commit(window, () if served is None else [choice.token_id for choice in served[0]])
             if window.drafts and served is not None:
                 self._count_drafts(len(window.drafts), len(served[0]) - 1)
@@ -223,6 +230,13 @@ class Engine:
             self._roster.guarded(
                 active, lambda: export.advance(seq.kv_len, lambda start, end: self.runner.export_rows(seq, start, end))
             )
+
+    def _preview(self, window: Window) -> None:
+        """Show the block that a canvas' step leaves, if its request asked for that."""
+        canvas, active = window.seq.canvas, self._roster.active_of(window.seq.key)
+        if canvas is not None and canvas.params.show_steps and active.ranking is None:
+            item = active.samples[window.seq.key[1]]
+            self._roster.outputs.append(item.show(active.request.request_id, canvas.preview(window.fills)))
 
     def _collect(self, key: tuple[int, int], start: int, logits: torch.Tensor) -> None:
         active = self._roster.active_of(key)

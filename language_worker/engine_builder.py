@@ -17,6 +17,7 @@ from kernels.quantised_matrix import Quantization
 from language_worker.config import EngineConfig
 from language_worker.decode import create_strategy
 from language_worker.decode.base import DecodeStrategy
+from language_worker.denoiser import Denoiser
 from language_worker.drafter import Drafter
 from language_worker.engine import Engine
 from language_worker.errors import ModelNotSupported
@@ -73,20 +74,13 @@ def build_engine(
         cache = KVCache(model.spec.kv, num_pages=size.num_pages, page_size=config.page_size, dtype=dtype, device=device)
         return ModelRunner(model, cache, device, config.num_threads)
 
-    pool = PagePool(size.num_pages)
-    root = _cache_root(checkpoint, dtype, config.page_size)
-    scheduler = Scheduler(
-        pool=pool,
-        strategy=_strategy(config, model.spec),
-        page_size=config.page_size,
-        max_num_seqs=config.max_num_seqs,
-        max_step_tokens=config.max_step_tokens,
-        max_prefill_chunk=config.max_prefill_chunk,
-        prefix_cache=PrefixCache(pool, config.page_size, root) if config.prefix_cache else None,
-        min_partial_chunk=config.min_partial_chunk,
-    )
+    runner = runner_of(model)
+    scheduler = _scheduler(config, model.spec, size, _cache_root(checkpoint, dtype, config.page_size))
     return Engine(
-        runner=runner_of(model),
+        runner=runner,
+        denoiser=Denoiser(runner, eos_ids=tokenizer.eos_token_ids, num_token_ids=tokenizer.vocab_size)
+        if scheduler.strategy.is_whole
+        else None,
         drafter=None
         if draft_model is None
         else Drafter(runner_of(draft_model), vocab_size=model.spec.vocab_size, num_token_ids=tokenizer.vocab_size),
@@ -139,6 +133,22 @@ def _refuse_quantised(config: Mapping[str, Any]) -> None:
         )
 
 
+def _scheduler(config: EngineConfig, spec: ModelSpec, size: CacheSize, root: bytes) -> Scheduler:
+    """Over a pool of its own. What is computed whole needs steps that hold it, and has no KV that others could use."""
+    pool, strategy = PagePool(size.num_pages), _strategy(config, spec)
+    has_prefixes = config.prefix_cache and not strategy.is_whole
+    return Scheduler(
+        pool=pool,
+        strategy=strategy,
+        page_size=config.page_size,
+        max_num_seqs=config.max_num_seqs,
+        max_step_tokens=max(config.max_step_tokens, size.max_model_len if strategy.is_whole else 0),
+        max_prefill_chunk=0 if strategy.is_whole else config.max_prefill_chunk,
+        prefix_cache=PrefixCache(pool, config.page_size, root) if has_prefixes else None,
+        min_partial_chunk=config.min_partial_chunk,
+    )
+
+
 def _load_draft_model(
     config: EngineConfig, tokenizer: Tokenizer, dtype: torch.dtype, device: torch.device
 ) -> LanguageModel:
@@ -163,6 +173,10 @@ def _load_draft_model(
 def _strategy(config: EngineConfig, spec: ModelSpec) -> DecodeStrategy:
     name = spec.decode_strategy if config.decode_strategy == "auto" else config.decode_strategy
     has_drafter = bool(config.draft_model)
+    if spec.decode_strategy == "block_diffusion" and (name != spec.decode_strategy or has_drafter):
+        raise ModelNotSupported(
+            "this model fills in masks and knows no other order; set decode_strategy to 'auto' and no draft_model"
+        )
     return create_strategy(
         "speculative" if has_drafter else name, num_draft_tokens=config.num_draft_tokens, has_drafter=has_drafter
     )

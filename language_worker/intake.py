@@ -6,6 +6,8 @@ Pure functions; each raises the typed error that names the field, what it holds 
 from collections.abc import Sequence
 
 from language_worker.api import GenerateRequest, SamplingParams
+from language_worker.canvas import BlockPlan
+from language_worker.diffusion_params import DEFAULT_GENERATION_LENGTH, DiffusionParams
 from language_worker.errors import InvalidRequest, MediaMismatch, PromptTooLong
 from language_worker.media import MediaItem, count_placeholders
 from language_worker.models.base import LanguageModel, ModelSpec
@@ -33,6 +35,7 @@ def check_request(
     ):
         if ids and max(ids) >= vocab:
             raise InvalidRequest(f"{name} holds token id {max(ids)}; the model's ids are 0..{vocab - 1}")
+    check_diffusion(request, spec, max_model_len)
     check_choosable(request.sampling, eos_ids, vocab if num_token_ids is None else min(vocab, num_token_ids))
     count_placeholders(request.prompt_token_ids, spec.media_token_id, request.num_media)
     check_prompt_length(len(request.prompt_token_ids), max_model_len)
@@ -49,6 +52,33 @@ def check_choosable(params: SamplingParams, eos_ids: Sequence[int], num_token_id
             "allowed_token_ids, banned_token_ids and what min_tokens holds back (EOS and stop_token_ids) leave no "
             "token to choose; allow more"
         )
+
+
+def answer_length(params: SamplingParams, num_prompt_tokens: int, max_model_len: int) -> int:
+    """Masks that the answer of a diffusion model begins with."""
+    wanted = DEFAULT_GENERATION_LENGTH if params.max_tokens is None else params.max_tokens
+    return min(wanted, max_model_len - num_prompt_tokens)
+
+
+def check_diffusion(request: GenerateRequest, spec: ModelSpec, max_model_len: int) -> None:
+    """InvalidRequest for what has no meaning where tokens are filled in, and for `diffusion` where they are not."""
+    params, mask_id = request.sampling, spec.mask_token_id
+    if mask_id is None:
+        if params.diffusion is not None:
+            raise InvalidRequest("diffusion is given and this model writes its tokens one by one; leave it out")
+        return
+    if mask_id in request.prompt_token_ids:
+        raise InvalidRequest(f"prompt_token_ids holds the mask token {mask_id}; masks are for the answer alone")
+    if params.has_penalties:
+        raise InvalidRequest(
+            "presence_penalty, frequency_penalty and repetition_penalty count the tokens before; a diffusion model's "
+            "come in no order, so leave them out"
+        )
+    if params.prompt_logprobs is not None:
+        raise InvalidRequest("prompt_logprobs has no meaning for a diffusion model, which predicts masks; leave it out")
+    length = answer_length(params, len(request.prompt_token_ids), max_model_len)
+    if length > 0:
+        BlockPlan.of(params.diffusion or DiffusionParams(), length)
 
 
 def check_items(items: tuple[MediaItem, ...], num_media: int, total_rows: int, model: LanguageModel) -> None:

@@ -9,6 +9,7 @@ Values only; no behaviour, no tensors.
 
 from dataclasses import dataclass
 
+from language_worker.canvas import Fill
 from language_worker.request import Sequence
 
 
@@ -27,7 +28,8 @@ class Window:
 
     num_final: how many leading positions are known to leave final KV. samples: the logits of the last known token
     choose the next one. drafts: guesses at the tokens behind the known ones, on the last positions of the window; each
-    that is right makes its logits choose another.
+    that is right makes its logits choose another. num_copies: versions of the sequence that are computed side by side.
+    fills: what a canvas' window has chosen, once it ran.
     """
 
     seq: Sequence
@@ -36,6 +38,13 @@ class Window:
     num_final: int
     samples: bool
     drafts: tuple[int, ...] = ()
+    num_copies: int = 1
+    fills: tuple[Fill, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Query positions of all copies."""
+        return self.length * self.num_copies
 
     @property
     def end(self) -> int:
@@ -57,4 +66,4 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        return sum(window.length for window in self.windows)
+        return sum(window.num_tokens for window in self.windows)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from language_worker.canvas import Canvas
 from language_worker.errors import IllegalTransition
 
 
@@ -69,12 +70,14 @@ class Sequence:
     model's own description of the prompt's positions (None: 0, 1, 2, ...). wants_prompt_logits: someone asked for the
     logits of every prompt position. has_siblings: other samples continue the same prompt and may lend their pages.
     imported: KV of the prompt that was computed elsewhere; kept for as long as the sequence may need it again.
-    draft_source: what a speculative strategy knows of it.
+    draft_source: what a speculative strategy knows of it. canvas: its text with masks, where it is decoded by filling
+    them in.
     num_cached: prompt tokens whose KV the prefix cache had at the first admission. page_names: names of the first full
     pages, for the prefix cache.
     """
 
     __slots__ = (
+        "canvas",
         "draft_source",
         "has_siblings",
         "imported",
@@ -108,6 +111,7 @@ class Sequence:
         wants_prompt_logits: bool = False,
         has_siblings: bool = False,
         imported: ImportedKV | None = None,
+        canvas: Canvas | None = None,
     ) -> None:
         self.key = key
         self.tokens: list[int] = list(prompt)
@@ -120,6 +124,7 @@ class Sequence:
         self.wants_prompt_logits = wants_prompt_logits
         self.has_siblings = has_siblings
         self.imported = imported
+        self.canvas = canvas
         self.kv_len = 0
         self.status = Status.NEW
         self.pages: list[int] = []

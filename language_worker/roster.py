@@ -16,7 +16,7 @@ import torch
 
 from language_worker import intake
 from language_worker.active import ActiveRequest, Sample
-from language_worker.api import GenerateRequest, RequestDone, RequestFailed, TokenChunk
+from language_worker.api import GenerateRequest, RequestFailed, TokenChunk
 from language_worker.errors import (
     DeadlineExceeded,
     EngineError,
@@ -29,10 +29,9 @@ from language_worker.errors import (
 )
 from language_worker.handover.exports import KVExport
 from language_worker.handover.ledger import Handovers
-from language_worker.media import InputBudget, MediaItem, MediaRows, expand_prompt
+from language_worker.media import InputBudget, MediaItem, MediaRows
 from language_worker.models.base import LanguageModel
 from language_worker.outputs import MediaAdmitted, Output
-from language_worker.request import MediaSpan
 from language_worker.scheduler import Scheduler
 from language_worker.tokenizer import Tokenizer
 from language_worker.tools.machine import find_toolbox
@@ -261,28 +260,23 @@ class Roster:
         items = active.items or ()
         if active.header is not None:
             self.handovers.unpack(active, device=self._device)
-        expanded = expand_prompt(active.request.prompt_token_ids, self._spec.media_token_id, items)
-        active.prompt, active.starts = expanded.token_ids, expanded.starts
-        active.media_positions = expanded.media_positions
-        active.media_spans = tuple(
-            MediaSpan(start=start, end=start + item.rows, key=item.cache_key)
-            for start, item in zip(active.starts, items, strict=True)
-        )
+        active.expand(self._spec.media_token_id)
         if active.request.return_logits:
             intake.check_logits_size(len(active.prompt), self._spec.vocab_size, self._limits.max_logits_bytes)
         grids = [(start, item.grid) for start, item in zip(active.starts, items, strict=True)]
         positions = self._model.prompt_positions(len(active.prompt), grids)
-        first = active.build_samples(
+        begun = active.build_samples(
             self._tokenizer,
             positions,
             max_model_len=self._limits.max_model_len,
-            vocab_size=self._spec.vocab_size,
+            spec=self._spec,
             toolbox=self._toolbox,
         )
         if active.export is not None:
             self.handovers.request_export(active)
         else:
-            self._scheduler.add(first)
+            for seq in begun:
+                self._scheduler.add(seq)
         if not active.is_counted:
             self.counters["prompt_tokens_total"] += len(active.prompt)
             active.is_counted = True
@@ -334,17 +328,7 @@ class Roster:
             self.outputs += active.ranking.best(active.request.sampling)
         self._forget(active)
         self.counters["request_success_total"] += 1
-        first = now if active.first_token_at is None else active.first_token_at
-        self.outputs.append(
-            RequestDone(
-                request_id=active.request.request_id,
-                num_prompt_tokens=len(active.prompt),
-                num_generated_tokens=active.num_generated,
-                ttft_ms=(first - active.submitted_at) * 1000,
-                total_ms=(now - active.submitted_at) * 1000,
-                num_preemptions=sum(item.seq.num_preemptions for item in active.samples),
-            )
-        )
+        self.outputs.append(active.report(now))
 
 
 def _typed(request_id: str, error: Exception) -> EngineError:

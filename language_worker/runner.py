@@ -100,7 +100,7 @@ class ModelRunner:
             last_attention=self._attention(asking) if rows else None,
             previous_ids=torch.tensor(_previous_ids(windows)).to(self.device) if needs_previous else None,
         )
-        logits = self._forward(inputs)
+        logits = self.forward(inputs)
         return StepLogits(logits=logits, sampling=sampling, sample_rows=sample_rows, prompt_slices=slices)
 
     @torch.inference_mode()
@@ -109,7 +109,7 @@ class ModelRunner:
         one = torch.zeros(1, dtype=torch.int64)
         attention = AttentionBatch(page_table=one[:, None], query_lens=[1], kv_lens=[1], query_start=[0])
         token = one.to(self.device)
-        self._forward(
+        self.forward(
             StepInputs(
                 token_ids=token,
                 positions=token,
@@ -121,7 +121,7 @@ class ModelRunner:
             )
         )
 
-    def _forward(self, inputs: StepInputs) -> torch.Tensor:
+    def forward(self, inputs: StepInputs) -> torch.Tensor:
         """The model's step, on one thread where a second would cost more than it brings; see SERIAL_WORK."""
         if self.device.type != "cpu":
             return self.model.forward(inputs, self.cache.layers)

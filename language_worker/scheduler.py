@@ -64,11 +64,17 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Queue a new sequence; InvalidRequest when even an empty pool could not hold its longest form."""
-        needed = self.pages.pages_for(seq.max_len)
+        needed = self.pages.pages_for(self._most_positions(seq))
         if needed > self.pool.num_pages:
             raise InvalidRequest(
                 f"a sequence of {seq.max_len} tokens needs {needed} pages and the cache has "
                 f"{self.pool.num_pages}; lower max_model_len or raise kv_cache_tokens"
+            )
+        if seq.canvas is not None and seq.max_len * seq.canvas.num_copies > self.max_step_tokens:
+            twice = " twice (cfg_scale)" if seq.canvas.num_copies > 1 else ""
+            raise InvalidRequest(
+                f"a canvas of {seq.max_len} tokens is computed whole{twice} and a step holds {self.max_step_tokens}; "
+                "lower max_tokens or raise max_step_tokens"
             )
         seq.apply(Event.QUEUED)
         insort(self.waiting, seq, key=_age)
@@ -93,7 +99,7 @@ class Scheduler:
         preempted: list[Sequence] = []
         windows = self._plan_decodes(preempted)
         budget = self.max_step_tokens - sum(window.length for window in windows)
-        budget = self._plan_prefills([s for s in self.running if s.missing > 1], windows, budget)
+        budget = self._plan_prefills([s for s in self.running if not self._is_decode(s)], windows, budget)
         if not preempted:
             self._admit(windows, budget, preempted)
         return StepPlan(
@@ -112,7 +118,7 @@ class Scheduler:
 
     def _plan_decodes(self, preempted: list[Sequence]) -> list[Window]:
         covered: list[Sequence] = []
-        for seq in [s for s in self.running if s.missing == 1]:
+        for seq in [s for s in self.running if self._is_decode(s)]:
             if seq.status is Status.RUNNING and self._cover(seq, preempted):
                 covered.append(seq)
         covered = [seq for seq in covered if seq.status is Status.RUNNING]  # a later one may have taken its pages
@@ -148,8 +154,17 @@ class Scheduler:
             window = self._chunk(seq, budget)
             if window is not None:
                 windows.append(window)
-                budget -= window.length
+                budget -= window.num_tokens
         return budget
+
+    def _is_decode(self, seq: Sequence) -> bool:
+        return seq.missing == 1 and not self.strategy.is_whole
+
+    def _most_positions(self, seq: Sequence) -> int:
+        """Positions for which its longest form needs pages; a copy begins on a page of its own."""
+        if seq.canvas is None:
+            return seq.max_len
+        return self.pages.pages_for(seq.max_len) * self.page_size * seq.canvas.num_copies
 
     def _chunk(self, seq: Sequence, budget: int) -> Window | None:
         """A prefill window worth a step, whose end is aligned, unless it reaches the last known token."""
@@ -190,7 +205,7 @@ class Scheduler:
     def _try_start(self, seq: Sequence) -> bool:
         """Admit a waiting sequence if there is a seat, and pages for its tokens and the next one."""
         prefix = self.pages.find_prefix(seq, self._siblings(seq))
-        num_tokens = min(len(seq.tokens) + 1 + self.strategy.lookahead, seq.max_len)
+        num_tokens = min(len(seq.tokens) + 1 + self.strategy.lookahead, self._most_positions(seq))
         if len(self.running) >= self.max_num_seqs or not self.pages.can_start(prefix, num_tokens):
             return False
         self.waiting.remove(seq)

@@ -26,6 +26,7 @@ from language_worker.errors import InvalidRequest, ModelNotSupported
 from language_worker.nanochat_files import read_published
 from language_worker.token_bound import max_token_chars, min_tokens
 
+END_OF_TURN = "<|eot_id|>"  # Llama 3 and LLaDA templates end every message with it; LLaDA's config.json does not say so
 Pieces = Sequence[tuple[str, bool]]
 
 
@@ -192,7 +193,7 @@ def _is_byte_level(decoder: Any) -> bool:
 
 
 def _eos_ids(folder: Path, tokenizer: RustTokenizer) -> tuple[int, ...]:
-    """EOS ids of generation_config.json, else of config.json, and the tokenizer's own eos_token."""
+    """EOS ids of generation_config.json, else of config.json, the tokenizer's own eos_token, and the end of a turn."""
     ids: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         value = _read_json(folder / name).get("eos_token_id")
@@ -202,8 +203,7 @@ def _eos_ids(folder: Path, tokenizer: RustTokenizer) -> tuple[int, ...]:
     token = _read_json(folder / "tokenizer_config.json").get("eos_token")
     literal = token.get("content") if isinstance(token, dict) else token
     token_id = tokenizer.token_to_id(literal) if isinstance(literal, str) else None
-    if token_id is not None:
-        ids.add(token_id)
+    ids.update(i for i in (token_id, tokenizer.token_to_id(END_OF_TURN)) if i is not None)
     return tuple(sorted(ids))
 
 

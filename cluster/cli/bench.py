@@ -16,6 +16,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "transfer": ("benchmarks.bench_transfer", "the wire against raw TCP and memcpy, between two processes"),
     "decode": ("benchmarks.bench_decode", "decoding, alone and in a crowd, against transformers on the CPU"),
     "quantised": ("benchmarks.bench_quantised", "weights in 8 and 4 bits: bytes, speed, and what answers lose"),
+    "diffusion": ("benchmarks.bench_diffusion", "filling in masks, against the published loop on the CPU"),
     "serve": ("benchmarks.bench_serving", "serving against transformers on the CPU"),
     "split": ("benchmarks.bench_split", "prefill and decode apart against together: first token, bytes of KV"),
     "kernels": ("benchmarks.gpu.__main__", "every kernel on this machine's GPU, after the kernel tests there"),

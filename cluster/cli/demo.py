@@ -14,6 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from cluster.cli import demo_diffusion
 from cluster.cli.flags import MODEL_FLAGS, SERVE_FLAGS, add_flags, config_from
 from cluster.cli.signals import StopSignal
 from cluster.demo import MODEL_DIR, MODEL_NAME, Question, questions
@@ -27,6 +28,9 @@ SPLIT_COLUMNS = {"rows": "rows", "prefill_ms": "prefill\nms", "kv_blocks": "KV\n
 
 def add_to(commands: Any, ray_address: str | None) -> None:
     parser = commands.add_parser("demo", help="see the whole path at work on the shipped model", description=__doc__)
+    parser.add_argument(
+        "--diffusion", action="store_true", help="the model that fills in masks, live, without a cluster"
+    )
     parser.add_argument("--keep", action="store_true", help="go on serving afterwards")
     parser.add_argument("--split", action="store_true", help="compute prompts and answers on workers of their own")
     parser.add_argument(
@@ -54,6 +58,8 @@ class Reply:
 
 def run(options: argparse.Namespace) -> int:
     """0 when every answer is right; 130 or 143 when a signal ended it early."""
+    if options.diffusion:
+        return demo_diffusion.run(options)
     stop = StopSignal()
     try:
         return _run(options, stop)

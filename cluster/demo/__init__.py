@@ -1,4 +1,5 @@
-"""The shipped demo: a tiny Qwen2.5-VL checkpoint trained to read handwritten digits, and images to ask about."""
+"""The shipped demos: a tiny Qwen2.5-VL checkpoint trained to read handwritten digits, and images to ask about; a tiny
+LLaDA trained to add, and sums that it never saw."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ from pathlib import Path
 MODEL_DIR = Path(__file__).parent / "model"
 IMAGE_DIR = Path(__file__).parent / "images"
 MODEL_NAME = "tandem-demo"
+DIFFUSION_MODEL_DIR = Path(__file__).parent / "diffusion"
+SUMS = ("54+95", "41+98 24+19", "87+95 13+63", "96+54 68+30 29+72", "91+56 41+32 76+40", "56+48 16+64 91+23")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,6 +21,11 @@ class Question:
     image: Path
     text: str
     answer: str
+
+
+def answer_to_sums(question: str) -> str:
+    """What the diffusion model should say."""
+    return " ".join(f"{part}={sum(map(int, part.split('+')))}" for part in question.split())
 
 
 def questions() -> list[Question]:

@@ -10,6 +10,7 @@ from cluster.errors import BadRequest, ContextLengthExceeded
 from cluster.gateway.context import GatewayContext
 from cluster.gateway.schema import ChatRequest, CompletionRequest, Sampling
 from language_worker.api import SamplingParams
+from language_worker.diffusion_params import DiffusionParams
 from language_worker.errors import InvalidRequest
 
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's completions
@@ -57,6 +58,8 @@ def _build(request: Sampling, vocab_size: int, names: dict[str, str], **given: A
     for name in ("stop_token_ids", "allowed_token_ids", "banned_token_ids"):
         check_token_ids(getattr(request, name) or (), vocab_size, name)
     try:
+        if request.diffusion is not None:
+            values["diffusion"] = _diffusion(request.diffusion)
         return SamplingParams(**values, **given)
     except InvalidRequest as error:
         text = error.message
@@ -64,6 +67,13 @@ def _build(request: Sampling, vocab_size: int, names: dict[str, str], **given: A
         field = match.group() if match else ""
         shown = names.get(field, field)
         raise BadRequest(shown + text[len(field) :], shown or None) from None
+
+
+def _diffusion(fields: dict[str, Any]) -> DiffusionParams:
+    params = DiffusionParams.from_body(fields)
+    if params.show_steps:
+        raise InvalidRequest("diffusion.show_steps is for scripts (LLM.stream); a stream sends finished blocks")
+    return params
 
 
 def _logit_bias(entries: dict[str, float], vocab_size: int) -> dict[int, float]:

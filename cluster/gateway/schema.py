@@ -32,7 +32,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {  # parameter -> values that ask for 
     "verbosity": (),
     "suffix": ("",),
     "best_of": (1,),
-    "diffusion": (),
     "moderation": (),
 }
 
@@ -144,6 +143,7 @@ class Sampling(Strict):
     allowed_token_ids: list[int] | None = None
     banned_token_ids: list[int] | None = None
     prompt_logprobs: int | None = None
+    diffusion: dict[str, Any] | None = None
 
     @model_validator(mode="before")
     @classmethod

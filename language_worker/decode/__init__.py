@@ -8,6 +8,7 @@ from language_worker.errors import ModelNotSupported
 
 STRATEGIES = {
     "autoregressive": "language_worker.decode.autoregressive:Autoregressive",
+    "block_diffusion": "language_worker.decode.block_diffusion:BlockDiffusion",
     "speculative": "language_worker.decode.speculative:Speculative",
 }
 DRAFTING = frozenset({"speculative"})

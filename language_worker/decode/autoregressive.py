@@ -12,6 +12,7 @@ class Autoregressive:
     alignment = 1
     lookahead = 0
     max_drafts = 0
+    is_whole = False
 
     def window(self, seq: Sequence, budget: int, max_drafts: int = 0) -> Window | None:
         """Up to `budget` of the missing tokens whose inputs have arrived; None when there are none."""

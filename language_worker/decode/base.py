@@ -14,11 +14,13 @@ from language_worker.request import Sequence
 class DecodeStrategy(Protocol):
     """alignment: prefill chunks end on a multiple of it (the last chunk excepted).
     lookahead: provisional positions past the known tokens that need pages. max_drafts: positions past the known tokens
-    that it can use where budget and pages are left."""
+    that it can use where budget and pages are left. is_whole: windows cannot be cut into chunks, nor grow by one token
+    at a time."""
 
     alignment: int
     lookahead: int
     max_drafts: int
+    is_whole: bool
 
     def window(self, seq: Sequence, budget: int, max_drafts: int = 0) -> Window | None:
         """Next query window of at most `budget` known positions and `max_drafts` behind them, for which there are

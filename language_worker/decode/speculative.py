@@ -26,6 +26,7 @@ class Speculative:
 
     alignment = 1
     lookahead = 0
+    is_whole = False
 
     def __init__(self, max_drafts: int, new_source: Callable[[int], DraftSource] = DraftIndex) -> None:
         self.max_drafts = max_drafts

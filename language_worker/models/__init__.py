@@ -18,6 +18,8 @@ REGISTRY = {
     "NanoChat": "language_worker.models.nanochat_layouts:NanoChatNative",
     "NanoChatForCausalLM": "language_worker.models.nanochat_layouts:NanoChatHuggingFace",
     "LlamaForCausalLM": "language_worker.models.text_decoder:Llama",
+    "LLaDAModelLM": "language_worker.models.llada:Llada",
+    "LLaDAForCausalLM": "language_worker.models.llada:Llada",
     "Qwen2ForCausalLM": "language_worker.models.text_decoder:Qwen2",
     "MiniMindForCausalLM": "language_worker.models.minimind:MiniMind",
     "MiniMindVLM": "language_worker.models.minimind_v:MiniMindV",

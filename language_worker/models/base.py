@@ -44,6 +44,7 @@ class ModelSpec:
     between the model's tokens and writes into its output (None: nothing does). needs_previous_ids: the model reads the
     token before each query too. That is state which a sequence's own tokens give: it survives chunks, forks, prefix
     hits and preemption, and whoever moves a sequence's pages elsewhere moves its tokens with them and nothing else.
+    mask_token_id: what stands where a token is yet to be chosen, in models that are decoded by filling in (None).
     """
 
     vocab_size: int
@@ -56,6 +57,7 @@ class ModelSpec:
     default_model_len: int = 0
     needs_previous_ids: bool = False
     tool_machine: str | None = None
+    mask_token_id: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

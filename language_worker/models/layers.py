@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from kernels.attention_mask import CAUSAL, AttentionMask
 from kernels.linear import Weight, linear
 from kernels.norm import add_rms_norm, rms_norm, rms_norm_heads
 from kernels.paged_attention import AttentionBatch, paged_attention
@@ -36,7 +37,7 @@ _FIRST_BIAS = r"layers\.0\.self_attn\.([qo])_proj\.bias"
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockShape:
     """Sizes and options of one decoder block. has_qk_norm: every query and key head is normalised before rotation.
-    experts: of the layers that have a mixture of experts for an MLP."""
+    experts: of the layers that have a mixture of experts for an MLP. mask: which keys a query sees."""
 
     hidden_size: int
     intermediate_size: int
@@ -48,6 +49,7 @@ class BlockShape:
     has_o_bias: bool = False
     has_qk_norm: bool = False
     experts: ExpertShape | None = None
+    mask: AttentionMask = CAUSAL
 
     def at_layer(self, index: int) -> BlockShape:
         """The shape of one layer: some of a mixture's may be dense."""
@@ -138,7 +140,7 @@ class DecoderBlock:
         queries = qk[:, :heads]
         if rows is not None:
             queries, residual = queries.index_select(0, rows), residual.index_select(0, rows)
-        mixed = paged_attention(queries, cache[0], cache[1], attention)
+        mixed = paged_attention(queries, cache[0], cache[1], attention, mask=shape.mask)
         attended = linear(mixed.reshape(-1, heads * shape.head_dim), self.o, self.o_bias)
         normed, residual = add_rms_norm(attended, residual, self.post_norm, shape.eps)
         return self.mlp.forward(normed), residual

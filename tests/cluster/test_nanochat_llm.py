@@ -68,7 +68,7 @@ def test_the_deepest_model_of_a_folder_is_taken(tmp_path: Path) -> None:
     config = load_config(overrides={"model.path": str(folder.parent)}).resolve()
     assert config.model.path == str(folder.parent / "d12") and config.model.served_model_name == "d12"
     assert load_config(overrides={"model.path": str(folder)}).resolve().model.path == str(folder)
-    with pytest.raises(ConfigError, match="checkpoint folder"):
+    with pytest.raises(ConfigError, match="model folder"):
         load_config(overrides={"model.path": str(tmp_path)}).resolve()
 
 

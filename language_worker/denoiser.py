@@ -1,0 +1,169 @@
+"""Denoiser: canvases through the model, and which of their masks the logits replace.
+
+Every window of a step is one span of queries (two with guidance: the second sees masks for the prompt) among all keys
+of its canvas. Logits are computed for masks of the open blocks alone. For each mask one token is chosen and judged; the
+schedule then takes the best. Nothing of a row depends on the other rows, and random numbers are functions of seed,
+sample, position and step, so an output does not depend on who shares its steps. Changes no state: what it chose
+comes back on the windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from kernels.paged_attention import AttentionBatch
+from language_worker.api import TokenLogprob
+from language_worker.canvas import Canvas, Fill
+from language_worker.decode.transfer_rules import choose_positions
+from language_worker.denoise_choice import Candidates, choose_tokens
+from language_worker.models.base import StepInputs
+from language_worker.plan import StepPlan, Window
+from language_worker.request import Sequence as TokenSequence
+from language_worker.runner import ModelRunner, PromptSlice, StepLogits
+from language_worker.sampler import Choice, token_logprob
+from language_worker.sampling_state import SamplingState
+
+StateOf = Callable[[TokenSequence], SamplingState]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Span:
+    """Queries [start, start + len(token_ids)) of one copy of a canvas, and which of its rows need logits."""
+
+    token_ids: list[int]
+    start: int
+    num_keys: int
+    pages: list[int]
+    logit_rows: range | list[int]
+
+
+class Denoiser:
+    """runner: the model and its cache. eos_ids: what `suppress_eos` and `defer_eos` mean. num_token_ids: ids from there
+    on stand for no token."""
+
+    def __init__(self, runner: ModelRunner, *, eos_ids: Sequence[int], num_token_ids: int) -> None:
+        self._runner = runner
+        self._eos_ids = tuple(eos_ids)
+        self._num_token_ids = min(num_token_ids, runner.model.spec.vocab_size)
+
+    def run(self, plan: StepPlan, state_of: StateOf) -> tuple[StepPlan, StepLogits, list[list[list[Choice]]]]:
+        """The plan with its fills; the windows whose block is complete with them, as those that sample; and the tokens
+        that leave with each."""
+        spans = [list(self._spans(window)) for window in plan.windows]
+        logits = self._logits([span for own in spans for span in own])
+        windows: list[Window] = []
+        parts, slices, first = [], [], 0
+        for window, own in zip(plan.windows, spans, strict=True):
+            num_rows = len(own[0].logit_rows)
+            rows, first = logits[first : first + num_rows * len(own)], first + num_rows * len(own)
+            if window.samples:
+                parts.append(_guided(rows, num_rows, _canvas(window).params.cfg_scale))
+            elif num_rows:
+                slices.append(PromptSlice(window=window, first_row=first - num_rows * len(own), length=num_rows))
+        if all(len(own) == 1 and window.samples for window, own in zip(plan.windows, spans, strict=True)):
+            parts = [logits]  # as they lie: a large vocabulary is not copied
+        filled = iter(self._fills([w for w in plan.windows if w.samples], parts, state_of))
+        sampling, choices = [], []
+        for window in plan.windows:
+            if window.samples:
+                window = replace(window, fills=next(filled))
+                released = _canvas(window).released_by(window.fills)
+                if released:
+                    sampling.append(window)
+                    choices.append([[Choice(token_id=fill.token_id, logprob=fill.logprob) for fill in released]])
+            windows.append(window)
+        step = StepLogits(logits=logits, sampling=tuple(sampling), sample_rows=[], prompt_slices=tuple(slices))
+        return replace(plan, windows=tuple(windows)), step, choices
+
+    def _spans(self, window: Window) -> Iterator[_Span]:
+        """The canvas as it is, and with guidance once more with its prompt hidden."""
+        canvas, pages = _canvas(window), window.seq.pages
+        size = self._runner.cache.page_size
+        own = -(-window.seq.max_len // size)  # pages of one copy
+        rows: range | list[int] = range(window.length)  # of the prompt, all
+        if window.samples:
+            rows = [position - window.start for position in canvas.open_positions()]
+        for copy in range(window.num_copies):
+            ids = canvas.tokens[window.start : window.end]
+            if copy:
+                num_hidden = max(0, min(window.end, canvas.prompt_len) - window.start)
+                ids[:num_hidden] = [canvas.mask_id] * num_hidden
+            held = pages[copy * own : (copy + 1) * own]
+            yield _Span(token_ids=ids, start=window.start, num_keys=canvas.visible_end, pages=held, logit_rows=rows)
+
+    def _logits(self, spans: Sequence[_Span]) -> torch.Tensor:
+        """Rows asked for, span after span."""
+        size, device = self._runner.cache.page_size, self._runner.device
+        starts: list[int] = []
+        rows: list[int] = []
+        positions, slots, total = [], [], 0
+        tables = [span.pages[: -(-span.num_keys // size)] for span in spans]
+        for span, table in zip(spans, tables, strict=True):
+            own = torch.arange(span.start, span.start + len(span.token_ids))
+            positions.append(own)
+            slots.append(torch.tensor(table)[own // size] * size + own % size)
+            rows.extend(total + row for row in span.logit_rows)
+            starts.append(total)
+            total += len(own)
+        width = max(map(len, tables))
+        attention = AttentionBatch(
+            page_table=torch.tensor([table + [0] * (width - len(table)) for table in tables]),
+            query_lens=[len(span.token_ids) for span in spans],
+            kv_lens=[span.num_keys for span in spans],
+            query_start=starts,
+        )
+        inputs = StepInputs(
+            token_ids=torch.tensor([token_id for span in spans for token_id in span.token_ids]).to(device),
+            positions=torch.cat(positions).to(device),
+            slots=torch.cat(slots).to(device),
+            attention=attention,
+            media=(),
+            logit_rows=None if len(rows) == total else torch.tensor(rows, dtype=torch.int64).to(device),
+        )
+        return self._runner.forward(inputs)
+
+    def _fills(self, windows: list[Window], parts: list[torch.Tensor], state_of: StateOf) -> list[tuple[Fill, ...]]:
+        if not windows:
+            return []
+        canvases = [_canvas(window) for window in windows]
+        states = [state_of(window.seq) for window in windows]
+        logits = parts[0] if len(parts) == 1 else torch.cat([part.float() for part in parts])
+        candidates = choose_tokens(logits, canvases, states, eos_ids=self._eos_ids, num_token_ids=self._num_token_ids)
+        chosen = choose_positions(canvases, candidates.confidence, candidates.entropy)
+        fills, first = [], 0
+        for canvas, state, taken in zip(canvases, states, chosen, strict=True):
+            positions = canvas.open_positions()
+            fills.append(
+                tuple(
+                    Fill(
+                        position=positions[i],
+                        token_id=candidates.token_ids[first + i],
+                        logprob=self._logprob(candidates, first + i, state),
+                    )
+                    for i in taken
+                )
+            )
+            first += len(positions)
+        return fills
+
+    def _logprob(self, candidates: Candidates, row: int, state: SamplingState) -> TokenLogprob | None:
+        if state.num_top is None:
+            return None
+        logits = candidates.logits[row].float()
+        return token_logprob(logits, candidates.token_ids[row], state.num_top, self._num_token_ids)
+
+
+def _canvas(window: Window) -> Canvas:
+    assert window.seq.canvas is not None
+    return window.seq.canvas
+
+
+def _guided(rows: torch.Tensor, num_rows: int, scale: float) -> torch.Tensor:
+    """Logits [num_rows, V]: those with the prompt, driven away from those without by `scale`."""
+    if not scale:
+        return rows
+    seeing, blind = rows[:num_rows].float(), rows[num_rows:].float()
+    return blind + (scale + 1) * (seeing - blind)

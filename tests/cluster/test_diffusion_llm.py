@@ -1,0 +1,197 @@
+"""A LLaDA checkpoint in `LLM` and behind the gateway: parameters, streaming, counters, cancellation, errors."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from cluster import LLM, DiffusionParams, SamplingParams
+from cluster.cli.generate import diffusion_from
+from cluster.gateway.app import create_app
+from language_worker.errors import InvalidRequest, ModelNotSupported
+from tests.cluster.gateway.harness import MODEL, events_of, make_context, run
+from tests.tiny_llada import MASK_ID, make_llada
+from tests.tiny_text_models import make_text_model
+
+SETTINGS = {"dtype": "float32", "device": "cpu", "num_threads": 1, "kv_cache_tokens": 8192}
+GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llada(tmp_path_factory.mktemp("llada"))
+
+
+@pytest.fixture(scope="module")
+def llm(folder: Path) -> Iterator[LLM]:
+    before = torch.get_num_threads()
+    with LLM(model=str(folder), **SETTINGS) as llm:
+        yield llm
+    torch.set_num_threads(before)
+
+
+def assert_idle(llm: LLM) -> None:
+    """Everything is given back, within a step of the worker's."""
+    deadline_s = time.monotonic() + 60
+    while llm.stats()["language-0"]["kv_pages_referenced"] and time.monotonic() < deadline_s:
+        time.sleep(0.002)
+    assert llm.stats()["language-0"]["kv_pages_referenced"] == 0
+
+
+def test_a_script_gets_tokens_and_counters(llm: LLM) -> None:
+    params = DiffusionParams(schedule="static", block_length=8, kv_policy="dual")
+    sampling = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True, diffusion=params)
+    (answer,) = llm.generate("12+34", sampling)
+    assert len(answer.outputs[0].token_ids) == 24 and MASK_ID not in answer.outputs[0].token_ids
+    length = answer.num_prompt_tokens + 24
+    assert answer.hops["forwards"] == 24 and answer.hops["tokens_per_forward"] == 1.0
+    assert answer.hops["forwarded_tokens"] == 3 * (length + 7 * 8)
+
+
+def test_streamed_blocks_are_the_whole_answer(llm: LLM) -> None:
+    params = SamplingParams(
+        max_tokens=24, temperature=0.0, ignore_eos=True, diffusion=DiffusionParams(block_length=8, show_steps=True)
+    )
+    chunks = list(llm.stream("12+34", params))
+    (whole,) = llm.generate("12+34", params)
+    assert [t for chunk in chunks for t in chunk.token_ids] == whole.outputs[0].token_ids
+    assert [len(chunk.token_ids) for chunk in chunks if chunk.preview is None] == [8, 8, 8]
+    assert all(len(chunk.preview) == 8 for chunk in chunks if chunk.preview is not None)
+
+
+def test_leaving_a_stream_gives_everything_back(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True, diffusion=DiffusionParams(block_length=4))
+    for chunk in llm.stream("12+34", params):
+        assert chunk.token_ids
+        break
+    assert_idle(llm)
+
+
+def test_other_models_refuse_diffusion(tmp_path: Path) -> None:
+    sampling = SamplingParams(max_tokens=4, diffusion=DiffusionParams())
+    with (
+        LLM(model=str(make_text_model(tmp_path, "llama")), **SETTINGS) as llm,
+        pytest.raises(Exception, match="one by one"),
+    ):
+        llm.generate("hi", sampling)
+
+
+def test_command_line_settings_become_parameters() -> None:
+    settings = ["schedule=static", "steps=16", "suppress_eos=true"]
+    assert diffusion_from(settings) == DiffusionParams(schedule="static", steps=16, suppress_eos=True)
+    assert diffusion_from([]) is None
+    with pytest.raises(InvalidRequest, match="NAME=VALUE"):
+        diffusion_from(["schedule"])
+
+
+def serve(llm: LLM, folder: Path, main: Any) -> None:
+    """Run `main(client)` against the gateway in front of the real worker."""
+
+    async def body() -> None:
+        context = make_context(folder, llm._workers.handoff, image_token_id=None, max_model_len=512)  # type: ignore[arg-type]
+        app = create_app(context)
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway", timeout=60) as client:
+            await main(client)
+        assert app.state.gateway.num_active == 0
+        app.state.gateway.close()
+
+    run(body())
+    assert_idle(llm)
+
+
+def chat(**fields: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": "12+34"}]
+    return {"model": MODEL, "messages": messages, "temperature": 0, "ignore_eos": True, "max_tokens": 16, **fields}
+
+
+def test_chat_streams_blocks_and_counts_forwards(llm: LLM, folder: Path) -> None:
+    async def main(client: httpx.AsyncClient) -> None:
+        diffusion = {"schedule": "static", "block_length": 8, "steps": 8}
+        whole = (await client.post("/v1/chat/completions", json=chat(diffusion=diffusion))).json()
+        assert whole["usage"]["completion_tokens"] == 16 and whole["usage"]["hops"]["forwards"] == 8
+        assert whole["usage"]["hops"]["tokens_per_forward"] == 2.0
+        fields = chat(diffusion=diffusion, stream=True, stream_options={"include_usage": True})
+        events = events_of((await client.post("/v1/chat/completions", json=fields)).text)
+        deltas = [e["choices"][0]["delta"].get("content", "") for e in events[:-1] if e["choices"]]
+        assert "".join(deltas) == whole["choices"][0]["message"]["content"]
+        assert events[-2]["usage"]["hops"]["forwards"] == 8 and events[-1] == "[DONE]"
+
+    serve(llm, folder, main)
+
+
+def test_many_requests_with_parameters_of_their_own(llm: LLM, folder: Path) -> None:
+    """32 together give what each gives alone."""
+    kinds: list[dict[str, Any]] = [
+        {"schedule": "static", "block_length": 4},
+        {"schedule": "threshold", "threshold": 0.3, "kv_policy": "prefix"},
+        {"schedule": "factor", "cfg_scale": 0.5},
+        {"schedule": "entropy", "entropy_bound": 4.0, "canvas": "block", "block_length": 8},
+        {"schedule": "hierarchical", "kv_policy": "none"},
+    ]
+
+    async def main(client: httpx.AsyncClient) -> None:
+        bodies = [
+            chat(diffusion=kinds[i % 5], seed=i, temperature=[0, 0.9][i % 2], max_tokens=8 + i % 3 * 8)
+            for i in range(32)
+        ]
+        together = await asyncio.gather(*(client.post("/v1/chat/completions", json=body) for body in bodies))
+        for body, response in zip(bodies[::4], together[::4], strict=True):
+            alone = await client.post("/v1/chat/completions", json=body)
+            assert alone.json()["choices"] == response.json()["choices"], body
+
+    serve(llm, folder, main)
+
+
+def test_a_client_that_leaves_midway_frees_what_it_held(llm: LLM, folder: Path) -> None:
+    async def main(client: httpx.AsyncClient) -> None:
+        fields = chat(diffusion={"schedule": "static", "block_length": 2}, stream=True, max_tokens=400)
+        task = asyncio.create_task(client.post("/v1/chat/completions", json=fields))
+        while llm.stats()["language-0"]["kv_pages_referenced"] == 0:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        while llm.stats()["language-0"]["kv_pages_referenced"]:
+            await asyncio.sleep(0.001)
+
+    serve(llm, folder, main)
+
+
+@pytest.mark.parametrize(
+    ("diffusion", "named"),
+    [
+        ({"threshold": 2}, "diffusion.threshold is 2"),
+        ({"speed": 1}, "unknown fields: speed"),
+        ({"show_steps": True}, "show_steps"),
+        ({"block_length": 17}, "block_length is 17"),
+    ],
+)
+def test_wrong_parameters_are_a_400_that_names_them(
+    llm: LLM, folder: Path, diffusion: dict[str, Any], named: str
+) -> None:
+    async def main(client: httpx.AsyncClient) -> None:
+        response = await client.post("/v1/chat/completions", json=chat(diffusion=diffusion))
+        error = json.loads(response.text)["error"]
+        assert response.status_code == 400 and named in error["message"], response.text
+
+    serve(llm, folder, main)
+
+
+def test_prefill_and_decode_apart_is_refused(folder: Path) -> None:
+    with pytest.raises(ModelNotSupported, match="fills in masks"):
+        LLM(model=str(folder), **SETTINGS, workers={"prefill": 1, "decode": 1})
+
+
+@pytest.mark.parametrize("method", ["int8", "int8_dynamic"])
+def test_quantised_weights_fill_in_masks_too(folder: Path, method: str) -> None:
+    with LLM(model=str(folder), **SETTINGS, quantization=method) as llm:
+        (answer,) = llm.generate("12+34", GREEDY)
+    assert len(answer.outputs[0].token_ids) == 24 and MASK_ID not in answer.outputs[0].token_ids
