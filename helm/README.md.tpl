@@ -22,6 +22,7 @@ $ helm test tandem                                                        # a pr
 | `gpu.yaml` | one GPU for each worker, the checkpoint on a volume |
 | `colocated.yaml` | both roles in one pod: embeddings go through shared memory |
 | `text.yaml` | a model that only reads text |
+| `split.yaml` | prefill and decode on pods of their own |
 | `s3.yaml` | the checkpoint from an S3-compatible store |
 | `autoscaling.yaml` | Ray's autoscaler starts and ends pods |
 | `redis.yaml` | Ray's state in Redis: the cluster outlives its head |

@@ -46,7 +46,7 @@ IMAGE = {
 OFFERS = {
     "type": "object",
     "additionalProperties": False,
-    "properties": {name: {"type": "integer", "minimum": 1} for name in ("embedding", "language")},
+    "properties": {name: {"type": "integer", "minimum": 1} for name in ("embedding", "language", "prefill", "decode")},
 }
 TRACK = {
     "type": "object",

@@ -45,13 +45,22 @@
   {{- $model = merge $model (dict "served_model_name" "tandem-demo") -}}
 {{- end -}}
 {{- $workers := dict "placement" "roles" -}}
-{{- range $role := list "embedding" "language" -}}
+{{- range $role := list "embedding" "language" "prefill" "decode" -}}
   {{- $count := include "tandem.numWorkers" (dict "ctx" $ "role" $role) | int -}}
   {{- if gt $count 0 -}}
     {{- $_ := set $workers $role $count -}}
-  {{- else if or (eq $role "language") $.Values.model.vision -}}
-    {{- fail (printf "no worker group offers room for a worker of the role %s%s" $role (ternary " (model.vision: false is for models that only read text)" "" (eq $role "embedding"))) -}}
   {{- end -}}
+{{- end -}}
+{{- if and .Values.model.vision (not (hasKey $workers "embedding")) -}}
+  {{- fail "no worker group offers room for a worker of the role embedding (model.vision: false is for models that only read text)" -}}
+{{- end -}}
+{{- $isSplit := or (hasKey $workers "prefill") (hasKey $workers "decode") -}}
+{{- if and $isSplit (hasKey $workers "language") -}}
+  {{- fail "worker groups offer room for language workers and for prefill or decode workers, which take their place: set workerGroups.language to null" -}}
+{{- else if and $isSplit (not (and (hasKey $workers "prefill") (hasKey $workers "decode"))) -}}
+  {{- fail "worker groups offer room for prefill or for decode workers: a split cluster needs both" -}}
+{{- else if not (or $isSplit (hasKey $workers "language")) -}}
+  {{- fail "no worker group offers room for a worker of the role language" -}}
 {{- end -}}
 {{- $transfer := dict "transport" "tcp" "host" "auto" "ports" (printf "%d-%d" (int .Values.transfer.firstPort) (int .Values.transfer.lastPort)) -}}
 {{- $gateway := dict "host" "0.0.0.0" "port" (int .Values.gateway.port) -}}

@@ -64,6 +64,11 @@ def test_workers_are_as_many_as_the_groups_have_room_for() -> None:
     assert workers("--set", "workerGroups.embedding.offers.embedding=3,workerGroups.embedding.replicas=2") == (6, 1)
 
 
+def test_prefill_and_decode_groups_take_the_place_of_language_workers() -> None:
+    (text,) = tandem_configs(render(*CASES["split"])).values()
+    assert build_config(yaml.safe_load(text)).workers.counts == {"embedding": 1, "prefill": 1, "decode": 2}
+
+
 REFUSED: dict[str, tuple[str, str]] = {
     "an unknown value": ("gatway.port=9000", "gatway"),
     "an unknown setting": ("config.language.page_sise=16", "page_sise"),
@@ -78,6 +83,8 @@ REFUSED: dict[str, tuple[str, str]] = {
     "a port beyond all ports": ("gateway.port=70000", "port"),
     "root": ("security.runAsUser=0", "runAsUser"),
     "no room for a role": ("workerGroups.language=null", "no worker group offers room"),
+    "half a split": ("workerGroups.language.offers.language=null,workerGroups.language.offers.prefill=1", "needs both"),
+    "a split beside language workers": ("workerGroups.embedding.offers.prefill=1", "take their place"),
     "no room to look at images": ("workerGroups.embedding=null", "model.vision"),
     "a track that does not run": ("blueGreen.enabled=true,blueGreen.active=green", "nobody would answer"),
     "replicas out of range": ("workerGroups.language.maxReplicas=0", "not between minReplicas"),
