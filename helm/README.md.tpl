@@ -35,13 +35,13 @@ $ helm test tandem                                                        # a pr
 ## How it fits together
 
 ```
-client ─> Service ─> gateway pod ── blocks and calls ──> embedding pods, language pods
+client ─> Service ─> gateway pod ── blocks and calls ──> embedding pods, language (or prefill and decode) pods
                         │ driver of the serve job                │
 serve-job pod ─> head (jobs, state) <──────── Ray ───────────────┘
 ```
 
 * Every pod of the RayCluster offers Ray resources named after roles (`tandem-embedding`, `tandem-language`,
-  `tandem-gateway`), and the configuration says `workers.placement: roles`: so each process runs in the group that you
+  `tandem-prefill`, `tandem-decode`, `tandem-gateway`), and the configuration says `workers.placement: roles`: so each process runs in the group that you
   sized for it. The number of workers is the sum over the groups of `replicas` times `offers`.
 * The **serve job** is a Deployment whose only container submits `tandem serve --config tandem.yaml` to Ray and follows
   its log (`kubectl logs deployment/RELEASE-tandem-serve`). Ends the job, Kubernetes submits it again; ends the pod, the job
@@ -52,6 +52,9 @@ serve-job pod ─> head (jobs, state) <──────── Ray ────
   streams that had begun end with a typed error. Budgets (`maxUnavailable`) keep evictions from taking several at a time.
 * **Secrets** are generated at the first installation, kept by upgrades and not deleted with the release. Keys of the
   encrypted transfer are no secrets of Kubernetes: each process draws its own and only ever shows the public half.
+  Keeping them takes a look at the cluster, which tools that only render (`helm template`, Argo CD, kustomize) do not
+  have: they would get new secrets at every sync, and new pods could not join. There, name secrets of your own
+  (`examples/existing-secrets.yaml`).
 
 ## Upgrades
 
