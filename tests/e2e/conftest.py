@@ -26,7 +26,7 @@ def cluster_tree(**workers: Any) -> dict[str, Any]:
         "language": {"num_threads": 1, "kv_cache_tokens": 8192, "max_model_len": 4096},
         "transfer": {"block_size": 4, "default_allocate_tokens": 4, "pool_tokens": 64},
         "gateway": {"port": 0},
-        "workers": {"num_cpus": 0.25, **workers},
+        "workers": {"num_cpus": 0.125, **workers},  # three clusters share a Ray of two CPUs
     }
 
 
