@@ -113,8 +113,9 @@ def explains_sender(
 
 
 def _was_cut(attempt: Attempt) -> bool:
-    """Whether the segment that its sender was asked to map was lost; its receiver may have heard so only afterwards."""
-    return attempt.book.invited is not None and attempt.book.invited.is_cut
+    """Whether the segment that its sender was asked to map was lost, and its receiver heard so, even if afterwards."""
+    invited = attempt.book.invited
+    return invited is not None and invited.is_cut and invited.is_abandoned
 
 
 def _is_expired(request: Request, attempt: Attempt, error: TransferError, now: float) -> bool:

@@ -136,6 +136,8 @@ def test_who_is_asked_to_map_a_segment_that_was_lost_unnoticed_may_lose_its_send
     assert not explains_sender(request, attempt, sending, outages, over, 1.0)
     assert not explains_receiver(request, attempt, outages, lost, 1.0)
     watch.is_cut = True
+    assert not explains_sender(request, attempt, sending, outages, over, 1.0), "its receiver does not know"
+    watch.is_abandoned = True
     assert explains_sender(request, attempt, sending, outages, over, 1.0)
     assert explains_receiver(request, attempt, outages, lost, 1.0)
     assert not explains_sender(request, attempt, sending, outages, PeerLost("gone"), 1.0), "this explains nothing else"
