@@ -7,14 +7,15 @@ from typing import Any, NoReturn
 
 import pytest
 
-from tests.transfer.segment_pair import SegmentPair
+from tests.transfer.segment_pair import SegmentPair, part
 from tests.transfer.test_streams import configure
 from tests.transfer.virtual import Pair, assert_rows_equal, make_rows
-from transfer.errors import PeerLost
+from transfer.errors import PeerLost, TicketRejected
 from transfer.memory.segment_book import SegmentBook
 from transfer.memory.segment_guest import SegmentGuest
 from transfer.memory.segments import is_supported
-from transfer.protocol.messages import Accept, Block, Filled, Message, Revoke, Revoked
+from transfer.protocol.messages import Accept, Ack, Block, Filled, Grant, Message, Revoke, Revoked
+from transfer.protocol.ticket import Ticket
 from transfer.service.service import Service
 
 pytestmark = pytest.mark.skipif(not is_supported(), reason="this system has no sealed memory files")
@@ -32,6 +33,20 @@ def dies_once(right: Callable[..., Any], died: list[object]) -> Callable[..., An
         raise LoopDied
 
     return wrong
+
+
+def die_before(monkeypatch: pytest.MonkeyPatch, pair: Pair, kind: type[Message], died: list[object]) -> None:
+    """The receiving loop dies in the place of sending its first message of this kind."""
+    endpoint = pair.receiver_service.endpoint
+    send = endpoint.send
+
+    def dying(connection: object, message: Message, frames: tuple[()] = ()) -> None:
+        if isinstance(message, kind) and not died:
+            died.append(message)
+            raise LoopDied
+        send(connection, message, frames)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(endpoint, "send", dying)
 
 
 def run(pair: Pair) -> None:
@@ -119,3 +134,58 @@ def test_blocks_of_the_pool_come_back_at_once_though_memory_was_offered() -> Non
     assert Revoke in sent and Block in sent and Filled not in sent
     for stream in (first, second):
         stream.abort("Cancelled", "that is all")
+
+
+def test_slots_that_were_withdrawn_are_asked_for_though_the_loop_died_before_it_said_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It had recorded that they are on their way back, so nobody would have asked for them before a probe came."""
+    pair, died = SegmentPair(configure(16, 64, 8)), list[object]()
+    die_before(monkeypatch, pair, Ack, died)
+    _, consumer, _ = pair.transfer(16, admit=False)
+    run(pair)
+    assert died and consumer.total_rows == 16
+    assert pair.num_in_use == 1, "the others are free again, and no time has passed"
+
+
+def test_a_sender_that_takes_over_is_accepted_though_the_loop_died_while_old_slots_came_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The Open was recorded, its answer was still to come: a Grant without it is nothing to that sender."""
+    pair, died = SegmentPair(configure(16, 64, 8)), list[object]()
+    ticket, data = Ticket.issue("test"), make_rows(100)
+    consumer = pair.listen(ticket, admit=False, take_over_s=60.0)
+    first = pair.send(ticket, content_key="one")
+    first.announce(100)
+    first.write(0, part(data, 0, 32))
+    pair.network.settle()
+    later = pair.reissue(ticket.stream_id)
+    assert later is not None
+    consumer.admit = True
+    monkeypatch.setattr(SegmentBook, "free_blocks", dies_once(SegmentBook.free_blocks, died))
+    stream = pair.send(later, sender=pair.another_sender(), content_key="other")
+    stream.announce(100)
+    stream.write(0, data)
+    run(pair)
+    assert died and consumer.restarts == 1 and consumer.ends, "and no time has passed"
+    assert_rows_equal(consumer, data)
+    said = [type(m) for _, _, m, _ in pair.network.log if isinstance(m, (Accept, Grant)) and m.epoch == later.epoch]
+    assert said.index(Accept) < said.index(Grant)
+
+
+def test_a_sender_hears_that_its_epoch_is_over_though_the_loop_died_while_its_slots_were_fenced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pair, died = SegmentPair(configure(16, 64, 8)), list[object]()
+    ticket = Ticket.issue("test")
+    pair.listen(ticket, take_over_s=60.0)
+    stream = pair.send(ticket)
+    pair.network.settle()
+    assert pair.num_in_use
+    monkeypatch.setattr(SegmentBook, "fence", dies_once(SegmentBook.fence, died))
+    pair.receiver.sender_lost(ticket.stream_id)
+    run(pair)
+    assert died and pair.num_in_use == 0
+    with pytest.raises(TicketRejected, match="epoch 1 of stream"):
+        stream.result(0)
+    assert pair.num_fenced == 0, "it let go of them"

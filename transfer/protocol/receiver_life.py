@@ -168,7 +168,7 @@ class ReceiverLife:
         facts, actions = orphaned_by(self.facts, self.window, error, self._next_ticket(self.ticket), now)
         self.facts = facts
         self._apply(ReceiverEvent.ORPHAN)
-        return [*actions, *told]
+        return [*told, *actions]  # said first, as in `fail`
 
     def abort_message(self, error: TransferError) -> Abort:
         """The Abort that tells the sender of `error`."""
@@ -285,3 +285,13 @@ class ReceiverLife:
         self._acked = window.next_index
         kept = window.next_index if self.facts.is_admitted else 0
         return Ack(**self._ids(), serial=window.serial, next_index=window.next_index, kept_index=kept)
+
+    def _said(self) -> list[ReceiverAction]:
+        """The Accept of this epoch, and what is open since; nothing while no sender is there."""
+        accept = self.facts.accept
+        return [] if accept is None else [Send(accept), *self._open_questions()]
+
+    def _open_questions(self) -> list[ReceiverAction]:
+        pending = self.window.pending
+        actions: list[ReceiverAction] = [Send(grant) for grant in self.window.open_grants]
+        return actions if pending is None else [*actions, Send(pending.revoke)]

@@ -49,7 +49,7 @@ from transfer.protocol.messages import (
 )
 from transfer.protocol.receiver_life import ReceiverLife
 from transfer.protocol.refusals import refusal_of
-from transfer.protocol.state import ReceiverEvent, ReceiverState
+from transfer.protocol.state import TERMINAL, ReceiverEvent, ReceiverState
 from transfer.protocol.stream_record import StreamRecord
 from transfer.protocol.take_over import accept_of, opened_by
 from transfer.protocol.ticket import open_is_proven
@@ -79,8 +79,7 @@ class ReceiverSession(ReceiverLife):
             return [Dropped("bad_proof"), Send(refusal_of(message))]  # another holder: the ticket is in use
         self._heard = now
         if opened is not None:
-            assert self.facts.accept is not None
-            return [Send(self.facts.accept), *self._open_questions()]
+            return self._said()
         try:
             event, facts, actions = opened_by(self.facts, self.window, self.offer, message, now)
         except TransferError as error:
@@ -286,11 +285,15 @@ class ReceiverSession(ReceiverLife):
         return self.fail(error, tell_peer=False)
 
     def restore(self, record: StreamRecord, delivered: int, now: float) -> list[ReceiverAction]:
-        """Be what `record` says, of a stream whose blocks below `delivered` were handed on; go on from there."""
+        """Be what `record` says, of a stream whose blocks below `delivered` were handed on; go on from there.
+
+        What was recorded need not have been said: what the sender has to know comes again, and it drops what it heard.
+        """
         self._restore(record, delivered, now)
-        if self.state is not ReceiverState.ADMITTED:
-            return []
-        return self._deliver() + self._maybe_finish(now)
+        actions: list[ReceiverAction] = []
+        if self.state is ReceiverState.ADMITTED:
+            actions = self._deliver() + self._maybe_finish(now)
+        return actions if self.state in TERMINAL else [*actions, *self._said()]
 
     # -- helpers --------------------------------------------------------------------------------------------------
 
@@ -342,8 +345,3 @@ class ReceiverSession(ReceiverLife):
             seconds=now - self.facts.started,
         )
         return [Send(Close(**self._ids(), total_rows=total)), Finished(stats)]
-
-    def _open_questions(self) -> list[ReceiverAction]:
-        pending = self.window.pending
-        actions: list[ReceiverAction] = [Send(grant) for grant in self.window.open_grants]
-        return actions if pending is None else [*actions, Send(pending.revoke)]

@@ -94,7 +94,7 @@ def explains_receiver(request: Request, attempt: Attempt, outages: Outages, erro
         return True
     names = {sending.host.name for sending in attempt.sendings}
     if isinstance(error, PeerLost) and error.args == NO_SEGMENT.args:
-        return any(outages.excuse_silence(name, attempt.host.name, now) for name in names)
+        return _was_cut(attempt) or any(outages.excuse_silence(name, attempt.host.name, now) for name in names)
     return any(outages.excuse(name, attempt.host.name, attempt.started_s, now) for name in names)
 
 
@@ -106,9 +106,16 @@ def explains_sender(
         return True
     if attempt.is_over and not attempt.is_complete:
         return True  # its receiver gave up first, and was asked why
-    if isinstance(error, TicketRejected) and outages.excuse_silence(sending.host.name, attempt.host.name, now):
-        return True  # its segment was abandoned
+    is_abandoned = _was_cut(attempt) or outages.excuse_silence(sending.host.name, attempt.host.name, now)
+    if isinstance(error, TicketRejected) and is_abandoned:
+        return True
     return outages.excuse(sending.host.name, attempt.host.name, attempt.started_s, now)
+
+
+def _was_cut(attempt: Attempt) -> bool:
+    """Whether the segment that its sender was asked to map was lost, and its receiver heard so, even if afterwards."""
+    invited = attempt.book.invited
+    return invited is not None and invited.is_cut and invited.is_abandoned
 
 
 def _is_expired(request: Request, attempt: Attempt, error: TransferError, now: float) -> bool:

@@ -220,6 +220,7 @@ class Controller:
     def segment_lost(self, generation: int) -> int:
         """A lifeline of this segment ended: who is received there, or is to be, lost its sender. How many do."""
         hit, watch = 0, self._judge.segments[generation]
+        watch.is_cut = True
         for request in self.requests:
             attempt = request.attempt
             if attempt is not None and watch in (attempt.book.area, attempt.book.invited):

@@ -68,7 +68,6 @@ class Onlooker:
         self.last_restart_s = self._now()
         self._story.tell(self._now(), process, None, "its I/O loop died and runs again")
         self._judge.turns.begin_anew(process.host)
-        self._judge.shares.loop_restarted()
         self.link_disturbed(None, process.host)
 
     def link_disturbed(self, sender: str | None, receiver: str | None) -> None:

@@ -17,7 +17,6 @@ from transfer.protocol.messages import (
 )
 from transfer.simulation.books import StreamBook
 from transfer.simulation.judge import Judge
-from transfer.simulation.segments import SlotWatch
 
 
 class ReceiverRules:
@@ -51,8 +50,8 @@ class ReceiverRules:
                 book.opened_epoch, book.is_orphaned = message.epoch, False
             case Revoked() if (message.epoch, message.serial) == book.revocation:
                 book.is_revoking = False
-            case Attached() if message.epoch == book.epoch and book.area is None and book.invited is not None:
-                self._on_attached_arriving(book, book.invited, message)
+            case Attached() if message.epoch == book.epoch and book.is_opened and book.area is None:
+                self._on_attached_arriving(book, message)
             case Abort() if message.epoch == book.epoch:
                 book.is_orphaned = True
 
@@ -133,7 +132,11 @@ class ReceiverRules:
             book.invited = self._judge.segments[accept.segment["generation"]]
             book.area = book.invited if book.invited.is_attached else None
 
-    def _on_attached_arriving(self, book: StreamBook, invited: SlotWatch, attached: Attached) -> None:
+    def _on_attached_arriving(self, book: StreamBook, attached: Attached) -> None:
+        """The answer to an invitation; one for an epoch that is over says nothing, about its segment neither."""
+        invited = book.invited
+        if invited is None:
+            return
         if attached.generation == 0:
             book.area = self._judge.watches[book.process]
         elif attached.generation == invited.generation and not invited.is_abandoned:

@@ -70,6 +70,7 @@ class SlotWatch(BlockWatch):
         self.generation = segment.generation
         self.is_attached = False
         self.is_abandoned = False
+        self.is_cut = False  # its lifeline ended while both ends lived, whether or not its receiver knows
         self.is_closed = False
         self.writers: dict[int, tuple[str, int]] = {}
         self.sealed: dict[int, tuple[int, int]] = {}

@@ -37,10 +37,6 @@ class Shares:
         """A consumer learned the totals."""
         self._announced.append(book)
 
-    def loop_restarted(self) -> None:
-        """In the step that runs: slots that were to be asked back then are asked for when their sender probes."""
-        self._announced = [book for book in self._announced if not isinstance(book.area, SlotWatch)]
-
     def check(self, process: Process, areas: Sequence[BlockWatch], books: Callable[[], list[StreamBook]]) -> None:
         """After a step of `process`; `books()`: its live streams."""
         granted, self._granted = self._granted, []

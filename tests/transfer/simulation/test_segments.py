@@ -4,18 +4,30 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from tests.transfer.simulation.test_parts import Onlooker, run
+from tests.transfer.simulation.test_world import PLAN
+from transfer.config import TransferConfig
 from transfer.errors import ConfigError, PeerLost, RemoteProtocolError, TicketRejected
 from transfer.memory.segment_passing import is_lifeline_over
 from transfer.memory.segment_server import SegmentOffer
 from transfer.memory.segments import Filling, SegmentLayout
+from transfer.protocol.messages import Attached
 from transfer.protocol.ticket import Ticket
+from transfer.simulation.attempts import Attempt, Request, Sending, explains_receiver, explains_sender
+from transfer.simulation.books import StreamBook
+from transfer.simulation.judge import Judge
+from transfer.simulation.outages import Outages
 from transfer.simulation.passing import VirtualPassing, VirtualServer
+from transfer.simulation.receiver_rules import ReceiverRules
 from transfer.simulation.segments import SlotWatch, VirtualSegment, WatchedBook
+from transfer.simulation.story import Story
 from transfer.simulation.timeline import Process, Timeline
+from transfer.streams.receive_areas import NO_SEGMENT
 from transfer.tensors import PlaneSpec
 
 LAYOUT = SegmentLayout(num_slots=4, block_size=2, planes=(PlaneSpec(name="x", dtype="int8", row_shape=(3,)),))
@@ -96,6 +108,40 @@ class Machine:
     def fetch(self, process: Process | None = None, ticket: Ticket = TICKET, generation: int = 77):  # type: ignore[no-untyped-def]
         path, guest = self.server.path, process or self.sender
         return self.passing.fetch(guest, path, ticket, generation, on_seal=lambda *what: self.sealed.append(what))
+
+
+def test_the_answer_of_an_epoch_that_is_over_says_nothing_about_its_segment() -> None:
+    """Its receiver drops it, and goes on asking the next streams whether they can map that segment."""
+    timeline = Timeline()
+    process = Process("receiver", 1, timeline, Onlooker())
+    judge = Judge(TransferConfig(), Story(False), lambda: timeline.now)
+    judge.watch(process)
+    watch = judge.watch_segment(process, VirtualSegment(LAYOUT, 77))
+    book = StreamBook("one", 0, process, 1, None, invited=watch, is_registered=True, accepted_epoch=1)
+    rules, answer = ReceiverRules(judge, 2), Attached(stream_id="one", epoch=1, generation=77)
+    for over in (replace(book, is_ended=True), replace(book, is_orphaned=True), replace(book, epoch=2)):
+        rules.arriving(over, answer)
+        assert over.area is None and not watch.is_attached
+    rules.arriving(book, answer)
+    assert book.area is watch and watch.is_attached
+
+
+def test_who_is_asked_to_map_a_segment_that_was_lost_unnoticed_may_lose_its_sender() -> None:
+    """Its receiver stood still when the lifeline ended: it invites another stream first, and hears of it then."""
+    watch, host = Watched().watch, cast(Any, SimpleNamespace(name="host"))
+    book = StreamBook("one", 0, cast(Any, None), 1, None, invited=watch)
+    sending = Sending(TICKET, host, cast(Any, None))
+    attempt, request = Attempt(host, book, cast(Any, None), 0.0, [sending]), Request(PLAN)
+    outages, over, lost = Outages(patience_s=10.0), TicketRejected("epoch 1 is over"), PeerLost(*NO_SEGMENT.args)
+    assert not explains_sender(request, attempt, sending, outages, over, 1.0)
+    assert not explains_receiver(request, attempt, outages, lost, 1.0)
+    watch.is_cut = True
+    assert not explains_sender(request, attempt, sending, outages, over, 1.0), "its receiver does not know"
+    watch.is_abandoned = True
+    assert explains_sender(request, attempt, sending, outages, over, 1.0)
+    assert explains_receiver(request, attempt, outages, lost, 1.0)
+    assert not explains_sender(request, attempt, sending, outages, PeerLost("gone"), 1.0), "this explains nothing else"
+    assert not explains_receiver(request, attempt, outages, PeerLost("gone"), 1.0)
 
 
 def test_a_mapping_is_the_same_memory_and_tells_what_it_seals() -> None:
