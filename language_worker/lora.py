@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,15 @@ class Adapter:
                     f"{stored[name].shape}"
                 )
         return found
+
+    def digest(self) -> str:
+        """Of all that changes weights, wherever it was read from."""
+        hasher = blake2b(repr(self.scale).encode(), digest_size=16)
+        for name, pair in sorted(self.matrices.items()):
+            for matrix in pair:
+                hasher.update(f"{name} {matrix.dtype} {tuple(matrix.shape)}".encode())
+                hasher.update(matrix.contiguous().flatten().view(torch.uint8).numpy().data)
+        return hasher.hexdigest()
 
     def merged(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """The weight as changed; in float32 where it is."""
