@@ -157,6 +157,11 @@ def _load_draft_model(
     checkpoint = open_model(config.draft_model)
     _refuse_quantised(checkpoint.config())
     model = _load_model(checkpoint, "none", dtype, device)
+    if model.spec.mask_token_id is not None:
+        raise ModelNotSupported(
+            f"draft model {config.draft_model} fills in masks and predicts no next token, which drafts are; use one "
+            "that writes its tokens one by one"
+        )
     if model.spec.needs_previous_ids:
         raise ModelNotSupported(
             f"draft model {config.draft_model} reads the token before each of its own, which drafts cannot offer"
