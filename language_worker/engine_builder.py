@@ -106,17 +106,22 @@ def _load_model(
     checkpoint: Checkpoint, quantization: Quantization, dtype: torch.dtype, device: torch.device
 ) -> LanguageModel:
     """The checkpoint's text half, with all of its adapter. ModelNotSupported for a family that is not quantised."""
-    kind = resolve_model(checkpoint.config())
+    kind = _resolve_served(checkpoint, quantization)
     with torch.inference_mode():
-        if quantization == "none":
+        if quantization == "none" or not issubclass(kind, Decoder):
             model = kind.load(checkpoint, dtype=dtype, device=device)
-        elif issubclass(kind, Decoder):
-            model = kind.load(checkpoint, dtype=dtype, device=device, quantization=quantization)
         else:
-            raise ModelNotSupported(f"quantization {quantization!r} is not served for {kind.__name__}; use 'none'")
+            model = kind.load(checkpoint, dtype=dtype, device=device, quantization=quantization)
     if isinstance(checkpoint, AdaptedCheckpoint):
         checkpoint.require_used()
     return model
+
+
+def _resolve_served(checkpoint: Checkpoint, quantization: Quantization) -> type[LanguageModel]:
+    kind = resolve_model(checkpoint.config())
+    if quantization != "none" and not issubclass(kind, Decoder):
+        raise ModelNotSupported(f"quantization {quantization!r} is not served for {kind.__name__}; use 'none'")
+    return kind
 
 
 def _refuse_quantised(config: Mapping[str, Any]) -> None:
@@ -186,11 +191,14 @@ def _strategy(config: EngineConfig, spec: ModelSpec) -> DecodeStrategy:
 
 
 def check_model(model_path: str | Path, config: EngineConfig) -> int:
-    """What `build_engine` would say of the tensors, from their headers alone; returns how many it would read."""
+    """What `build_engine` would say of the tensors, from their headers and the adapter; returns how many it reads."""
     checkpoint = open_model(model_path, config.config_overrides)
     resolve_dtype(config.dtype, checkpoint)
     _refuse_quantised(checkpoint.config())
-    return resolve_model(checkpoint.config()).check(checkpoint)
+    num_tensors = _resolve_served(checkpoint, config.quantization).check(checkpoint)
+    if config.lora:
+        AdaptedCheckpoint.of(checkpoint, config.lora)
+    return num_tensors
 
 
 def resolve_device(name: str) -> torch.device:
