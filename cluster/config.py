@@ -19,6 +19,7 @@ import pydantic
 import yaml
 
 from cluster.errors import ConfigError
+from cluster.model_info import fills_masks
 from cluster.router import WorkerKind
 from embedding_worker.config import EmbedConfig
 from embedding_worker.errors import EmbedError
@@ -169,7 +170,7 @@ class ClusterConfig:
 
     def resolve(self) -> ClusterConfig:
         """A new config: model path absolute and checked, the model's dtype, device and length handed to the workers,
-        limits that must agree made equal. Raises ConfigError.
+        limits that must agree made equal. Raises ConfigError; for workers that hand KV on, also ModelNotSupported.
         """
         if not self.model.path:
             raise ConfigError("no model is named; use --model DIR or set model.path in the configuration")
@@ -193,6 +194,11 @@ class ClusterConfig:
             raise ConfigError(
                 "language.draft_model is set, and a draft model's KV is not handed from prefill to decode workers; use "
                 "language workers, or decode_strategy 'speculative' without a draft model"
+            )
+        if self.workers.is_split and fills_masks(folder, language.config_overrides):
+            raise ConfigError(
+                f"{folder} is a model that fills in masks and has no final KV to hand from prefill to decode workers; "
+                "use language workers"
             )
         if language.quantization == "none":
             language = dataclasses.replace(language, quantization=model.quantization)

@@ -6,6 +6,7 @@ Loads no weights. Which halves exist is read off the two workers' model tables.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,12 @@ class ModelInfo:
 def has_vision(path: str | Path) -> bool:
     """Whether a checkpoint folder's config.json describes a vision half. Raises ConfigError."""
     return _names_vision(_read_config(Path(path)))
+
+
+def fills_masks(path: str | Path, config_overrides: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint folder's model is decoded by filling in masks. Raises ConfigError, or ModelNotSupported."""
+    config = {**_read_config(Path(path)), **config_overrides}
+    return resolve_model(config).read_spec(config).mask_token_id is not None
 
 
 def _names_vision(config: dict[str, Any]) -> bool:

@@ -14,13 +14,14 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, get_args
 
 import ray
 import torch
 
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError
+from cluster.router import WorkerKind
 
 OBJECT_STORE_BYTES = 100 * 1024 * 1024  # nothing of ours goes through the object store
 PROBE_TIMEOUT_S = 10.0
@@ -50,7 +51,7 @@ def connect(config: ClusterConfig, ray_address: str | None, on_status: Callable[
         address="local",
         include_dashboard=False,
         num_cpus=max(os.cpu_count() or 1, int(needed + 0.999)),
-        resources={role_resource(kind): 1000.0 for kind in ("embedding", "language", "gateway")},  # this host has all
+        resources={role_resource(kind): 1000.0 for kind in (*get_args(WorkerKind), "gateway")},  # this host has all
         object_store_memory=OBJECT_STORE_BYTES,
     )
     return True

@@ -45,7 +45,8 @@ STATS_COUNTERS = (
 
 class Engine:
     """See the module. `clock` gives monotonic seconds; `new_seed` gives the seed of a request without one; `drafter`
-    goes with a strategy that leaves its drafts open, `denoiser` with one that fills in canvases."""
+    goes with a strategy that leaves its drafts open, `denoiser` with one that fills in canvases; `kv_of` says what
+    computes the KV, to engines that it is exchanged with."""
 
     def __init__(
         self,
@@ -59,6 +60,7 @@ class Engine:
         new_seed: Callable[[], int] = lambda: secrets.randbits(64),
         drafter: Drafter | None = None,
         denoiser: Denoiser | None = None,
+        kv_of: str = "",
     ) -> None:
         self.runner = runner
         self.drafter = drafter
@@ -68,6 +70,7 @@ class Engine:
         self.limits = limits
         self.spec = runner.model.spec
         self.dtype = dtype
+        self.kv_of = kv_of
         self._clock = clock
         self._roster = Roster(
             model=runner.model,
@@ -78,6 +81,7 @@ class Engine:
             device=runner.device,
             clock=clock,
             new_seed=new_seed,
+            kv_of=kv_of,
         )
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()

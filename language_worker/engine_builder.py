@@ -21,6 +21,7 @@ from language_worker.denoiser import Denoiser
 from language_worker.drafter import Drafter
 from language_worker.engine import Engine
 from language_worker.errors import ModelNotSupported
+from language_worker.handover.identity import kv_identity
 from language_worker.kv_cache import KVCache
 from language_worker.lora import AdaptedCheckpoint
 from language_worker.models import open_model, resolve_model
@@ -61,10 +62,12 @@ def build_engine(
     """
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    checkpoint = open_model(model_path, config.config_overrides)
+    opened = open_model(model_path, config.config_overrides)
     device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, checkpoint, device)
-    model = _load_model(checkpoint, config.quantization, config.lora, dtype, device)
+    dtype = resolve_dtype(config.dtype, opened, device)
+    _refuse_quantised(opened.config())
+    checkpoint = AdaptedCheckpoint.of(opened, config.lora) if config.lora else opened
+    model = _load_model(checkpoint, config.quantization, dtype, device)
     tokenizer = Tokenizer(model_path)
     draft_model = _load_draft_model(config, tokenizer, dtype, device) if config.draft_model else None
     size = resolve_cache(config, model.spec, dtype, device, None if draft_model is None else draft_model.spec)
@@ -95,31 +98,30 @@ def build_engine(
         ),
         dtype=dtype,
         clock=clock,
+        kv_of=kv_identity(checkpoint, model, quantization=config.quantization, dtype=dtype),
     )
 
 
 def _load_model(
-    checkpoint: Checkpoint, quantization: Quantization, lora: str, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint, quantization: Quantization, dtype: torch.dtype, device: torch.device
 ) -> LanguageModel:
-    """The checkpoint's text half, with the adapter in `lora` if one is named.
-
-    ModelNotSupported for a checkpoint that is quantised already, and for a family that is not quantised here.
-    """
-    config = checkpoint.config()
-    _refuse_quantised(config)
-    kind = resolve_model(config)
-    adapted = AdaptedCheckpoint.of(checkpoint, lora) if lora else None
-    source = adapted or checkpoint
+    """The checkpoint's text half, with all of its adapter. ModelNotSupported for a family that is not quantised."""
+    kind = _resolve_served(checkpoint, quantization)
     with torch.inference_mode():
-        if quantization == "none":
-            model = kind.load(source, dtype=dtype, device=device)
-        elif issubclass(kind, Decoder):
-            model = kind.load(source, dtype=dtype, device=device, quantization=quantization)
+        if quantization == "none" or not issubclass(kind, Decoder):
+            model = kind.load(checkpoint, dtype=dtype, device=device)
         else:
-            raise ModelNotSupported(f"quantization {quantization!r} is not served for {kind.__name__}; use 'none'")
-    if adapted is not None:
-        adapted.require_used()
+            model = kind.load(checkpoint, dtype=dtype, device=device, quantization=quantization)
+    if isinstance(checkpoint, AdaptedCheckpoint):
+        checkpoint.require_used()
     return model
+
+
+def _resolve_served(checkpoint: Checkpoint, quantization: Quantization) -> type[LanguageModel]:
+    kind = resolve_model(checkpoint.config())
+    if quantization != "none" and not issubclass(kind, Decoder):
+        raise ModelNotSupported(f"quantization {quantization!r} is not served for {kind.__name__}; use 'none'")
+    return kind
 
 
 def _refuse_quantised(config: Mapping[str, Any]) -> None:
@@ -158,7 +160,13 @@ def _load_draft_model(
             f"draft model {config.draft_model} has another tokenizer than the model; use a smaller one of its family"
         )
     checkpoint = open_model(config.draft_model)
-    model = _load_model(checkpoint, "none", "", dtype, device)
+    _refuse_quantised(checkpoint.config())
+    model = _load_model(checkpoint, "none", dtype, device)
+    if model.spec.mask_token_id is not None:
+        raise ModelNotSupported(
+            f"draft model {config.draft_model} fills in masks and predicts no next token, which drafts are; use one "
+            "that writes its tokens one by one"
+        )
     if model.spec.needs_previous_ids:
         raise ModelNotSupported(
             f"draft model {config.draft_model} reads the token before each of its own, which drafts cannot offer"
@@ -183,11 +191,14 @@ def _strategy(config: EngineConfig, spec: ModelSpec) -> DecodeStrategy:
 
 
 def check_model(model_path: str | Path, config: EngineConfig) -> int:
-    """What `build_engine` would say of the tensors, from their headers alone; returns how many it would read."""
+    """What `build_engine` would say of the tensors, from their headers and the adapter; returns how many it reads."""
     checkpoint = open_model(model_path, config.config_overrides)
     resolve_dtype(config.dtype, checkpoint)
     _refuse_quantised(checkpoint.config())
-    return resolve_model(checkpoint.config()).check(checkpoint)
+    num_tensors = _resolve_served(checkpoint, config.quantization).check(checkpoint)
+    if config.lora:
+        AdaptedCheckpoint.of(checkpoint, config.lora)
+    return num_tensors
 
 
 def resolve_device(name: str) -> torch.device:

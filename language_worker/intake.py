@@ -36,21 +36,29 @@ def check_request(
         if ids and max(ids) >= vocab:
             raise InvalidRequest(f"{name} holds token id {max(ids)}; the model's ids are 0..{vocab - 1}")
     check_diffusion(request, spec, max_model_len)
-    check_choosable(request.sampling, eos_ids, vocab if num_token_ids is None else min(vocab, num_token_ids))
+    num_choosable = vocab if num_token_ids is None else min(vocab, num_token_ids)
+    check_choosable(request.sampling, eos_ids, num_choosable, mask_token_id=spec.mask_token_id)
     count_placeholders(request.prompt_token_ids, spec.media_token_id, request.num_media)
     check_prompt_length(len(request.prompt_token_ids), max_model_len)
 
 
-def check_choosable(params: SamplingParams, eos_ids: Sequence[int], num_token_ids: int) -> None:
-    """InvalidRequest when the token lists and min_tokens leave none of the first `num_token_ids` ids to choose."""
+def check_choosable(
+    params: SamplingParams, eos_ids: Sequence[int], num_token_ids: int, *, mask_token_id: int | None = None
+) -> None:
+    """InvalidRequest when none of the first `num_token_ids` ids is left to choose by the token lists, min_tokens and,
+    in a model that fills in masks, the mask itself and suppress_eos."""
     excluded = set(params.banned_token_ids)
+    if mask_token_id is not None:
+        excluded.add(mask_token_id)
+    if params.diffusion is not None and params.diffusion.suppress_eos:
+        excluded.update(eos_ids)
     if params.min_tokens:
         excluded.update(params.stop_token_ids, () if params.ignore_eos else eos_ids)
     allowed = range(num_token_ids) if params.allowed_token_ids is None else set(params.allowed_token_ids)
     if all(token_id in excluded or token_id >= num_token_ids for token_id in allowed):
         raise InvalidRequest(
-            "allowed_token_ids, banned_token_ids and what min_tokens holds back (EOS and stop_token_ids) leave no "
-            "token to choose; allow more"
+            "allowed_token_ids, banned_token_ids and what is held back (by min_tokens EOS and stop_token_ids, by "
+            "diffusion.suppress_eos EOS, and the mask token always) leave no token to choose; allow more"
         )
 
 

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,11 @@ from transfer.checkpoint_rules import StoredTensor
 from transfer.checkpoint_torch import load_state
 
 PEFT_CONFIG = "adapter_config.json"
+PEFT_UNSERVED = (
+    "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "alora_invocation_tokens", "layer_replication",
+    "fan_in_fan_out",
+)  # fmt: skip
+PEFT_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # those that leave the weights beneath as they are
 _NATIVE = re.compile(r"(?P<module>.+)\.lora\.(?P<side>[AB])\.weight")
 _PEFT = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 
@@ -79,6 +85,15 @@ class Adapter:
                     f"{stored[name].shape}"
                 )
         return found
+
+    def digest(self) -> str:
+        """Of all that changes weights, wherever it was read from."""
+        hasher = blake2b(repr(self.scale).encode(), digest_size=16)
+        for name, pair in sorted(self.matrices.items()):
+            for matrix in pair:
+                hasher.update(f"{name} {matrix.dtype} {tuple(matrix.shape)}".encode())
+                hasher.update(matrix.contiguous().flatten().view(torch.uint8).numpy().data)
+        return hasher.hexdigest()
 
     def merged(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """The weight as changed; in float32 where it is."""
@@ -142,7 +157,9 @@ def _peft_scale(folder: Path) -> float:
     except (OSError, ValueError) as error:
         raise CheckpointError(str(folder), (f"{PEFT_CONFIG} is not readable JSON: {error}",)) from error
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    wrong = [name for name in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern") if config.get(name)]
+    wrong = [name for name in PEFT_UNSERVED if config.get(name)]
+    if (start := config.get("init_lora_weights", True)) not in PEFT_STARTS:
+        wrong.append(f"init_lora_weights {start!r} (it changes the weights beneath; convert it to a plain adapter)")
     if config.get("bias", "none") != "none":
         wrong.append("bias")
     if config.get("peft_type", "LORA") != "LORA" or wrong:

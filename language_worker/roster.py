@@ -65,6 +65,7 @@ class Roster:
         device: torch.device,
         clock: Callable[[], float],
         new_seed: Callable[[], int],
+        kv_of: str,
     ) -> None:
         self._model = model
         self._spec = model.spec
@@ -77,7 +78,7 @@ class Roster:
         self._clock = clock
         self._new_seed = new_seed
         self._budget = InputBudget(limits.input_buffer_tokens)
-        self.handovers = Handovers(limits.kv_buffer_tokens)
+        self.handovers = Handovers(limits.kv_buffer_tokens, kv_of)
         self._requests: dict[str, ActiveRequest] = {}
         self._by_order: dict[int, ActiveRequest] = {}
         self._next_order = 0

@@ -1,7 +1,8 @@
 """`tandem doctor`: checks this machine, the installed versions, a port and a model folder, and says what to do.
 
-It changes nothing, starts nothing and loads no weights. Each check is a function that gives a `Finding` and never
-raises; what `pyproject.toml` requires is read from the installed package, so there is no second list here to keep.
+It takes the configuration and flags of `tandem serve`, changes nothing, starts nothing and loads no weights. Each check
+is a function that gives a `Finding` and never raises; what `pyproject.toml` requires is read from the installed
+package, so there is no second list here to keep.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,8 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.markup import escape
 
-from cluster.cli.flags import port_number
+from cluster.cli.flags import MODEL_FLAGS, SERVE_FLAGS, add_flags, read_config
+from cluster.config import ClusterConfig
 from cluster.demo import MODEL_DIR
 from cluster.errors import ClusterError
 from cluster.model_info import ModelInfo, has_vision
@@ -32,7 +34,6 @@ from embedding_worker.config import EmbedConfig
 from embedding_worker.errors import EmbedError
 from embedding_worker.runner import VisionRunner
 from kernels.dispatch import has_native
-from language_worker.config import EngineConfig
 from language_worker.engine_builder import check_model
 from language_worker.errors import EngineError
 from language_worker.nanochat_files import choose_folder
@@ -60,11 +61,10 @@ class Finding:
 
 def add_to(commands: Any, ray_address: str | None) -> None:
     parser = commands.add_parser("doctor", help="check machine, versions, port and model folder", description=__doc__)
-    parser.add_argument(
-        "--model", default=str(MODEL_DIR), metavar="DIR", help="a checkpoint folder (default: the demo's)"
-    )
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=port_number, default=8000, metavar="INT")
+    parser.add_argument("--model", metavar="DIR", help="a checkpoint folder (default: the demo's)")
+    parser.add_argument("--config", metavar="FILE", help="YAML, as for serve; flags override it")
+    add_flags(parser, SERVE_FLAGS)
+    add_flags(parser, MODEL_FLAGS)
     parser.set_defaults(run=run, ray_address=ray_address)
 
 
@@ -72,7 +72,10 @@ def run(options: argparse.Namespace) -> int:
     """0 unless something is bad."""
     console = Console()
     is_bad = False
-    for finding in findings(options.model, options.host, options.port):
+    config = read_config(options)
+    if not config.model.path:
+        config = replace(config, model=replace(config.model, path=str(MODEL_DIR)))
+    for finding in findings(config):
         is_bad |= finding.verdict == "bad"
         verdict = f"[{STYLES[finding.verdict]}]{finding.verdict:>4}[/]"
         console.print(f"{verdict}  {escape(finding.what)}", highlight=False, soft_wrap=True)
@@ -82,8 +85,8 @@ def run(options: argparse.Namespace) -> int:
     return 1 if is_bad else 0
 
 
-def findings(model: str, host: str, port: int) -> Iterator[Finding]:
-    """Every check in order; none raises."""
+def findings(config: ClusterConfig) -> Iterator[Finding]:
+    """Every check in order, of what this configuration would serve; none raises. config: not resolved."""
     yield _python()
     yield from _packages()
     yield _machine()
@@ -91,8 +94,8 @@ def findings(model: str, host: str, port: int) -> Iterator[Finding]:
     yield _compiler()
     yield _shared_memory()
     yield _temporary_folder()
-    yield _port(host, port)
-    yield from _model(model)
+    yield _port(config.gateway.host, config.gateway.port)
+    yield from _model(config)
 
 
 def _python() -> Finding:
@@ -191,9 +194,9 @@ def _port(host: str, port: int) -> Finding:
     return Finding(verdict="ok", what=f"{host}:{port} is free")
 
 
-def _model(path: str) -> Iterator[Finding]:
+def _model(config: ClusterConfig) -> Iterator[Finding]:
     """Both halves find all they need: names and shapes from the headers, no weights are loaded."""
-    path = str(choose_folder(Path(path)))
+    path = str(choose_folder(Path(config.model.path).expanduser()))
     opened = _checked(
         f"{path}: weights",
         lambda: f"{len(Checkpoint.open(path).tensors)} tensors, all shards present",
@@ -207,19 +210,24 @@ def _model(path: str) -> Iterator[Finding]:
     )
     if opened.verdict == "bad":
         return
+    try:
+        served = config.resolve()
+    except (ClusterError, EngineError, TransferError) as error:
+        yield Finding(verdict="bad", what=f"configuration: {error}", advice="change the file or the flags that say so")
+        return
     halves: tuple[tuple[str, Callable[[], str], str], ...] = (
-        ("language half", lambda: _complete(check_model(path, EngineConfig())), ""),
-        ("vision half", lambda: _vision(path), ", preprocessor_config.json"),
+        ("language half", lambda: _complete(check_model(path, served.language)), ""),
+        ("vision half", lambda: _vision(path, served.embedding), ", preprocessor_config.json"),
     )
     for name, check, also in halves:
         advice = f"take config.json{also} and the *.safetensors from one and the same published model"
         yield _checked(f"{path}: {name}", check, advice)
 
 
-def _vision(path: str) -> str:
+def _vision(path: str, config: EmbedConfig) -> str:
     if not has_vision(path):
         return "none, the model takes text only"
-    return _complete(VisionRunner.check(path, EmbedConfig()))
+    return _complete(VisionRunner.check(path, config))
 
 
 def _complete(num_tensors: int) -> str:

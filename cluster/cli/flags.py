@@ -62,6 +62,11 @@ def add_key_flags(parser: argparse.ArgumentParser) -> None:
 
 def config_from(options: argparse.Namespace, **fixed: Any) -> ClusterConfig:
     """The resolved configuration: --config, then flags, then `fixed` dotted settings (a "__" stands for the dot)."""
+    return read_config(options, **fixed).resolve()
+
+
+def read_config(options: argparse.Namespace, **fixed: Any) -> ClusterConfig:
+    """The same, not resolved: nothing of the model folder is looked at."""
     overrides: dict[str, Any] = {}
     for flag, (settings, _, _) in (MODEL_FLAGS | SERVE_FLAGS).items():
         value = getattr(options, flag.removeprefix("--").replace("-", "_"), None)
@@ -73,7 +78,7 @@ def config_from(options: argparse.Namespace, **fixed: Any) -> ClusterConfig:
     if keys:
         overrides["gateway.api_keys"] = keys
     overrides.update({name.replace("__", "."): value for name, value in fixed.items()})
-    return load_config(getattr(options, "config", None), overrides).resolve()
+    return load_config(getattr(options, "config", None), overrides)
 
 
 def _api_keys(options: argparse.Namespace) -> list[str]:

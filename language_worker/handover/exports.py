@@ -25,11 +25,13 @@ ReadRows = Callable[[int, int], torch.Tensor]
 class KVExport:
     """One request's stream, between the engine's thread and the I/O thread."""
 
-    def __init__(self, request_id: str, stream: OutgoingStream, plane: PlaneSpec) -> None:
+    def __init__(self, request_id: str, stream: OutgoingStream, plane: PlaneSpec, kv_of: str = "") -> None:
+        """kv_of: what computes the KV; see `KVHeader`."""
         self.request_id = request_id
         self.is_announced = False
         self._stream = stream
         self._plane = plane
+        self._kv_of = kv_of
         self._header = KVHeader(num_tokens=0)
         self._state: Mapping[str, torch.Tensor] = {}
         self._num_sent = 0
@@ -41,7 +43,7 @@ class KVExport:
     def announce(self, num_tokens: int, state: Mapping[str, torch.Tensor], media: Sequence[dict[str, Any]]) -> None:
         """What will come. `state` may still be filled until the whole prompt is computed; its sizes stay."""
         self.is_announced = True
-        self._header, self._state = KVHeader.of(num_tokens, state), state
+        self._header, self._state = KVHeader.of(num_tokens, state, self._kv_of), state
         self._stream.announce(self.num_rows(num_tokens, state), [self._header.to_body(), *media])
 
     def advance(self, kv_len: int, read: ReadRows) -> None:

@@ -21,9 +21,10 @@ from language_worker.models.base import LanguageModel
 
 
 class Handovers:
-    """`capacity` in rows."""
+    """`capacity` in rows. kv_of: what computes this engine's own KV; that of anything else is refused."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, kv_of: str = "") -> None:
+        self._kv_of = kv_of
         self._budget = InputBudget(capacity)
         self._wanted: dict[int, tuple[ActiveRequest, int]] = {}  # waits for its share
         self._arriving: dict[int, ActiveRequest] = {}
@@ -69,6 +70,12 @@ class Handovers:
         intake.check_prompt_length(length, max_model_len)
         if header.num_tokens != length - 1 or header.num_tokens > total_rows:
             raise KVMismatch(f"{total_rows} rows, KV of {header.num_tokens}, come for a prompt of {length} tokens")
+        if header.kv_of != self._kv_of:
+            raise KVMismatch(
+                f"the prefill worker's KV is that of {header.kv_of!r} and this worker's of {self._kv_of!r}: give both "
+                "the same model folder, config_overrides, lora, quantization and dtype, and the same max_model_len "
+                "where the model's rotary scaling is 'dynamic'"
+            )
         self.request(active, total_rows)
 
     def expect(self, active: ActiveRequest, row_elements: int, dtype: torch.dtype) -> int:

@@ -40,7 +40,7 @@ class PrefillSide:
             (self._plane,),
             deadline_s=None if deadline_ms is None else deadline_ms / 1e3 + STREAM_DEADLINE_SLACK_S,
         )
-        return KVExport(request_id, stream, self._plane)
+        return KVExport(request_id, stream, self._plane, self._engine.kv_of)
 
     def watch(self, export: KVExport) -> None:
         """Tell the engine when the export, whose request it has, is over."""

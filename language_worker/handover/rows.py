@@ -46,34 +46,39 @@ def kv_transfer(transfer: TransferConfig, plane: PlaneSpec) -> TransferConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KVHeader:
-    """What the rows are. state: (plane) name, dtype and shape of each tensor behind the positions, in order."""
+    """What the rows are. state: (plane) name, dtype and shape of each tensor behind the positions, in order. kv_of:
+    what computed them, as `identity.kv_identity` says it."""
 
     num_tokens: int
     state: tuple[PlaneSpec, ...] = ()
+    kv_of: str = ""
 
     @classmethod
-    def of(cls, num_tokens: int, state: Mapping[str, torch.Tensor]) -> KVHeader:
+    def of(cls, num_tokens: int, state: Mapping[str, torch.Tensor], kv_of: str = "") -> KVHeader:
         """For `num_tokens` positions and tensors [*shape]."""
-        return cls(num_tokens=num_tokens, state=tuple(plane_of(name, t[None]) for name, t in state.items()))
+        planes = tuple(plane_of(name, t[None]) for name, t in state.items())
+        return cls(num_tokens=num_tokens, state=planes, kv_of=kv_of)
 
     def num_state_rows(self, plane: PlaneSpec) -> int:
         return -(-sum(spec.row_bytes for spec in self.state) // plane.row_bytes)
 
     def to_body(self) -> dict[str, Any]:
-        return {"kv_tokens": self.num_tokens, "state": [spec.to_body() for spec in self.state]}
+        return {"kv_tokens": self.num_tokens, "state": [spec.to_body() for spec in self.state], "kv_of": self.kv_of}
 
     @classmethod
     def from_body(cls, body: object) -> KVHeader:
         """Strict inverse of `to_body`; KVMismatch for anything else."""
-        if not isinstance(body, Mapping) or set(body) != {"kv_tokens", "state"}:
-            raise KVMismatch("a stream of KV is announced by a map of kv_tokens and state")
-        num_tokens, state = body["kv_tokens"], body["state"]
+        if not isinstance(body, Mapping) or set(body) != {"kv_tokens", "state", "kv_of"}:
+            raise KVMismatch("a stream of KV is announced by a map of kv_tokens, state and kv_of")
+        num_tokens, state, kv_of = body["kv_tokens"], body["state"], body["kv_of"]
         if type(num_tokens) is not int or num_tokens < 0 or not isinstance(state, (list, tuple)):
             raise KVMismatch(f"a stream of KV was announced with {num_tokens!r} tokens and a {type(state).__name__}")
+        if not isinstance(kv_of, str):
+            raise KVMismatch(f"a stream of KV was announced as that of a {type(kv_of).__name__}, not of a digest")
         if len(state) > MAX_STATE_TENSORS:
             raise KVMismatch(f"a stream of KV was announced with {len(state)} tensors of state")
         try:
-            return cls(num_tokens=num_tokens, state=tuple(PlaneSpec.from_body(spec) for spec in state))
+            return cls(num_tokens=num_tokens, state=tuple(PlaneSpec.from_body(spec) for spec in state), kv_of=kv_of)
         except TransferError as error:
             raise KVMismatch(f"the state of a stream of KV was announced wrongly: {error}") from error
 

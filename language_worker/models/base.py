@@ -120,6 +120,10 @@ class LanguageModel(ABC):
     def reserve_positions(self, max_len: int) -> None:
         """Precompute what depends on positions below `max_len`."""
 
+    def described_positions(self) -> str:
+        """How keys come to depend on positions, now that those are reserved: equal for what makes equal keys."""
+        return ""
+
     @abstractmethod
     def prompt_positions(
         self, length: int, media: Sequence[tuple[int, tuple[int, int, int]]]

@@ -51,6 +51,9 @@ class RuledModel(LanguageModel):
     def reserve_positions(self, max_len: int) -> None:
         self.rotary.reserve(max_len)
 
+    def described_positions(self) -> str:
+        return self.rotary.described()
+
     def media_rows(self, grid: tuple[int, int, int]) -> int:
         raise MediaMismatch("this model takes text only")
 

@@ -188,7 +188,7 @@ class RotaryPositions:
     """Rotary tables by position: looked up for text, computed for media positions. `sections` of D/2 frequencies,
     side by side or interleaved."""
 
-    __slots__ = ("_device", "_head_dim", "_interleaved", "_inv_freq", "_rope", "_sections", "_table")
+    __slots__ = ("_device", "_head_dim", "_interleaved", "_inv_freq", "_max_len", "_rope", "_sections", "_table")
 
     def __init__(
         self,
@@ -213,8 +213,14 @@ class RotaryPositions:
 
     def reserve(self, max_len: int) -> None:
         """Precompute positions 0..max_len-1, the only ones that are served."""
+        self._max_len = max_len
         self._inv_freq = self._rope.frequencies(self._head_dim, max_len).to(self._device)
         self._table = self._scaled(*rotary_cos_sin(torch.arange(max_len, device=self._device), self._inv_freq))
+
+    def described(self) -> str:
+        """Equal for what rotates equally."""
+        shape = (self._head_dim, self._sections, self._interleaved)
+        return repr((self._rope, self._rope.deciding_len(self._max_len), shape))
 
     def table(self, positions: torch.Tensor) -> RotaryTable:
         """positions [T] (below the reserved length) or [3, T]."""

@@ -81,10 +81,16 @@ class Rope:
             return max(configured, int(self.trained_len * self.factor))
         return configured
 
+    def deciding_len(self, max_len: int) -> int:
+        """The length that decides the frequencies where sequences of `max_len` are served; 0 where none does."""
+        if self.kind != "dynamic":
+            return 0
+        return max(max_len - 1, self.trained_len)  # the last token of the longest is never fed
+
     def frequencies(self, head_dim: int, max_len: int) -> torch.Tensor:
         """[head_dim / 2] float32; max_len: the longest sequence that is served."""
         if self.kind == "dynamic":
-            longest = max(max_len - 1, self.trained_len)  # the last token of the longest is never fed
+            longest = self.deciding_len(max_len)
             growth = self.factor * longest / self.trained_len - (self.factor - 1)
             return inverse_frequencies(head_dim, self.theta * growth ** (head_dim / (head_dim - 2)))
         plain = inverse_frequencies(head_dim, self.theta)

@@ -15,11 +15,18 @@ import torch
 
 from cluster import LLM, DiffusionParams, SamplingParams
 from cluster.cli.generate import diffusion_from
+from cluster.config import build_config
+from cluster.errors import ConfigError
 from cluster.gateway.app import create_app
+from examples.sums import save_tokenizer
+from language_worker.config import EngineConfig
 from language_worker.errors import InvalidRequest, ModelNotSupported
+from language_worker.worker import LanguageWorker, Role
 from tests.cluster.gateway.harness import MODEL, events_of, make_context, run
-from tests.tiny_llada import MASK_ID, make_llada
+from tests.tiny_llada import CONFIG, MASK_ID, TOKENIZER, make_llada
 from tests.tiny_text_models import make_text_model
+from transfer.config import TransferConfig
+from transfer.endpoints.endpoint import open_endpoint
 
 SETTINGS = {"dtype": "float32", "device": "cpu", "num_threads": 1, "kv_cache_tokens": 8192}
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
@@ -185,9 +192,34 @@ def test_wrong_parameters_are_a_400_that_names_them(
     serve(llm, folder, main)
 
 
-def test_prefill_and_decode_apart_is_refused(folder: Path) -> None:
-    with pytest.raises(ModelNotSupported, match="fills in masks"):
+@pytest.mark.parametrize("layout", ["own", "llama"])
+def test_prefill_and_decode_apart_is_refused_before_anything_starts(layout: str, tmp_path: Path) -> None:
+    folder = make_llada(tmp_path, layout=layout)
+    (folder / "model.safetensors").unlink()  # nothing of it is looked at
+    split = build_config({"model": {"path": str(folder)}, "workers": {"prefill": 1, "decode": 1}})
+    with pytest.raises(ConfigError, match=r"fills in masks.*language workers"):
+        split.resolve()
+    with pytest.raises(ConfigError, match="fills in masks"):
         LLM(model=str(folder), **SETTINGS, workers={"prefill": 1, "decode": 1})
+    build_config({"model": {"path": str(folder)}}).resolve()
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_worker_of_half_a_split_refuses_it_too(folder: Path, role: Role) -> None:
+    endpoint = open_endpoint(f"inproc://masks-{role}")
+    try:
+        with pytest.raises(ModelNotSupported, match="fills in masks"):
+            LanguageWorker(folder, EngineConfig(**SETTINGS), TransferConfig(), endpoint, role)  # type: ignore[arg-type]
+    finally:
+        endpoint.close()
+
+
+def test_it_makes_no_drafts(folder: Path, tmp_path: Path) -> None:
+    """It predicts what stands at a mask, not what comes next; its vocabulary would do."""
+    target = make_text_model(tmp_path, "llama", vocab_size=CONFIG["vocab_size"])
+    save_tokenizer(TOKENIZER, target)
+    with pytest.raises(ModelNotSupported, match=r"draft model .* fills in masks"):
+        LLM(model=str(target), **SETTINGS, language={"draft_model": str(folder)})
 
 
 @pytest.mark.parametrize("method", ["int8", "int8_dynamic"])

@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cluster.__main__ import main
 from cluster.cli import doctor
 from cluster.cli.doctor import Finding, findings
+from cluster.config import build_config
 from cluster.demo import MODEL_DIR
 from tests.tiny_text_models import make_text_model
 
@@ -21,7 +23,8 @@ WEIGHTS = "model.safetensors"
 
 def _about(folder: Path) -> dict[str, Finding]:
     """The findings about a model folder by the part of it."""
-    found = [f for f in findings(str(folder), "127.0.0.1", 0) if f.what.startswith(f"{folder}: ")]
+    config = build_config({"model": {"path": str(folder)}, "gateway": {"port": 0}})
+    found = [f for f in findings(config) if f.what.startswith(f"{folder}: ")]
     return {f.what.removeprefix(f"{folder}: ").split(":")[0]: f for f in found}
 
 
@@ -101,6 +104,31 @@ def test_what_is_wrong_is_named_and_advice_given(tmp_path: Path, name: str) -> N
     assert bad.keys() == expected.keys()
     for part, text in expected.items():
         assert text in bad[part].what and bad[part].advice
+
+
+SETTINGS: dict[str, tuple[str, str]] = {  # name -> the language section of a configuration, what is said of it
+    "an override that contradicts the weights": ("config_overrides: {intermediate_size: 77}", "wrong shape"),
+    "an adapter that is not there": ("lora: nowhere", "one lora_*.pth"),
+    "a dtype that is not the checkpoint's": ("dtype: float16", "embedding.dtype"),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_model_is_checked_as_it_would_be_served(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section, said = SETTINGS[name]
+    file = tmp_path / "tandem.yaml"
+    file.write_text(f"model: {{path: {MODEL_DIR}}}\ngateway: {{port: 0}}\nlanguage: {{{section}}}\n")
+    assert main(["doctor", "--config", str(file)]) == 1
+    told = capsys.readouterr().out
+    assert said in told and sum(line.strip().startswith("bad") for line in told.splitlines()) == 1, told
+
+
+def test_flags_of_the_model_count_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--port", "0", "--lora", str(tmp_path)]) == 1
+    assert "one lora_*.pth" in capsys.readouterr().out
+    assert main(["doctor", "--port", "0", "--quantization", "int8"]) == 0
 
 
 def test_every_required_package_is_looked_at_and_only_those(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,8 +74,9 @@ def test_the_deepest_model_of_a_folder_is_taken(tmp_path: Path) -> None:
 
 def test_doctor_finds_what_is_there_and_what_is_not(tmp_path: Path) -> None:
     folder = make_native_nanochat(tmp_path, 4)
-    told = [finding for finding in findings(str(folder.parent), "127.0.0.1", 0) if str(folder) in finding.what]
+    config = load_config(overrides={"model.path": str(folder.parent), "gateway.port": 0})
+    told = [finding for finding in findings(config) if str(folder) in finding.what]
     assert [finding.verdict for finding in told] == ["ok"] * 4
     (tmp_path / "tokenizer" / "tokenizer.pkl").unlink()
-    told = [finding for finding in findings(str(folder), "127.0.0.1", 0) if finding.verdict == "bad"]
+    told = [finding for finding in findings(config) if finding.verdict == "bad"]
     assert any("tokenizer" in finding.what for finding in told)

@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 
-from cluster.ray_connection import _held_back_stderr
+from cluster import ray_connection
+from cluster.config import build_config
+from cluster.launch import GATEWAY
+from cluster.ray_connection import _held_back_stderr, role_resource
 
 
 @pytest.fixture
@@ -79,3 +82,16 @@ def test_what_was_not_taken_comes_out_afterwards(capfd: pytest.CaptureFixture[st
         os.write(2, b"left")
         assert Path("/proc/self/fd/2").readlink() != Path("/dev/stderr")
     assert capfd.readouterr().err == "left"
+
+
+@pytest.mark.parametrize("workers", [{"language": 2}, {"prefill": 1, "decode": 2}])
+def test_a_ray_of_our_own_has_room_for_every_role(workers: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where actors are placed by roles, one that no node offers would wait for ever."""
+    started: dict[str, Any] = {}
+    monkeypatch.setattr(ray_connection.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray_connection.ray, "init", lambda **options: started.update(options))
+    config = build_config({"model": {"device": "cpu"}, "workers": {"placement": "roles", "embedding": 1, **workers}})
+    assert ray_connection.connect(config, None, lambda status: None)
+    offered = started["resources"]
+    for kind, count in {**config.workers.counts, GATEWAY: 1}.items():
+        assert offered.get(role_resource(kind), 0) >= count, kind

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -141,15 +141,19 @@ def test_split_and_together_give_the_same(strategy: str, tmp_path: Path) -> None
 class Pair:
     """One prefill and one decode worker on a text model, and a front."""
 
-    def __init__(self, stack: ExitStack, folder: Path, scheme: str, **engine: Any) -> None:
+    def __init__(
+        self, stack: ExitStack, folder: Path, scheme: str, *, decode: Mapping[str, Any] | None = None, **engine: Any
+    ) -> None:
+        """engine: settings of both workers; decode: what the decode worker has instead."""
         transfer = TransferConfig(block_size=8, default_allocate_tokens=8, pool_tokens=64, peer_timeout_s=60.0)
         self.workers: dict[str, LanguageWorker] = {}
         self.front = Front(self._address(scheme), transfer)
         stack.callback(self.front.close)
         addresses = []
-        for kind in ("prefill", "decode"):
+        for kind, own in (("prefill", {}), ("decode", decode or {})):
             endpoint = open_endpoint(self._address(scheme), transfer)
-            worker = LanguageWorker(folder, EngineConfig(**{**ENGINE, **engine}), transfer, endpoint, kind)  # type: ignore[arg-type]
+            config = EngineConfig(**{**ENGINE, **engine, **own})
+            worker = LanguageWorker(folder, config, transfer, endpoint, kind)  # type: ignore[arg-type]
             stack.callback(worker.close)
             worker.start()
             self.workers[kind] = worker
@@ -238,3 +242,62 @@ def test_room_for_kv_is_given_whole_and_oldest_first(folder: Path) -> None:
         assert refused.over.wait(60)
         assert isinstance(refused.error, RemoteFailure) and refused.error.code == "PromptTooLong"
         _await_empty(pair.stats)
+
+
+# -- workers that compute otherwise -----------------------------------------------------------------------------------
+
+DYNAMIC = {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 100}
+
+
+def _outcome(folder: Path, **settings: Any) -> tuple[Any, list[int]]:
+    with ExitStack() as stack:
+        pair = Pair(stack, folder, "inproc", **settings)
+        sink, _ = pair.ask("a")
+        assert sink.over.wait(60)
+        _await_empty(pair.stats)
+        return sink.error, sink.tokens()
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of one square weight of `folder`, by MiniMind's names."""
+    path, generator = tmp_path_factory.mktemp("adapter") / "lora_other_64.pth", torch.Generator().manual_seed(0)
+    name = "model.layers.0.self_attn.q_proj.lora"
+    sides = {"A": (4, 64), "B": (64, 4)}
+    torch.save(
+        {f"{name}.{side}.weight": torch.randn(*shape, generator=generator) for side, shape in sides.items()}, path
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    "decode",
+    [
+        {"quantization": "int8"},
+        {"config_overrides": {"rope_theta": 500.0}},
+        {"config_overrides": {"rms_norm_eps": 1e-3}},
+        {"lora": "adapter"},
+    ],
+)
+def test_kv_that_was_computed_otherwise_is_refused(decode: dict[str, Any], folder: Path, adapter: Path) -> None:
+    error, tokens = _outcome(folder, decode=decode if "lora" not in decode else {"lora": str(adapter)})
+    assert isinstance(error, RemoteFailure) and error.code == "KVMismatch" and not tokens
+    assert "same model folder, config_overrides, lora, quantization and dtype" in str(error)
+
+
+def test_the_same_settings_on_both_sides_agree(folder: Path, adapter: Path, tmp_path: Path) -> None:
+    """Wherever the adapter lies, and whatever length each serves where that decides nothing."""
+    elsewhere = tmp_path / adapter.name
+    elsewhere.write_bytes(adapter.read_bytes())
+    error, tokens = _outcome(folder, lora=str(adapter), decode={"lora": str(elsewhere), "max_model_len": 512})
+    assert error is None and len(tokens) == NUM_NEW
+
+
+def test_a_dynamic_rotary_scaling_needs_one_length(tmp_path: Path) -> None:
+    folder = make_text_model(tmp_path, "llama", **DYNAMIC)
+    error, tokens = _outcome(folder, max_model_len=200, decode={"max_model_len": 400})
+    assert isinstance(error, RemoteFailure) and error.code == "KVMismatch" and not tokens
+    error, tokens = _outcome(folder, max_model_len=200)
+    assert error is None and len(tokens) == NUM_NEW
+    error, tokens = _outcome(folder, max_model_len=80, decode={"max_model_len": 100})  # neither grows
+    assert error is None and len(tokens) == NUM_NEW

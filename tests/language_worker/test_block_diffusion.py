@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -330,6 +331,24 @@ def test_what_has_no_meaning_is_refused(folder: Path, params: dict[str, Any], na
 def test_masks_in_the_prompt_are_refused(engine: Engine) -> None:
     result = drive(engine, [request("a", (1, MASK_ID), sampling(4))])["a"]
     assert isinstance(result.error, InvalidRequest) and "mask token" in result.error.message
+
+
+@pytest.mark.parametrize(
+    ("allowed", "suppress_eos"),
+    [((MASK_ID,), False), ((END_ID, TURN_ID), True), ((MASK_ID, END_ID), True), ((MASK_ID, NUM_TOKENS), False)],
+)
+def test_a_request_that_leaves_nothing_to_choose_is_refused(
+    engine: Engine, allowed: tuple[int, ...], suppress_eos: bool
+) -> None:
+    """Masks are never chosen, nor is the end of text where it is suppressed: with no other id allowed none is left."""
+
+    def answer(*more: int) -> Result:
+        params = replace(sampling(4, suppress_eos=suppress_eos), allowed_token_ids=(*allowed, *more))
+        return drive(engine, [request("a", prompt(9, vocab=250), params)])["a"]
+
+    refused = answer()
+    assert isinstance(refused.error, InvalidRequest) and "no token to choose" in refused.error.message
+    assert answer(7).tokens() == [7] * 4
 
 
 @pytest.mark.parametrize(

@@ -357,7 +357,8 @@ def test_rows_are_what_the_pages_held(dtype: torch.dtype) -> None:
 def test_state_comes_back_as_it_was() -> None:
     plane = kv_plane(torch.bfloat16, 6)
     state = {"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16(), "c": torch.randn(2, 2)}
-    header = KVHeader.from_body(KVHeader.of(9, state).to_body())
+    header = KVHeader.from_body(KVHeader.of(9, state, "c0ffee").to_body())
+    assert header.kv_of == "c0ffee"
     rows = pack_state(state, plane)
     assert rows.shape == (header.num_state_rows(plane), 6) and rows.dtype == torch.bfloat16
     back = unpack_state(header, rows)
@@ -369,11 +370,13 @@ def test_state_comes_back_as_it_was() -> None:
     [
         None,
         {},
-        {"kv_tokens": -1, "state": []},
-        {"kv_tokens": 1.5, "state": []},
-        {"kv_tokens": 1, "state": {}},
-        {"kv_tokens": 1, "state": [{"name": "x"}]},
-        {"kv_tokens": 1, "state": [], "more": 1},
+        {"kv_tokens": 1, "state": []},
+        {"kv_tokens": 1, "state": [], "kv_of": 7},
+        {"kv_tokens": -1, "state": [], "kv_of": ""},
+        {"kv_tokens": 1.5, "state": [], "kv_of": ""},
+        {"kv_tokens": 1, "state": {}, "kv_of": ""},
+        {"kv_tokens": 1, "state": [{"name": "x"}], "kv_of": ""},
+        {"kv_tokens": 1, "state": [], "kv_of": "", "more": 1},
     ],
 )
 def test_headers_that_say_nothing_are_refused(body: Any) -> None:

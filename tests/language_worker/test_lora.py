@@ -148,12 +148,22 @@ def test_what_does_not_fit_is_named(tmp_path: Path, change: Any, message: str) -
 @pytest.mark.parametrize(
     ("config", "word"),
     [({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-     ({"peft_type": "IA3"}, "IA3"), ({"r": 0}, "r 0")],
+     ({"peft_type": "IA3"}, "IA3"), ({"r": 0}, "r 0"),
+     *(({"init_lora_weights": start}, f"init_lora_weights '{start}'")
+       for start in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "PiSSA")),
+     ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens"),
+     ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"), ({"fan_in_fan_out": True}, "fan_in_fan_out")],
 )  # fmt: skip
 def test_adapters_of_other_kinds_are_refused(tmp_path: Path, config: dict[str, Any], word: str) -> None:
     _peft(tmp_path, **config)
     with pytest.raises(CheckpointError, match=word):
         make_engine(tmp_path, lora=str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "eva", None])
+def test_adapters_that_began_in_any_way_beside_the_weights_are_served(tmp_path: Path, start: Any) -> None:
+    _peft(tmp_path, init_lora_weights=start, alora_invocation_tokens=None, layer_replication=None, fan_in_fan_out=False)
+    assert Adapter.open(tmp_path / "adapter").scale == 3.0
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
