@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import zmq
 
-from transfer.endpoints.peer_book import MAX_PEERS, PeerBook, check_peer
+from transfer.endpoints.peer_book import KEY_BYTES, MAX_PEERS, PeerBook, check_peer
 from transfer.errors import ConfigError, Overloaded
 
 KEY, OTHER = (zmq.curve_keypair()[0].decode() for _ in range(2))
@@ -41,11 +41,13 @@ def test_a_path_for_sealed_payloads_is_another_connection_and_shows_no_token() -
 
 def test_connections_that_came_are_known_by_their_identity() -> None:
     book = PeerBook("tcp://192.0.2.1:1")
-    one = book.came(b"one")
-    assert book.came(b"one") is one and not one.outgoing and book.came(b"two") != one
+    first, second = b"1" * KEY_BYTES, b"2" * KEY_BYTES
+    one, two = book.came(first), book.came(second)
+    assert one is not None and book.came(first) is one and not one.outgoing and two != one
     for number in range(MAX_PEERS):
-        book.came(number.to_bytes(4, "big"))
-    assert book.came(b"one") == one, "forgotten meanwhile, and equal"
+        book.came(number.to_bytes(KEY_BYTES, "big"))
+    assert book.came(first) == one, "forgotten meanwhile, and equal"
+    assert book.came(b"name") is None, "not a name that a peer gives itself"
     assert len(book) == 0 and book.way_to(one) is None
 
 
