@@ -25,6 +25,7 @@ SMALLEST_GROUP = 32
 CHUNK_ELEMENTS = 1 << 20  # of the weight, widened at one time on the torch path
 NATIVE_ROWS, NATIVE_GROUP = 16, 2048  # as linear.c has them
 PACKED_ROWS = 10  # of bfloat16 activations, up to which torch's own product with 8-bit weights is the quicker one
+PACKED_INPUTS = 16  # of which that product takes a multiple: it reads past the ends of others
 INT4_COLUMNS = 16  # of which torch's layout for 4 bits takes a multiple
 
 
@@ -74,7 +75,7 @@ def int8_linear(
         if small is not None:
             few: torch.Tensor = small.int8_linear(flat, weight, scales, bias)
             return few.view(*x.shape[:-1], len(weight))
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and 0 < len(flat) <= PACKED_ROWS and weight.numel():
+    if _takes_packed(flat, weight):
         ones = torch.ones(len(weight), dtype=x.dtype)  # scales in bfloat16 would lose a part of their precision
         total = torch._weight_int8pack_mm(flat.contiguous(), weight, ones)
         return _finish([total], x, weight.shape[0], scales, bias).view(*x.shape[:-1], len(weight))
@@ -196,6 +197,11 @@ def packed_int4_linear(x: torch.Tensor, weight: PackedInt4, bias: torch.Tensor |
 
 def _takes_native(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return x.dtype == torch.float32 and 0 < len(x) <= NATIVE_ROWS and weight.numel() > 0 and weight.is_contiguous()
+
+
+def _takes_packed(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    fits = 0 < len(x) <= PACKED_ROWS and x.shape[1] % PACKED_INPUTS == 0 and weight.numel() > 0
+    return fits and x.dtype == torch.bfloat16 and x.device.type == "cpu"
 
 
 def _scaled(
