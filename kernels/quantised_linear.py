@@ -13,6 +13,7 @@ memory; float32 takes a C twin for few rows. The rest widens a part of the weigh
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -131,6 +132,14 @@ def int8_dynamic_linear(
         values = torch.cat((values, values.new_zeros(lacking, x.shape[1])))
     sums = torch._int_mm(values, weight.T)[: len(x)].float()
     return _scaled(sums * scales, row_scales, bias, x.dtype)
+
+
+@functools.cache
+def sums_bytes_exactly() -> bool:
+    """Whether products of 8-bit numbers add up right on the CPU: x86 without VNNI adds pairs of them in 16 bits, which
+    overflow, and neither of torch's operations says so."""
+    largest = torch.full((16, 256), 127, dtype=torch.int8)
+    return bool((torch._int_mm(largest, largest.T) == 127 * 127 * 256).all())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
