@@ -19,6 +19,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -103,10 +104,12 @@ def _processor() -> str:
 
 
 POINTER, SIZE, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-Function = Callable[..., None]
+Function = Callable[..., Any]
 
 
-def functions(name: str, *arguments: type, takes_long: bool = False) -> dict[torch.dtype, Function]:
+def functions(
+    name: str, *arguments: type, returns: type | None = None, takes_long: bool = False
+) -> dict[torch.dtype, Function]:
     """The C function `name` for each dtype that it has. takes_long: it lets other Python threads run meanwhile, which
     one of a few microseconds had better not: getting the interpreter lock back may take longer than that."""
     path = library()
@@ -116,6 +119,6 @@ def functions(name: str, *arguments: type, takes_long: bool = False) -> dict[tor
     for dtype, suffix in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
         function = getattr(loaded, f"{name}_{suffix}", None)
         if function is not None:
-            function.argtypes, function.restype = arguments, None
+            function.argtypes, function.restype = arguments, returns
             found[dtype] = function
     return found
