@@ -37,9 +37,10 @@ def mixed_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 def _fits(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None) -> bool:
-    if x.dim() != 2 or len(x) > MAX_ROWS or len(weight) < MIN_COLUMNS:
+    shape, columns = x.shape, weight.shape[0]
+    if len(shape) != 2 or shape[0] > MAX_ROWS or columns < MIN_COLUMNS:
         return False
-    return is_like(weight, dtype, len(weight), x.shape[1]) and (bias is None or is_like(bias, x.dtype, len(weight)))
+    return is_like(weight, dtype, columns, shape[1]) and (bias is None or is_like(bias, x.dtype, columns))
 
 
 def _plain(

@@ -14,7 +14,7 @@ _ADD_RMS_NORM = functions("add_rms_norm", POINTER, POINTER, POINTER, POINTER, SI
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """weight [..., D], of x's dtype and last dimensions. Raises ValueError on others."""
     x, weight = x.contiguous(), weight.contiguous()
-    if not is_like(weight, x.dtype, *x.shape[-weight.dim() :]):
+    if not is_like(weight, x.dtype, *tuple(x.shape)[-weight.dim() :]):
         raise misfit("rms_norm", x=x, weight=weight)
     out = torch.empty_like(x)
     width = x.shape[-1]

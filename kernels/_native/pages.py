@@ -21,13 +21,14 @@ def write_pages(
     """
     tokens, heads, dim = k.shape
     slots = slots.contiguous()
-    caches = (*k_cache.shape[:2], heads, dim)
-    fits = is_like(k_cache, k.dtype, *caches) and is_like(v_cache, k.dtype, *caches)
-    if not fits or v.dtype != k.dtype or v.shape != k.shape or not is_like(slots, torch.int64, tokens):
+    dtype, (num_pages, page_size, *_) = k.dtype, k_cache.shape
+    is_cache = is_like(k_cache, dtype, num_pages, page_size, heads, dim)
+    fits = is_cache and is_like(v_cache, dtype, num_pages, page_size, heads, dim)
+    if not fits or v.dtype != dtype or v.shape != k.shape or not is_like(slots, torch.int64, tokens):
         raise misfit("write_pages", k_cache=k_cache, v_cache=v_cache, k=k, v=v, slots=slots)
     k, v = (rows if rows.stride(2) == 1 and rows.stride(1) == dim else rows.contiguous() for rows in (k, v))
-    num_slots = caches[0] * caches[1]
-    refused = _WRITE_PAGES[k.dtype](
+    num_slots = num_pages * page_size
+    refused = _WRITE_PAGES[dtype](
         k_cache.data_ptr(), v_cache.data_ptr(), k.data_ptr(), v.data_ptr(), k.stride(0), v.stride(0),
         slots.data_ptr(), num_slots, tokens, heads * dim,
     )  # fmt: skip

@@ -16,7 +16,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torc
     if x.stride(2) != 1 or x.stride(1) != dim:
         x = x.contiguous()
     cos, signed_sin = cos.contiguous(), signed_sin.contiguous()
-    is_table = all(is_like(table, torch.float32, tokens, 1, dim) for table in (cos, signed_sin))
+    is_table = is_like(cos, torch.float32, tokens, 1, dim) and is_like(signed_sin, torch.float32, tokens, 1, dim)
     if not is_table or dim % 2:
         raise misfit("rotate", x=x, cos=cos, signed_sin=signed_sin)
     out = torch.empty((tokens, heads, dim), dtype=x.dtype)
