@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -92,3 +93,17 @@ def test_what_trains_and_what_is_large_takes_torch() -> None:
         assert dispatch.native("norm", learned) is not None
     with dispatch.forced("torch"):
         assert dispatch.native("norm", small) is None
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("stage", ["cpu", "gpu"])
+def test_images_have_a_compiler_and_are_run_where_its_work_may_be_executed(stage: str) -> None:
+    stages: dict[str, str] = {}
+    for part in re.split(r"^FROM ", (ROOT / "Dockerfile").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+        below, _, name = part.splitlines()[0].split()
+        stages[name] = stages.get(below, "") + part
+    assert re.search(r"apt-get install .*\bgcc libc6-dev\b", stages[stage])
+    mounts = re.findall(r"--tmpfs (\S+)", (ROOT / "docs" / "operating.md").read_text(encoding="utf-8"))
+    assert mounts and set(mounts) == {"/tmp:exec"}, "docker mounts noexec unless told otherwise"
