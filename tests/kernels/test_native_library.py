@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +82,58 @@ def test_sources_that_do_not_compile_are_a_warning_and_the_torch_path(
     monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "--no-such-flag"))
     assert library.library() is None
     assert "could not be compiled" in caplog.text and "no-such-flag" in caplog.text
+
+
+@pytest.mark.parametrize("damaged", [b"", b"no library"])
+def test_a_damaged_library_is_made_again(home: Path, damaged: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    script = "from kernels._native import library; print(library.library())"  # another process has nothing loaded
+    made = Path(_printed(script, home))
+    made.write_bytes(damaged)
+    assert library.library() == made
+    assert made.stat().st_size > 1000 and not caplog.records
+
+
+def test_a_cache_that_cannot_be_written_to_is_done_without(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = tempfile.mkstemp
+
+    def refusing(**options: Any) -> tuple[int, str]:
+        if Path(options["dir"]).is_relative_to(home):
+            raise OSError(errno.EROFS, "Read-only file system")
+        return make(**options)
+
+    monkeypatch.setattr(tempfile, "mkstemp", refusing)
+    made = library.library()
+    assert made is not None and not made.is_relative_to(home)
+
+
+def test_a_cache_below_somebody_else_s_folder_is_not_used(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = Path.stat
+
+    def foreign(path: Path, **options: Any) -> os.stat_result:
+        found = find(path, **options)
+        return os.stat_result((*found[:4], os.geteuid() + 1, *found[5:10])) if path == home / ".cache" else found
+
+    monkeypatch.setattr(Path, "stat", foreign)
+    made = library.library()
+    assert made is not None and not made.is_relative_to(home)
+
+
+def test_what_killed_compilers_left_is_removed(home: Path) -> None:
+    cache = home / ".cache" / "tandem"
+    cache.mkdir(mode=0o700, parents=True)
+    old, new = cache / "scratch-old.so", cache / "scratch-new.so"
+    for scratch in (old, new):
+        scratch.touch()
+    os.utime(old, (1e9, 1e9))
+    made = library.library()
+    assert made is not None and sorted(cache.iterdir()) == sorted([made, new]), "another process may be at the new one"
+
+
+def _printed(script: str, home: Path) -> str:
+    own = {**os.environ, "HOME": str(home)}
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=own, check=True
+    ).stdout.strip()
 
 
 def test_what_trains_and_what_is_large_takes_torch() -> None:
