@@ -18,13 +18,13 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from kernels._native.limits import MAX_GROUP, MAX_ROWS
 from kernels.dispatch import native, twin
 from kernels.quantise import quantise_rows
 
 GROUP_SIZE = 128
 SMALLEST_GROUP = 32
 CHUNK_ELEMENTS = 1 << 20  # of the weight, widened at one time on the torch path
-NATIVE_ROWS, NATIVE_GROUP = 16, 2048  # as linear.c has them
 PACKED_ROWS = 10  # of bfloat16 activations, up to which torch's own product with 8-bit weights is the quicker one
 PACKED_INPUTS = 16  # of which that product takes a multiple: it reads past the ends of others
 INT4_COLUMNS = 16  # of which torch's layout for 4 bits takes a multiple
@@ -103,7 +103,7 @@ def int4_linear(
     if triton is not None:
         return triton.int4_linear(x, packed, scales, bias)  # type: ignore[no-any-return]
     flat = x.reshape(-1, columns)
-    if _takes_native(flat, packed) and columns // scales.shape[1] <= NATIVE_GROUP:
+    if _takes_native(flat, packed) and columns // scales.shape[1] <= MAX_GROUP:
         small = native("linear", flat)
         if small is not None:
             total: torch.Tensor = small.int4_linear(flat, packed, scales, bias)
@@ -205,7 +205,7 @@ def packed_int4_linear(x: torch.Tensor, weight: PackedInt4, bias: torch.Tensor |
 
 
 def _takes_native(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    return x.dtype == torch.float32 and 0 < len(x) <= NATIVE_ROWS and weight.numel() > 0 and weight.is_contiguous()
+    return x.dtype == torch.float32 and 0 < len(x) <= MAX_ROWS and weight.numel() > 0 and weight.is_contiguous()
 
 
 def _takes_packed(x: torch.Tensor, weight: torch.Tensor) -> bool:

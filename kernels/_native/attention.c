@@ -8,7 +8,6 @@ heads that share a key head share its reading. */
 #include "common.h"
 
 #define BLOCK 64       /* keys whose scores are held at once */
-#define MAX_HEAD 256   /* numbers of a head */
 
 static int is_there(size query_len, size kv_len, size first_row, size tokens, const int64_t *pages, size room,
                     size page_size, size num_pages) {
@@ -81,7 +80,7 @@ static inline void FLOAT(mix)(const float *weights, const real *values, size str
 
 static void FLOAT(one_head)(const float *q, const real *keys, const real *values, const int64_t *pages,
                             size page_size, size stride, size dim, size num_keys, real *out) {
-    float scores[BLOCK], sums[MAX_HEAD];
+    float scores[BLOCK], sums[MAX_HEAD_DIM];
     float highest = -INFINITY, total = 0;
     memset(sums, 0, sizeof(float) * dim);
     for (size page = 0, start = 0; start < num_keys; page++)
@@ -117,7 +116,7 @@ size FLOAT(paged_attention)(const real *q, size q_stride, size tokens, const rea
                             real *out) {
     const int64_t *query_lens = windows, *kv_lens = windows + sequences, *query_start = kv_lens + sequences;
     size share = heads / kv_heads;
-    float scaled[MAX_HEAD];
+    float scaled[MAX_HEAD_DIM];
     for (size s = 0; s < sequences; s++)
         if (!is_there(query_lens[s], kv_lens[s], query_start[s], tokens, page_table + s * table_stride, table_stride,
                       page_size, num_pages))

@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 
+from kernels._native.limits import IN_C
+
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
@@ -32,6 +34,7 @@ UNITS = ("pointwise.c", "attention.c", "linear.c")
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = (
     "-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math",
+    *(f"-D{name}={number}" for name, number in IN_C.items()),
 )  # fmt: skip
 WIDE_FLAGS = ("-mprefer-vector-width=512",)  # where the processor has such registers
 COMPILE_TIMEOUT_S = 120

@@ -6,10 +6,7 @@ import torch
 
 from kernels._native.checks import is_like, misfit
 from kernels._native.library import POINTER, SIZE, Function, functions
-
-MAX_ROWS = 16  # as linear.c has it
-MIN_COLUMNS = 4
-MAX_GROUP = 2048  # as linear.c has it
+from kernels._native.limits import MAX_GROUP, MAX_ROWS, MIN_COLUMNS
 
 _LINEAR = functions("linear", POINTER, POINTER, POINTER, POINTER, SIZE, SIZE, SIZE, takes_long=True)
 _MIXED_LINEAR = functions("mixed_linear", POINTER, POINTER, POINTER, POINTER, SIZE, SIZE, SIZE, takes_long=True)

@@ -6,8 +6,7 @@ import torch
 
 from kernels._native.checks import is_like, misfit
 from kernels._native.library import POINTER, REAL, SIZE, functions
-
-MAX_HEAD_DIM = 256  # of a head, as attention.c has it
+from kernels._native.limits import MAX_HEAD_DIM
 
 _PAGED_ATTENTION = functions(
     "paged_attention",

@@ -13,9 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels._native.limits import MAX_ROWS
 from kernels.dispatch import Path, forced, has_native
 from kernels.halved_matrix import HalvedMatrix, halved
-from kernels.linear import NATIVE_ROWS, linear
+from kernels.linear import linear
 from kernels.quantised_linear import int8_dynamic_linear, quantise_weight_int8, sums_bytes_exactly, unpack_int4
 from kernels.quantised_matrix import Int4Matrix, Int8DynamicMatrix, QuantisedMatrix, Quantization, new_matrix
 from tests.kernels.paths import WITH_NATIVE
@@ -36,7 +37,7 @@ def test_this_machine_has_the_c_path() -> None:
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
-    rows=st.integers(1, NATIVE_ROWS + 1),
+    rows=st.integers(1, MAX_ROWS + 1),
     columns=st.sampled_from([1, 3, 4, 5, 31, 64]),
     inputs=st.sampled_from([1, 31, 32, 33, 100]),
     has_bias=st.booleans(),

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from kernels import dispatch
-from kernels._native import library
+from kernels._native import library, limits
 from kernels.norm import rms_norm
 
 WITHOUT_COMPILER = """
@@ -65,6 +65,17 @@ def test_it_is_compiled_once_and_found_again(home: Path, monkeypatch: pytest.Mon
     assert library.library() == first
     assert [command[1:] for command in runs] == [["--version"]], "asked for its version, and not to compile"
     assert [path.name for path in first.parent.iterdir()] == [first.name], "no scratch is left"
+
+
+def test_each_limit_stands_in_one_place(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The C files have none of their own: without the compiler's -D they do not compile."""
+    for name in limits.IN_C:
+        with monkeypatch.context() as patched:
+            flags = tuple(flag for flag in library.FLAGS if not flag.startswith(f"-D{name}="))
+            assert len(flags) == len(library.FLAGS) - 1
+            patched.setattr(library, "FLAGS", flags)
+            library.library.cache_clear()
+            assert library.library() is None
 
 
 def test_a_folder_that_others_may_write_to_is_not_used(home: Path) -> None:
