@@ -14,8 +14,14 @@ COPY language_worker language_worker
 COPY cluster cluster
 RUN python -m build --wheel --no-isolation --outdir /wheels
 
-# Third parties change seldom: a layer of their own, made before our wheel is looked at.
+# Third parties change seldom: a layer of their own, made before our wheel is looked at. The C compiler makes the small loops that
+# decode on the CPU, and Triton's launchers, when they first run. (Debian drops old versions of its packages, so the release in
+# PYTHON_IMAGE is their pin.)
 FROM ${PYTHON_IMAGE} AS base
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONDONTWRITEBYTECODE=1
 WORKDIR /opt/tandem
 COPY constraints.txt ./
@@ -34,12 +40,7 @@ EXPOSE 8000
 CMD ["tandem", "serve", "--model", "/opt/tandem/demo-model", "--served-model-name", "tandem-demo"]
 
 FROM base AS gpu
-# CUDA comes with torch, the driver with the node. Triton builds small launchers with a C compiler when it runs. (Debian drops
-# old versions of its packages, so the release in PYTHON_IMAGE is their pin.)
-# hadolint ignore=DL3008
-RUN apt-get update \
-    && apt-get install --yes --no-install-recommends gcc libc6-dev \
-    && rm -rf /var/lib/apt/lists/*
+# CUDA comes with torch, the driver with the node.
 RUN pip install --constraint constraints.txt torch triton
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     pip install --constraint constraints.txt /wheels/*.whl

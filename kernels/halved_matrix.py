@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from kernels._native.limits import MIN_COLUMNS, SMALL_WEIGHTS
 from kernels.dispatch import native
 
 ROWS = 2
-WEIGHTS = 1 << 18  # of a matrix: larger ones are read from memory, by all of torch's threads
 
 
 class HalvedMatrix:
@@ -51,8 +51,8 @@ class HalvedMatrix:
 
 def halved(weight: torch.Tensor) -> torch.Tensor | HalvedMatrix:
     """`weight` with its half beside it where that is exact and of use, else `weight` itself."""
-    is_served = weight.dtype == torch.float32 and weight.is_contiguous() and weight.shape[0] >= 4
-    if not is_served or weight.numel() > WEIGHTS or native("linear", weight, WEIGHTS) is None:
+    is_served = weight.dtype == torch.float32 and weight.is_contiguous() and weight.shape[0] >= MIN_COLUMNS
+    if not is_served or weight.numel() > SMALL_WEIGHTS or native("linear", weight, SMALL_WEIGHTS) is None:
         return weight
     half = weight.to(torch.bfloat16)
     return HalvedMatrix(weight, half) if torch.equal(half.to(torch.float32), weight) else weight

@@ -11,14 +11,12 @@ from typing import TypeAlias
 import torch
 import torch.nn.functional as F
 
+from kernels._native.limits import MAX_ROWS, MIN_COLUMNS, SMALL_WEIGHTS
 from kernels.dispatch import native
 from kernels.halved_matrix import HalvedMatrix
 from kernels.quantised_matrix import QuantisedMatrix
 
 Weight: TypeAlias = torch.Tensor | HalvedMatrix | QuantisedMatrix
-
-NATIVE_ROWS = 16  # as linear.c has it
-NATIVE_WEIGHTS = 1 << 18  # of a matrix: larger ones are read from memory, by all of torch's threads
 
 
 def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -29,8 +27,8 @@ def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) ->
     """
     if not isinstance(weight, torch.Tensor):
         return weight.linear(x, bias)
-    if x.dtype == torch.bfloat16 and x.shape[0] <= NATIVE_ROWS and weight.shape[0] >= 4:
-        quick = native("linear", x) if weight.numel() <= NATIVE_WEIGHTS and weight.is_contiguous() else None
+    if x.dtype == torch.bfloat16 and x.shape[0] <= MAX_ROWS and weight.shape[0] >= MIN_COLUMNS:
+        quick = native("linear", x) if weight.numel() <= SMALL_WEIGHTS and weight.is_contiguous() else None
         if quick is not None and x.shape[0]:
             return quick.linear(x, weight, bias)  # type: ignore[no-any-return]
     return F.linear(x, weight, bias)

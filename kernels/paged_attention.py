@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from kernels._native.limits import MAX_HEAD_DIM
 from kernels.attention_mask import BIDIRECTIONAL, CAUSAL, AttentionMask
 from kernels.dispatch import attention_twin, native
 from kernels.pages import kv_slots
@@ -27,7 +28,6 @@ SHORT_WINDOW = 16  # longest window that is answered in a padded group
 PADDING_RATIO = 2  # in a group, no key length exceeds the shortest by more than this factor...
 PADDING_FLOOR = 64  # ...except below this length, where padding costs less than another call
 NATIVE_PRODUCTS = 1 << 24  # of query and key numbers in all short windows, up to which one thread answers them in C
-NATIVE_HEAD_DIM = 256
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -212,7 +212,7 @@ def paged_attention(
     if mask.window:
         groups = batch.slide(mask.window, **sizes, device=q.device)
     else:
-        quick = native("paged_attention", q, q.numel()) if head_dim <= NATIVE_HEAD_DIM else None
+        quick = native("paged_attention", q, q.numel()) if head_dim <= MAX_HEAD_DIM else None
         width = 0 if quick is None else q.shape[1] * head_dim
         groups, small = batch.prepare(**sizes, device=q.device, small_width=width)
     if small is None and len(groups) == 1 and isinstance(groups[0].rows, slice):

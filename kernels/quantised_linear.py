@@ -13,18 +13,20 @@ memory; float32 takes a C twin for few rows. The rest widens a part of the weigh
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 import torch.nn.functional as F
 
+from kernels._native.limits import MAX_GROUP, MAX_ROWS
 from kernels.dispatch import native, twin
 from kernels.quantise import quantise_rows
 
 GROUP_SIZE = 128
 SMALLEST_GROUP = 32
 CHUNK_ELEMENTS = 1 << 20  # of the weight, widened at one time on the torch path
-NATIVE_ROWS, NATIVE_GROUP = 16, 2048  # as linear.c has them
 PACKED_ROWS = 10  # of bfloat16 activations, up to which torch's own product with 8-bit weights is the quicker one
+PACKED_INPUTS = 16  # of which that product takes a multiple: it reads past the ends of others
 INT4_COLUMNS = 16  # of which torch's layout for 4 bits takes a multiple
 
 
@@ -74,7 +76,7 @@ def int8_linear(
         if small is not None:
             few: torch.Tensor = small.int8_linear(flat, weight, scales, bias)
             return few.view(*x.shape[:-1], len(weight))
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and 0 < len(flat) <= PACKED_ROWS and weight.numel():
+    if _takes_packed(flat, weight):
         ones = torch.ones(len(weight), dtype=x.dtype)  # scales in bfloat16 would lose a part of their precision
         total = torch._weight_int8pack_mm(flat.contiguous(), weight, ones)
         return _finish([total], x, weight.shape[0], scales, bias).view(*x.shape[:-1], len(weight))
@@ -101,7 +103,7 @@ def int4_linear(
     if triton is not None:
         return triton.int4_linear(x, packed, scales, bias)  # type: ignore[no-any-return]
     flat = x.reshape(-1, columns)
-    if _takes_native(flat, packed) and columns // scales.shape[1] <= NATIVE_GROUP:
+    if _takes_native(flat, packed) and columns // scales.shape[1] <= MAX_GROUP:
         small = native("linear", flat)
         if small is not None:
             total: torch.Tensor = small.int4_linear(flat, packed, scales, bias)
@@ -130,6 +132,14 @@ def int8_dynamic_linear(
         values = torch.cat((values, values.new_zeros(lacking, x.shape[1])))
     sums = torch._int_mm(values, weight.T)[: len(x)].float()
     return _scaled(sums * scales, row_scales, bias, x.dtype)
+
+
+@functools.cache
+def sums_bytes_exactly() -> bool:
+    """Whether products of 8-bit numbers add up right on the CPU: x86 without VNNI adds pairs of them in 16 bits, which
+    overflow, and neither of torch's operations says so."""
+    largest = torch.full((16, 256), 127, dtype=torch.int8)
+    return bool((torch._int_mm(largest, largest.T) == 127 * 127 * 256).all())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,7 +205,12 @@ def packed_int4_linear(x: torch.Tensor, weight: PackedInt4, bias: torch.Tensor |
 
 
 def _takes_native(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    return x.dtype == torch.float32 and 0 < len(x) <= NATIVE_ROWS and weight.numel() > 0 and weight.is_contiguous()
+    return x.dtype == torch.float32 and 0 < len(x) <= MAX_ROWS and weight.numel() > 0 and weight.is_contiguous()
+
+
+def _takes_packed(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    fits = 0 < len(x) <= PACKED_ROWS and x.shape[1] % PACKED_INPUTS == 0 and weight.numel() > 0
+    return fits and x.dtype == torch.bfloat16 and x.device.type == "cpu"
 
 
 def _scaled(

@@ -29,6 +29,7 @@ from kernels.quantised_linear import (
     packed_int8_dynamic_linear,
     quantise_weight_int4,
     quantise_weight_int8,
+    sums_bytes_exactly,
 )
 
 Quantization = Literal["none", "int8", "int8_dynamic", "int4"]
@@ -116,9 +117,15 @@ class Int8Matrix(QuantisedMatrix):
 
 
 class Int8DynamicMatrix(Int8Matrix):
-    """The same numbers, for activations of 8 bits."""
+    """The same numbers, for activations of 8 bits. Raises ValueError on processors that cannot add them up."""
 
-    packed: PackedInt8 | None = None
+    def __init__(self, out: int, inputs: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        if device.type == "cpu" and not sums_bytes_exactly():
+            raise ValueError(
+                "this processor adds 8-bit products up in 16 bits (it has no VNNI), which overflow; use 'int8'"
+            )
+        super().__init__(out, inputs, dtype=dtype, device=device)
+        self.packed: PackedInt8 | None = None
 
     def finish(self) -> None:
         if PackedInt8.is_served(self.device):

@@ -8,7 +8,15 @@ heads that share a key head share its reading. */
 #include "common.h"
 
 #define BLOCK 64       /* keys whose scores are held at once */
-#define MAX_HEAD 256   /* numbers of a head */
+
+static int is_there(size query_len, size kv_len, size first_row, size tokens, const int64_t *pages, size room,
+                    size page_size, size num_pages) {
+    if (query_len < 0 || query_len > kv_len || kv_len > room * page_size) return 0;
+    if (first_row < 0 || query_len > tokens - first_row) return 0;
+    for (size page = 0; page * page_size < kv_len; page++)
+        if (pages[page] < 0 || pages[page] >= num_pages) return 0;
+    return 1;
+}
 
 #define FLOAT(name) name##_float32
 #define real float
@@ -72,7 +80,7 @@ static inline void FLOAT(mix)(const float *weights, const real *values, size str
 
 static void FLOAT(one_head)(const float *q, const real *keys, const real *values, const int64_t *pages,
                             size page_size, size stride, size dim, size num_keys, real *out) {
-    float scores[BLOCK], sums[MAX_HEAD];
+    float scores[BLOCK], sums[MAX_HEAD_DIM];
     float highest = -INFINITY, total = 0;
     memset(sums, 0, sizeof(float) * dim);
     for (size page = 0, start = 0; start < num_keys; page++)
@@ -100,12 +108,19 @@ static void FLOAT(one_head)(const float *q, const real *keys, const real *values
     for (size i = 0; i < dim; i++) out[i] = STORE(sums[i] * inverse);
 }
 
-void FLOAT(paged_attention)(const real *q, size q_stride, const real *k_cache, const real *v_cache,
-                            const int64_t *page_table, size table_stride, const int64_t *query_lens,
-                            const int64_t *kv_lens, const int64_t *query_start, size sequences, size heads,
-                            size kv_heads, size dim, size page_size, float scale, real *out) {
+/* windows: query lengths, key lengths and first rows of all sequences. Returns -1, or before anything is read the first
+   sequence whose rows, lengths or pages are not there. */
+size FLOAT(paged_attention)(const real *q, size q_stride, size tokens, const real *k_cache, const real *v_cache,
+                            size num_pages, const int64_t *page_table, size table_stride, const int64_t *windows,
+                            size sequences, size heads, size kv_heads, size dim, size page_size, float scale,
+                            real *out) {
+    const int64_t *query_lens = windows, *kv_lens = windows + sequences, *query_start = kv_lens + sequences;
     size share = heads / kv_heads;
-    float scaled[MAX_HEAD];
+    float scaled[MAX_HEAD_DIM];
+    for (size s = 0; s < sequences; s++)
+        if (!is_there(query_lens[s], kv_lens[s], query_start[s], tokens, page_table + s * table_stride, table_stride,
+                      page_size, num_pages))
+            return s;
     for (size s = 0; s < sequences; s++)
         for (size n = 0; n < query_lens[s]; n++) {
             size row = query_start[s] + n, num_keys = kv_lens[s] - query_lens[s] + n + 1;
@@ -117,6 +132,7 @@ void FLOAT(paged_attention)(const real *q, size q_stride, const real *k_cache, c
                                 out + (row * heads + h) * dim);
             }
         }
+    return -1;
 }
 
 #endif

@@ -7,6 +7,7 @@ is no compiler, or it fails, there is no library, and the ops take their torch p
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -17,10 +18,14 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from kernels._native.limits import IN_C
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +34,11 @@ UNITS = ("pointwise.c", "attention.c", "linear.c")
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = (
     "-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math",
+    *(f"-D{name}={number}" for name, number in IN_C.items()),
 )  # fmt: skip
 WIDE_FLAGS = ("-mprefer-vector-width=512",)  # where the processor has such registers
 COMPILE_TIMEOUT_S = 120
+SCRATCH = "scratch-"  # what is being compiled
 
 
 @functools.cache
@@ -42,48 +49,74 @@ def library() -> Path | None:
         logger.info("no C compiler is installed: on the CPU small steps take torch's operations, which is slower")
         return None
     try:
-        built = _built(compiler)
-        ctypes.CDLL(str(built))  # whether it can be loaded
-        return built
+        return _built(compiler)
     except (OSError, subprocess.SubprocessError) as error:
         details = getattr(error, "stderr", None) or error
-        logger.warning("the C twins could not be compiled by %s, small steps will be slower: %s", compiler, details)
+        logger.warning(
+            "the C twins could not be compiled by %s and loaded, small steps will be slower: %s", compiler, details
+        )
         return None
 
 
 def _built(compiler: str) -> Path:
-    """The library's file, compiled unless a cache has it."""
+    """The library's file in the cache, or in a folder of this process where the cache does not serve."""
     flags = [*FLAGS, *(WIDE_FLAGS if "avx512f" in _processor() else ())]
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_TIMEOUT_S).stdout
     digest = hashlib.blake2b(repr((compiler, version, flags, _processor())).encode(), digest_size=16)
     for name in ("common.h", *UNITS):
         digest.update((SOURCES / name).read_bytes())
-    cache = _private_folder()
-    target = cache / f"native-{digest.hexdigest()}.so"
-    if not target.is_file():
-        handle, scratch = tempfile.mkstemp(suffix=".so", dir=cache)
-        os.close(handle)
-        units = [str(SOURCES / name) for name in UNITS]
-        command = [compiler, *flags, *units, "-o", scratch, "-lm"]
+    command = [compiler, *flags, *(str(SOURCES / name) for name in UNITS)]
+    name = f"native-{digest.hexdigest()}.so"
+    cache = _cache_folder()
+    if cache is not None:
         try:
-            subprocess.run(command, capture_output=True, text=True, check=True, timeout=COMPILE_TIMEOUT_S)
-            Path(scratch).replace(target)  # at once: another process may be looking
-        finally:
-            Path(scratch).unlink(missing_ok=True)
+            return _made(cache / name, command)
+        except OSError as error:
+            logger.info("%s does not serve as a cache, each process compiles for itself: %s", cache, error)
+    return _made(Path(_own_folder().name) / name, command)
+
+
+def _made(target: Path, command: list[str]) -> Path:
+    """`target`, compiled unless it is there and can be loaded. Raises OSError where it can be neither."""
+    if target.is_file():
+        try:
+            ctypes.CDLL(str(target))
+            return target
+        except OSError as error:
+            logger.info("%s is made again: %s", target, error)
+            target.unlink(missing_ok=True)
+    _remove_old_scratch(target.parent)
+    handle, scratch = tempfile.mkstemp(prefix=SCRATCH, suffix=".so", dir=target.parent)
+    os.close(handle)
+    try:
+        command = [*command, "-o", scratch, "-lm"]
+        subprocess.run(command, capture_output=True, text=True, check=True, timeout=COMPILE_TIMEOUT_S)
+        Path(scratch).replace(target)  # at once: another process may be looking
+    finally:
+        Path(scratch).unlink(missing_ok=True)
+    ctypes.CDLL(str(target))
     return target
 
 
-def _private_folder() -> Path:
-    """A folder that nobody else can write to: in the user's cache, or one of this process alone."""
-    folder = Path.home() / ".cache" / "tandem"
+def _remove_old_scratch(folder: Path) -> None:
+    """What compilers left that were killed: none that may still run is as old."""
+    for path in folder.glob(f"{SCRATCH}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > 2 * COMPILE_TIMEOUT_S:
+                path.unlink()
+
+
+def _cache_folder() -> Path | None:
+    """A folder in the user's cache that nobody else can write to or put another in the place of, None without one."""
     try:
+        folder = Path.home() / ".cache" / "tandem"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-        if found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            return folder
+        found, above = folder.stat(), folder.parent.stat()
     except (OSError, RuntimeError):
-        pass
-    return Path(_own_folder().name)
+        return None
+    is_private = found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    is_kept = above.st_uid in (os.geteuid(), 0) and not above.st_mode & stat.S_IWOTH
+    return folder if is_private and is_kept else None
 
 
 @functools.cache
@@ -103,10 +136,12 @@ def _processor() -> str:
 
 
 POINTER, SIZE, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-Function = Callable[..., None]
+Function = Callable[..., Any]
 
 
-def functions(name: str, *arguments: type, takes_long: bool = False) -> dict[torch.dtype, Function]:
+def functions(
+    name: str, *arguments: type, returns: type | None = None, takes_long: bool = False
+) -> dict[torch.dtype, Function]:
     """The C function `name` for each dtype that it has. takes_long: it lets other Python threads run meanwhile, which
     one of a few microseconds had better not: getting the interpreter lock back may take longer than that."""
     path = library()
@@ -116,6 +151,6 @@ def functions(name: str, *arguments: type, takes_long: bool = False) -> dict[tor
     for dtype, suffix in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
         function = getattr(loaded, f"{name}_{suffix}", None)
         if function is not None:
-            function.argtypes, function.restype = arguments, None
+            function.argtypes, function.restype = arguments, returns
             found[dtype] = function
     return found

@@ -4,8 +4,6 @@ Four rows of the weight go together, so that a number of x serves four sums. */
 
 #include "common.h"
 
-#define MAX_ROWS 16
-
 #if defined(__AVX512BF16__) && defined(__AVX512VL__)
 #include <immintrin.h>
 
@@ -97,8 +95,6 @@ void mixed_linear_float32(const float *x, const bfloat16 *weight, const float *b
     }
 }
 
-#define PART 2048 /* inputs that are widened at once; no group of 4-bit numbers is larger */
-
 /* sums[r] += row r of x . weights, over `count` inputs; the rows of x lie `stride` numbers apart. */
 static inline void add_products(const float *x, size stride, size rows, const float *weights, size count, float *sums) {
     size r = 0;
@@ -132,11 +128,11 @@ static inline void finish(const float *sums, float scale, const float *bias, flo
 /* weight [columns, inputs] int8 with a scale per row. */
 void int8_linear_float32(const float *x, const int8_t *weight, const float *scales, const float *bias, float *out,
                          size rows, size inputs, size columns) {
-    float wide[PART];
+    float wide[MAX_GROUP];
     for (size n = 0; n < columns; n++) {
         float sums[MAX_ROWS] = {0};
-        for (size start = 0; start < inputs; start += PART) {
-            size count = inputs - start < PART ? inputs - start : PART;
+        for (size start = 0; start < inputs; start += MAX_GROUP) {
+            size count = inputs - start < MAX_GROUP ? inputs - start : MAX_GROUP;
             const int8_t *part = weight + n * inputs + start;
 #pragma omp simd
             for (size i = 0; i < count; i++) wide[i] = (float)part[i];
@@ -149,8 +145,8 @@ void int8_linear_float32(const float *x, const int8_t *weight, const float *scal
 /* packed [columns, inputs / 2]: in each group of inputs the low halves of its bytes, then the high ones, 8 added. */
 void int4_linear_float32(const float *x, const uint8_t *packed, const float *scales, const float *bias, float *out,
                          size rows, size inputs, size columns, size groups) {
-    size width = inputs / groups, half = width / 2, most = PART / width;
-    float wide[PART];
+    size width = inputs / groups, half = width / 2, most = MAX_GROUP / width;
+    float wide[MAX_GROUP];
     for (size n = 0; n < columns; n++) {
         float sums[MAX_ROWS] = {0};
         for (size start = 0; start < groups; start += most) {

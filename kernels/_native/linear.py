@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from kernels._native.checks import is_like, misfit
 from kernels._native.library import POINTER, SIZE, Function, functions
-
-MAX_ROWS = 16  # as linear.c has it
-MIN_COLUMNS = 4
+from kernels._native.limits import MAX_GROUP, MAX_ROWS, MIN_COLUMNS
 
 _LINEAR = functions("linear", POINTER, POINTER, POINTER, POINTER, SIZE, SIZE, SIZE, takes_long=True)
 _MIXED_LINEAR = functions("mixed_linear", POINTER, POINTER, POINTER, POINTER, SIZE, SIZE, SIZE, takes_long=True)
@@ -18,13 +17,27 @@ _INT4_LINEAR = functions(
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [R, K] bfloat16 with R <= MAX_ROWS; weight [N, K] and bias [N] contiguous, N >= MIN_COLUMNS."""
+    """x [R, K] bfloat16 with R <= MAX_ROWS; weight [N, K] and bias [N] contiguous, N >= MIN_COLUMNS.
+
+    Raises ValueError on others, as all of these do.
+    """
+    if x.dtype != torch.bfloat16 or not _fits(x, weight, torch.bfloat16, bias):
+        raise misfit("linear", x=x, weight=weight, bias=bias)
     return _plain(_LINEAR, x, weight, bias)
 
 
 def mixed_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x and bias float32, weight bfloat16; otherwise as `linear`."""
+    if x.dtype != torch.float32 or not _fits(x, weight, torch.bfloat16, bias):
+        raise misfit("mixed_linear", x=x, weight=weight, bias=bias)
     return _plain(_MIXED_LINEAR, x, weight, bias)
+
+
+def _fits(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None) -> bool:
+    shape, columns = x.shape, weight.shape[0]
+    if len(shape) != 2 or shape[0] > MAX_ROWS or columns < MIN_COLUMNS:
+        return False
+    return is_like(weight, dtype, columns, shape[1]) and (bias is None or is_like(bias, x.dtype, columns))
 
 
 def _plain(
@@ -43,19 +56,34 @@ def _plain(
 
 def int8_linear(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [R, K] float32 with 0 < R <= MAX_ROWS; weight [N, K] contiguous."""
+    if not _fits_numbers(x, weight, torch.int8, x.shape[-1], bias) or not is_like(scales, torch.float32, len(weight)):
+        raise misfit("int8_linear", x=x, weight=weight, scales=scales, bias=bias)
     return _quantised(_INT8_LINEAR, x, weight, scales, bias)
 
 
 def int4_linear(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The same for packed [N, K / 2] contiguous and scales [N, groups]."""
+    """The same for packed [N, K / 2] contiguous and scales [N, groups], of MAX_GROUP inputs at most."""
+    groups, inputs = scales.shape[-1], x.shape[-1]
+    is_cut = groups > 0 and inputs % (2 * groups) == 0 and inputs // groups <= MAX_GROUP
+    is_scaled = is_cut and is_like(scales, torch.float32, len(packed), groups)
+    if not is_scaled or not _fits_numbers(x, packed, torch.uint8, inputs // 2, bias):
+        raise misfit("int4_linear", x=x, packed=packed, scales=scales, bias=bias)
     return _quantised(_INT4_LINEAR, x, packed, scales, bias, scales.shape[1])
+
+
+def _fits_numbers(
+    x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, width: int, bias: torch.Tensor | None
+) -> bool:
+    if x.dim() != 2 or len(x) > MAX_ROWS or x.dtype != torch.float32:
+        return False
+    return is_like(weight, dtype, len(weight), width) and (bias is None or is_like(bias, x.dtype, len(weight)))
 
 
 def _quantised(
     functions: dict[torch.dtype, Function], x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor,
     bias: torch.Tensor | None, *sizes: int,
 ) -> torch.Tensor:  # fmt: skip
-    x, scales = x.contiguous(), scales.contiguous()
+    x = x.contiguous()
     out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
     functions[x.dtype](
         x.data_ptr(), weight.data_ptr(), scales.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),

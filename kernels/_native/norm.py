@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from kernels._native.checks import is_like, misfit
 from kernels._native.library import POINTER, REAL, SIZE, functions
 
 _RMS_NORM = functions("rms_norm", POINTER, POINTER, POINTER, SIZE, SIZE, SIZE, REAL)
@@ -11,8 +12,10 @@ _ADD_RMS_NORM = functions("add_rms_norm", POINTER, POINTER, POINTER, POINTER, SI
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """weight [W, D]: row r of x takes row r % W."""
+    """weight [..., D], of x's dtype and last dimensions. Raises ValueError on others."""
     x, weight = x.contiguous(), weight.contiguous()
+    if not is_like(weight, x.dtype, *tuple(x.shape)[-weight.dim() :]):
+        raise misfit("rms_norm", x=x, weight=weight)
     out = torch.empty_like(x)
     width = x.shape[-1]
     if not x.numel():
@@ -26,8 +29,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """residual: contiguous."""
-    x = x.contiguous()
+    """residual: contiguous. Raises ValueError where shapes and dtypes are not the same."""
+    x, weight = x.contiguous(), weight.contiguous()
+    if not is_like(residual, x.dtype, *x.shape) or not is_like(weight, x.dtype, x.shape[-1]):
+        raise misfit("add_rms_norm", x=x, residual=residual, weight=weight)
     out = torch.empty_like(x)
     width = x.shape[-1]
     if not x.numel():

@@ -88,13 +88,17 @@ void FLOAT(rotate)(const real *x, size stride, const float *cos, const float *si
     }
 }
 
-/* Rows of keys and values, `width` numbers each, to their slots. */
-void FLOAT(write_pages)(real *k_cache, real *v_cache, const real *k, const real *v, size k_stride, size v_stride,
-                        const int64_t *slots, size tokens, size width) {
+/* Rows of keys and values, `width` numbers each, to their slots. Returns -1, or before anything is written the first
+   token whose slot the caches do not have. */
+size FLOAT(write_pages)(real *k_cache, real *v_cache, const real *k, const real *v, size k_stride, size v_stride,
+                        const int64_t *slots, size num_slots, size tokens, size width) {
+    for (size t = 0; t < tokens; t++)
+        if (slots[t] < 0 || slots[t] >= num_slots) return t;
     for (size t = 0; t < tokens; t++) {
         memcpy(k_cache + slots[t] * width, k + t * k_stride, width * sizeof(real));
         memcpy(v_cache + slots[t] * width, v + t * v_stride, width * sizeof(real));
     }
+    return -1;
 }
 
 #endif

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import pytest
@@ -9,10 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels._native.limits import MAX_ROWS
 from kernels.dispatch import Path, forced, has_native
 from kernels.halved_matrix import HalvedMatrix, halved
-from kernels.linear import NATIVE_ROWS, linear
-from kernels.quantised_linear import int8_dynamic_linear, quantise_weight_int8, unpack_int4
+from kernels.linear import linear
+from kernels.quantised_linear import int8_dynamic_linear, quantise_weight_int8, sums_bytes_exactly, unpack_int4
 from kernels.quantised_matrix import Int4Matrix, Int8DynamicMatrix, QuantisedMatrix, Quantization, new_matrix
 from tests.kernels.paths import WITH_NATIVE
 from tests.tolerances import assert_matches
@@ -32,7 +37,7 @@ def test_this_machine_has_the_c_path() -> None:
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
-    rows=st.integers(1, NATIVE_ROWS + 1),
+    rows=st.integers(1, MAX_ROWS + 1),
     columns=st.sampled_from([1, 3, 4, 5, 31, 64]),
     inputs=st.sampled_from([1, 31, 32, 33, 100]),
     has_bias=st.booleans(),
@@ -84,6 +89,7 @@ def _rounded(x: torch.Tensor) -> torch.Tensor:
     return (x.float() * steps).round().double() / steps.double()
 
 
+@pytest.mark.skipif(not sums_bytes_exactly(), reason="this processor has no VNNI")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 5, 40])
 def test_dynamic_activations_are_rounded_row_by_row(rows: int, dtype: torch.dtype) -> None:
@@ -144,6 +150,35 @@ def test_what_cannot_be_cut_into_groups_is_refused() -> None:
         new_matrix("int4", 8, 40, dtype=torch.float32, device=CPU)
     with pytest.raises(ValueError, match="do not fit"):
         int8_dynamic_linear(torch.ones(1, 3), torch.zeros(2, 4, dtype=torch.int8), torch.ones(2))
+
+
+ON_THIS_PROCESSOR = """
+import torch
+from kernels.quantised_linear import PackedInt8, int8_dynamic_linear, packed_int8_dynamic_linear
+from kernels.quantised_matrix import new_matrix
+
+x, weight, scales = torch.ones(3, 256), torch.full((32, 256), 127, dtype=torch.int8), torch.ones(32)
+packed = packed_int8_dynamic_linear(x, PackedInt8.of(weight, scales), None)
+right = torch.full((3, 32), 127.0 * 256)
+is_right = all(torch.allclose(sums, right) for sums in (int8_dynamic_linear(x, weight, scales), packed))
+try:
+    new_matrix("int8_dynamic", 32, 256, dtype=torch.float32, device=torch.device("cpu"))
+    print(is_right, "served")
+except ValueError as error:
+    print(is_right, error)
+new_matrix("int8", 32, 256, dtype=torch.float32, device=torch.device("cpu"))
+"""
+
+
+@pytest.mark.parametrize("instructions", ["AVX2", "AVX512_CORE", "ALL"])
+def test_rounded_activations_are_served_where_their_sums_are_exact_and_refused_elsewhere(instructions: str) -> None:
+    if instructions != "ALL" and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("only x86 has processors whose 8-bit products saturate")
+    own = {**os.environ, "ONEDNN_MAX_CPU_ISA": instructions}
+    done = subprocess.run([sys.executable, "-c", ON_THIS_PROCESSOR], env=own, capture_output=True, text=True)
+    refusal = "False this processor adds 8-bit products up in 16 bits (it has no VNNI), which overflow; use 'int8'"
+    allowed = ["True served", refusal] if instructions == "ALL" else [refusal]
+    assert done.stdout.strip() in allowed, done.stderr
 
 
 def test_small_groups_serve_where_large_ones_do_not_divide() -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from kernels import dispatch
-from kernels._native import library
+from kernels._native import library, limits
 from kernels.norm import rms_norm
 
 WITHOUT_COMPILER = """
@@ -62,6 +67,17 @@ def test_it_is_compiled_once_and_found_again(home: Path, monkeypatch: pytest.Mon
     assert [path.name for path in first.parent.iterdir()] == [first.name], "no scratch is left"
 
 
+def test_each_limit_stands_in_one_place(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The C files have none of their own: without the compiler's -D they do not compile."""
+    for name in limits.IN_C:
+        with monkeypatch.context() as patched:
+            flags = tuple(flag for flag in library.FLAGS if not flag.startswith(f"-D{name}="))
+            assert len(flags) == len(library.FLAGS) - 1
+            patched.setattr(library, "FLAGS", flags)
+            library.library.cache_clear()
+            assert library.library() is None
+
+
 def test_a_folder_that_others_may_write_to_is_not_used(home: Path) -> None:
     shared = home / ".cache" / "tandem"
     shared.mkdir(parents=True)
@@ -79,6 +95,58 @@ def test_sources_that_do_not_compile_are_a_warning_and_the_torch_path(
     assert "could not be compiled" in caplog.text and "no-such-flag" in caplog.text
 
 
+@pytest.mark.parametrize("damaged", [b"", b"no library"])
+def test_a_damaged_library_is_made_again(home: Path, damaged: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    script = "from kernels._native import library; print(library.library())"  # another process has nothing loaded
+    made = Path(_printed(script, home))
+    made.write_bytes(damaged)
+    assert library.library() == made
+    assert made.stat().st_size > 1000 and not caplog.records
+
+
+def test_a_cache_that_cannot_be_written_to_is_done_without(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = tempfile.mkstemp
+
+    def refusing(**options: Any) -> tuple[int, str]:
+        if Path(options["dir"]).is_relative_to(home):
+            raise OSError(errno.EROFS, "Read-only file system")
+        return make(**options)
+
+    monkeypatch.setattr(tempfile, "mkstemp", refusing)
+    made = library.library()
+    assert made is not None and not made.is_relative_to(home)
+
+
+def test_a_cache_below_somebody_else_s_folder_is_not_used(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = Path.stat
+
+    def foreign(path: Path, **options: Any) -> os.stat_result:
+        found = find(path, **options)
+        return os.stat_result((*found[:4], os.geteuid() + 1, *found[5:10])) if path == home / ".cache" else found
+
+    monkeypatch.setattr(Path, "stat", foreign)
+    made = library.library()
+    assert made is not None and not made.is_relative_to(home)
+
+
+def test_what_killed_compilers_left_is_removed(home: Path) -> None:
+    cache = home / ".cache" / "tandem"
+    cache.mkdir(mode=0o700, parents=True)
+    old, new = cache / "scratch-old.so", cache / "scratch-new.so"
+    for scratch in (old, new):
+        scratch.touch()
+    os.utime(old, (1e9, 1e9))
+    made = library.library()
+    assert made is not None and sorted(cache.iterdir()) == sorted([made, new]), "another process may be at the new one"
+
+
+def _printed(script: str, home: Path) -> str:
+    own = {**os.environ, "HOME": str(home)}
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=own, check=True
+    ).stdout.strip()
+
+
 def test_what_trains_and_what_is_large_takes_torch() -> None:
     small, weight = torch.ones(2, 8), torch.ones(8)
     assert dispatch.native("norm", small) is not None
@@ -92,3 +160,17 @@ def test_what_trains_and_what_is_large_takes_torch() -> None:
         assert dispatch.native("norm", learned) is not None
     with dispatch.forced("torch"):
         assert dispatch.native("norm", small) is None
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("stage", ["cpu", "gpu"])
+def test_images_have_a_compiler_and_are_run_where_its_work_may_be_executed(stage: str) -> None:
+    stages: dict[str, str] = {}
+    for part in re.split(r"^FROM ", (ROOT / "Dockerfile").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+        below, _, name = part.splitlines()[0].split()
+        stages[name] = stages.get(below, "") + part
+    assert re.search(r"apt-get install .*\bgcc libc6-dev\b", stages[stage])
+    mounts = re.findall(r"--tmpfs (\S+)", (ROOT / "docs" / "operating.md").read_text(encoding="utf-8"))
+    assert mounts and set(mounts) == {"/tmp:exec"}, "docker mounts noexec unless told otherwise"

@@ -157,6 +157,17 @@ def test_int4_linear(
     assert_matches(actual, x.double() @ weight.T + (bias.double() if has_bias else 0), reduced=inputs)
 
 
+@pytest.mark.parametrize("inputs", [16, 24, 33, 40])
+@pytest.mark.parametrize("columns", [3, 48])
+def test_few_bfloat16_rows_of_any_width(inputs: int, columns: int) -> None:
+    """torch's own product reads sixteens of inputs whole, whatever their number."""
+    numbers, scales = quantise_weight_int8(_draw(0, columns, inputs, dtype=torch.float32))
+    exact = numbers.double() * scales.double()[:, None]
+    for rows in range(1, 11):
+        x = _draw(rows, rows, inputs, dtype=torch.bfloat16)
+        assert_matches(int8_linear(x, numbers, scales), x.double() @ exact.T, reduced=inputs)
+
+
 def test_four_bits_keep_every_number_within_half_a_step() -> None:
     weight = _draw(0, 5, 256, dtype=torch.float32)
     packed, scales = quantise_weight_int4(weight, 64)

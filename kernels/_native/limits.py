@@ -1,0 +1,14 @@
+"""What the C twins have room for, and from where on torch is the quicker one. Importing it compiles nothing.
+
+The C files get the numbers of `IN_C` from the compiler's command line, so that each stands here alone.
+"""
+
+from __future__ import annotations
+
+MAX_ROWS = 16  # of a linear layer's input
+MIN_COLUMNS = 4  # of a plain linear layer's result
+MAX_GROUP = 2048  # inputs that share a scale of 4-bit numbers; as many are widened at once
+MAX_HEAD_DIM = 256  # of attention
+SMALL_WEIGHTS = 1 << 18  # of a matrix: larger ones are read from memory, by all of torch's threads
+
+IN_C = {"MAX_ROWS": MAX_ROWS, "MAX_GROUP": MAX_GROUP, "MAX_HEAD_DIM": MAX_HEAD_DIM}
