@@ -52,7 +52,7 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayContext
         tokenizer=workers.info.tokenizer,
         chat_template=workers.info.chat_template,
         handoff=workers.handoff,
-        max_model_len=workers.language.max_model_len,
+        max_model_len=workers.engines["language-0"].max_model_len,
         worker_stats=no_stats,
         ready=lambda: (True, ""),
     )
