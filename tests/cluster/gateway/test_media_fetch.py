@@ -197,7 +197,7 @@ def test_bytes_beyond_the_budget_of_all_requests_are_refused_and_given_back(tmp_
 
 def test_a_client_that_leaves_ends_the_reading(tmp_path: Path) -> None:
     async def main() -> None:
-        async with serving() as server, gateway(tmp_path, config=config()) as gate:
+        async with serving() as server, gateway(tmp_path, config=config(media_timeout_s=600.0)) as gate:
             url = f"http://127.0.0.1:{server.port}/a"
             sent = await call_and_leave(gate, asking(url), server.asked)
             assert [m["status"] for m in sent if m["type"] == "http.response.start"] in ([], [499])
