@@ -86,7 +86,7 @@ def _state_file(arguments: argparse.Namespace, phase: str) -> Path | None:
 def _table(counts: dict[str, tuple[int, int]]) -> Table:
     table = Table("question", "asked", "right", "share", title="held-out glyphs, greedy, exact answers")
     for name, (right, total) in counts.items():
-        table.add_row(name, str(total), str(right), f"{right / total:.1%}")
+        table.add_row(name, str(total), str(right), f"{right / total:.1%}" if total else "")
     return table
 
 

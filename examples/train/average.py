@@ -29,5 +29,5 @@ class WeightAverage(Generic[Model]):
         decay = min(self.decay, (step + 1) / (step + self.delay))
         for kept, current in zip(self.model.parameters(), self.source.parameters(), strict=True):
             kept.lerp_(current, 1.0 - decay)
-        for kept, current in zip(self.model.buffers(), self.source.buffers(), strict=True):
-            kept.copy_(current)
+        for own, now in zip(self.model.buffers(), self.source.buffers(), strict=True):
+            own.copy_(now)

@@ -133,10 +133,10 @@ def test_filling_gives_the_numbers_of_a_plain_loop() -> None:
 
 def test_the_loss_falls() -> None:
     heard = Heard()
-    plan = DiffusionPlan(steps=60, batch_size=8, learning_rate=2e-2)
+    plan = DiffusionPlan(steps=40, batch_size=6, learning_rate=2e-2)
     train_diffusion.train(0, plan, build_tokenizer(), heard, lambda *_: None)
     losses = [figures["loss"] for _, figures in heard.steps]
-    assert sum(losses[-10:]) < 0.75 * sum(losses[:10])
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
 def _joined(parts: list[tuple[PictureBatch, TextBatch]]) -> tuple[PictureBatch, TextBatch]:
@@ -199,7 +199,7 @@ class Stopping(Heard):
 
 
 def _reads(heard: Heard, file: Path | None) -> nn.Module:
-    plan = TextPlan(steps=5, batch_size=3, num_small_talk=1, checkpoint_every=2, num_micro_batches=2)
+    plan = TextPlan(steps=4, batch_size=2, num_small_talk=1, checkpoint_every=2, num_micro_batches=2)
     return train_text(9, *_new_vision(9), plan, heard, lambda *_: None, file)
 
 
@@ -243,7 +243,7 @@ def test_the_demo_program_trains_measures_and_comes_back(tmp_path: Path, capsys:
     command += ["--micro-batches", "16", "--threads", "1", "--precision", "float32", "--state", str(tmp_path / "state")]
     train_demo.main(command)
     first = (tmp_path / "a" / "model.safetensors").read_bytes()
-    assert "held-out glyphs, greedy, exact answers" in capsys.readouterr().out
+    assert {"question", "asked", "number", "colour", "all"} <= set(capsys.readouterr().out.split())
     command[1] = str(tmp_path / "b")
     train_demo.main(command)
     assert (tmp_path / "b" / "model.safetensors").read_bytes() == first
