@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--text-steps", type=int, default=TextPlan().steps)
     parser.add_argument("--micro-batches", type=int, default=1, help="parts of a batch, computed one after the other")
     parser.add_argument("--precision", choices=get_args(PrecisionName), default=TextPlan().precision)
+    parser.add_argument("--checks", type=int, default=150, help="held-out questions asked at every checkpoint")
     parser.add_argument("--evaluate", type=int, default=500, help="held-out questions asked at the end")
     parser.add_argument("--state", type=Path, help="folder that keeps what a stopped run goes on from")
     return parser
@@ -66,11 +67,11 @@ def _read(arguments: argparse.Namespace, console: Console, tower: VisionTower, h
     plan = TextPlan(
         steps=arguments.text_steps, num_micro_batches=arguments.micro_batches, precision=arguments.precision
     )
-    checks = evaluation_set(150, first_seed=2_000_000)
+    checks = evaluation_set(arguments.checks, first_seed=2_000_000)
 
     def checkpoint(step: int, model: TinyQwen) -> None:
         counts = measure(model, checks)
-        shares = ", ".join(f"{name} {right / total:.1%}" for name, (right, total) in counts.items())
+        shares = ", ".join(f"{name} {right / max(total, 1):.1%}" for name, (right, total) in counts.items())
         console.print(f"step {step}: {shares} exact of {len(checks)} questions")
         save_checkpoint(model, tokenizer(), arguments.out)
 

@@ -239,7 +239,18 @@ def test_answers_and_nothing_else_carry_loss() -> None:
 
 
 def test_the_demo_program_trains_measures_and_comes_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["--out", str(tmp_path / "a"), "--vision-steps", "1", "--text-steps", "1", "--evaluate", "2"]
+    command = [
+        "--out",
+        str(tmp_path / "a"),
+        "--vision-steps",
+        "1",
+        "--text-steps",
+        "1",
+        "--evaluate",
+        "2",
+        "--checks",
+        "2",
+    ]
     command += ["--micro-batches", "16", "--threads", "1", "--precision", "float32", "--state", str(tmp_path / "state")]
     train_demo.main(command)
     first = (tmp_path / "a" / "model.safetensors").read_bytes()
