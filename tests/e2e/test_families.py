@@ -111,6 +111,7 @@ def test_a_seed_decides_in_any_company_split_or_streamed(name: str, tmp_path: Pa
     tight = {**SETTINGS, "kv_cache_tokens": 3 * longest, "max_model_len": longest}
     with LLM(model=str(subject.folder), max_prefill_chunk=5, **tight) as llm:
         assert _tokens(llm.generate(asked, params)) == alone
+        assert llm.stats()["language-0"]["num_preemptions_total"] > 0
     with LLM(model=str(subject.folder), workers=SPLIT, **SETTINGS) as llm:
         assert _tokens(llm.generate(asked, params)) == alone
 
