@@ -42,41 +42,40 @@ class AttentionBatch:
     query_lens: Sequence[int]
     kv_lens: Sequence[int]
     query_start: Sequence[int]
-    _plan: tuple[_Group, ...] | None = None
-    _small: _SmallWindows | None = None
-    _slides: dict[int, tuple[_Group, ...]] = dataclasses.field(default_factory=dict)  # by size of a sliding window
+    _plans: dict[int, _Plan] = dataclasses.field(default_factory=dict)  # by how many keys a query sees
     _slots: list[slice | torch.Tensor] | None = None  # of each sequence's keys, where all of them are seen
     _tiles: Any = None  # what the Triton path prepared
 
     def prepare(
-        self, *, page_size: int, heads_per_key: int, dtype: torch.dtype, device: torch.device, small_width: int = 0
-    ) -> tuple[tuple[_Group, ...], _SmallWindows | None]:
-        """Compute gather indices and masks for all layers. `heads_per_key`: query heads per key head. small_width:
-        numbers of all heads of a token, where the C path may answer the short windows; 0 where it may not.
+        self,
+        window: int = 0,
+        *,
+        page_size: int,
+        heads_per_key: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        small_width: int = 0,
+    ) -> _Plan:
+        """Compute gather indices and masks for all layers whose queries see `window` keys, their own the last (0: all);
+        keys that no query sees are not gathered. `heads_per_key`: query heads per key head. small_width: numbers of all
+        heads of a token, where the C path may answer the short windows; 0 where it may not.
 
         Raises ValueError when the lengths contradict each other or the page table.
         """
-        if self._plan is None:
+        if window not in self._plans:
             self.check(page_size)
-            self._small = _SmallWindows.build(self, small_width) if small_width else None
-            groups = _group(self.query_lens, self.kv_lens, with_short=self._small is None)
-            self._plan = tuple(
-                _Group.build(self, members, page_size, heads_per_key, dtype, device) for members in groups
+            small = _SmallWindows.build(self, small_width) if small_width else None
+            seen = list(self.kv_lens)
+            if window:
+                seen = [min(kv, asked + window - 1) for asked, kv in zip(self.query_lens, self.kv_lens, strict=True)]
+            groups = _group(self.query_lens, seen, with_short=small is None)
+            self._plans[window] = _Plan(
+                groups=tuple(
+                    _Group.build(self, members, page_size, heads_per_key, dtype, device, window) for members in groups
+                ),
+                small=small,
             )
-        return self._plan, self._small
-
-    def slide(
-        self, window: int, *, page_size: int, heads_per_key: int, dtype: torch.dtype, device: torch.device
-    ) -> tuple[_Group, ...]:
-        """As `prepare`, for layers whose queries see `window` keys, their own the last: older keys are not gathered."""
-        if window not in self._slides:
-            self.check(page_size)
-            seen = [min(kv, queries + window - 1) for queries, kv in zip(self.query_lens, self.kv_lens, strict=True)]
-            self._slides[window] = tuple(
-                _Group.build(self, members, page_size, heads_per_key, dtype, device, window)
-                for members in _group(self.query_lens, seen, with_short=True)
-            )
-        return self._slides[window]
+        return self._plans[window]
 
     def tiles(self, triton: ModuleType, q: torch.Tensor, page_size: int, heads_per_key: int) -> tuple[Any, Any]:
         """(tiles, shape) of the Triton path for all layers. Raises ValueError as `prepare` does."""
@@ -99,6 +98,14 @@ class AttentionBatch:
                 raise ValueError(
                     f"attention batch: sequence {i} asks {queries} positions of {kv}, its page table row holds {room}"
                 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Plan:
+    """How a batch is answered: its windows in groups, but for those that the C path takes."""
+
+    groups: tuple[_Group, ...]
+    small: _SmallWindows | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,6 +200,8 @@ def paged_attention(
     """
     num_pages, page_size, num_kv_heads, head_dim = k_cache.shape
     heads_per_key = q.shape[1] // num_kv_heads
+    if mask.window and mask.window >= max(batch.kv_lens, default=0):  # it hides nothing: as layers without one
+        mask = AttentionMask(block_length=mask.block_length)
     triton = attention_twin("paged_attention", q)
     if triton is not None:
         tiles, shape = batch.tiles(triton, q, page_size, heads_per_key)
@@ -207,20 +216,22 @@ def paged_attention(
     if mask.block_length != 1 or softcap is not None or lse is not None:
         batch.check(page_size)
         return _by_definition(q, k_flat, v_flat, batch, page_size, scale, mask, softcap, lse)
-    sizes: dict[str, Any] = {"page_size": page_size, "heads_per_key": heads_per_key, "dtype": q.dtype}
-    quick, small = None, None
-    if mask.window:
-        groups = batch.slide(mask.window, **sizes, device=q.device)
-    else:
-        quick = native("paged_attention", q, q.numel()) if head_dim <= MAX_HEAD_DIM else None
-        width = 0 if quick is None else q.shape[1] * head_dim
-        groups, small = batch.prepare(**sizes, device=q.device, small_width=width)
+    quick = native("paged_attention", q, q.numel()) if head_dim <= MAX_HEAD_DIM else None
+    plan = batch.prepare(
+        mask.window,
+        page_size=page_size,
+        heads_per_key=heads_per_key,
+        dtype=q.dtype,
+        device=q.device,
+        small_width=0 if quick is None else q.shape[1] * head_dim,
+    )
+    groups, small = plan.groups, plan.small
     if small is None and len(groups) == 1 and isinstance(groups[0].rows, slice):
         return _answer(q, k_flat, v_flat, groups[0], scale)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if quick is not None and small is not None:
         scale = 1 / math.sqrt(head_dim) if scale is None else scale
-        quick.paged_attention(q, k_cache, v_cache, small.page_table, small.windows, scale, out)
+        quick.paged_attention(q, k_cache, v_cache, small.page_table, small.windows, scale, out, mask.window)
     for group in groups:
         out[group.rows] = _answer(q[group.rows], k_flat, v_flat, group, scale)
     return out

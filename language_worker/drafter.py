@@ -66,7 +66,7 @@ class Drafter:
 def _view(seq: TokenSequence) -> TokenSequence:
     """The sequence as text at plain positions: same tokens and pages, nothing else."""
     view = TokenSequence(key=seq.key, prompt=(), max_len=seq.max_len)
-    view.tokens, view.pages = seq.tokens, seq.pages
+    view.tokens, view.pages, view.first_page = seq.tokens, seq.pages, seq.first_page
     return view
 
 

@@ -5,7 +5,7 @@ The only place of this half that resolves "auto". Knows no transport.
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -78,7 +78,8 @@ def build_engine(
         return ModelRunner(model, cache, device, config.num_threads)
 
     runner = runner_of(model)
-    scheduler = _scheduler(config, model.spec, size, _cache_root(checkpoint, dtype, config.page_size))
+    kv_window = _kv_window([model, *([] if draft_model is None else [draft_model])])
+    scheduler = _scheduler(config, model.spec, size, _cache_root(checkpoint, dtype, config.page_size), kv_window)
     return Engine(
         runner=runner,
         denoiser=Denoiser(runner, eos_ids=tokenizer.eos_token_ids, num_token_ids=tokenizer.vocab_size)
@@ -135,7 +136,14 @@ def _refuse_quantised(config: Mapping[str, Any]) -> None:
         )
 
 
-def _scheduler(config: EngineConfig, spec: ModelSpec, size: CacheSize, root: bytes) -> Scheduler:
+def _kv_window(models: Sequence[LanguageModel]) -> int:
+    """How many of its last keys a query sees in whichever layer of all models over the same pages; 0 where one sees
+    all."""
+    windows = [model.spec.kv.window for model in models]
+    return max(windows) if all(windows) else 0
+
+
+def _scheduler(config: EngineConfig, spec: ModelSpec, size: CacheSize, root: bytes, kv_window: int) -> Scheduler:
     """Over a pool of its own. What is computed whole needs steps that hold it, and has no KV that others could use."""
     pool, strategy = PagePool(size.num_pages), _strategy(config, spec)
     has_prefixes = config.prefix_cache and not strategy.is_whole
@@ -148,6 +156,7 @@ def _scheduler(config: EngineConfig, spec: ModelSpec, size: CacheSize, root: byt
         max_prefill_chunk=0 if strategy.is_whole else config.max_prefill_chunk,
         prefix_cache=PrefixCache(pool, config.page_size, root) if has_prefixes else None,
         min_partial_chunk=config.min_partial_chunk,
+        kv_window=kv_window,
     )
 
 

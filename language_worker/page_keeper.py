@@ -7,14 +7,17 @@ lengths, no tensors.
 
     donor    | page 3 | page 7 | page 9 (head: prompt, tail: the donor's own tokens) |
     fork     | page 3 | page 7 | page 4 (copied from 9, its tail overwritten)        |
+
+Where every layer of the model slides over `window` keys, pages that fell out of it are given back as their sequence
+goes on (`trim`), and a prefix is as good without them.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from language_worker.page_pool import PagePool
 from language_worker.plan import KVImport
-from language_worker.prefix_cache import PrefixCache
+from language_worker.prefix_cache import PrefixCache, first_seen_page
 from language_worker.request import Sequence
 
 
@@ -23,10 +26,12 @@ class Prefix:
     """KV that is there already: `pages` can be shared whole; of `partial` (None: of none) the head can be copied.
 
     num_tokens: leading positions that are covered. num_cached: those of them that the prefix cache has. is_imported:
-    what is not in `pages` was computed elsewhere and is at hand.
+    what is not in `pages` was computed elsewhere and is at hand. first_page: pages before it are lacking, and seen by
+    no query behind the prefix.
     """
 
     pages: tuple[int, ...] = ()
+    first_page: int = 0
     partial: int | None = None
     num_tokens: int = 0
     num_cached: int = 0
@@ -37,10 +42,12 @@ NOTHING = Prefix()
 
 
 class PageKeeper:
-    """Pages of one scheduler's sequences. `cache`: None to keep nothing that no sequence holds."""
+    """Pages of one scheduler's sequences. `cache`: None to keep nothing that no sequence holds. window: how many of its
+    last keys a query sees in whichever layer (0: all)."""
 
-    def __init__(self, pool: PagePool, page_size: int, cache: PrefixCache | None = None) -> None:
+    def __init__(self, pool: PagePool, page_size: int, cache: PrefixCache | None = None, window: int = 0) -> None:
         self.pool = pool
+        self.window = window
         self.cache = cache
         self.page_size = page_size
         self._copies: dict[int, int] = {}  # target -> source, until they are taken
@@ -53,38 +60,57 @@ class PageKeeper:
         """The longest prefix of a waiting sequence that need not be computed; its last token always must be."""
         if seq.wants_prompt_logits:
             return NOTHING
-        found = [self._lent(seq, sibling) for sibling in siblings]
-        pages = self.cache.find(seq) if self.cache is not None else ()
-        num_cached = len(pages) * self.page_size
-        if pages:
-            found.append(Prefix(pages=pages, num_tokens=num_cached, num_cached=num_cached))
-        if seq.imported is not None and seq.imported.num_tokens > num_cached:
-            num_tokens = seq.imported.num_tokens
-            found.append(Prefix(pages=pages, num_tokens=num_tokens, num_cached=num_cached, is_imported=True))
-        return max(found, key=_length, default=NOTHING)
+        cached = self._cached(seq)
+        found = [cached, *(self._lent(seq, sibling) for sibling in siblings)]
+        if seq.imported is not None and seq.imported.num_tokens > cached.num_tokens:
+            found.append(replace(cached, num_tokens=seq.imported.num_tokens, is_imported=True))
+        return max(found, key=_length)
+
+    def _cached(self, seq: Sequence) -> Prefix:
+        if self.cache is None:
+            return NOTHING
+        first, pages = 0, ()
+        if self.window and not seq.is_exported:
+            first, pages = self.cache.find_tail(seq, self.window)
+        else:
+            pages = self.cache.find(seq)
+        num_tokens = (first + len(pages)) * self.page_size
+        return Prefix(pages=pages, first_page=first, num_tokens=num_tokens, num_cached=num_tokens)
 
     def _lent(self, seq: Sequence, sibling: Sequence) -> Prefix:
-        """What a running sample of the same prompt has of it."""
+        """What a running sample of the same prompt has of it, if that is still all that is needed."""
         length = min(sibling.kv_len, seq.prompt_len, len(seq.tokens) - 1)
+        gone, first = sibling.first_page, self.first_seen_page(length)
+        if gone > first:
+            return NOTHING
         num_full, rest = divmod(length, self.page_size)
         return Prefix(
-            pages=tuple(sibling.pages[:num_full]),
-            partial=sibling.pages[num_full] if rest else None,
+            pages=tuple(sibling.pages[first - gone : num_full - gone]),
+            first_page=first,
+            partial=sibling.pages[num_full - gone] if rest else None,
             num_tokens=length,
         )
+
+    def first_seen_page(self, num_tokens: int) -> int:
+        """The first page that is still needed when the KV of so many tokens is final."""
+        return first_seen_page(num_tokens, self.window, self.page_size)
 
     def can_start(self, prefix: Prefix, num_tokens: int) -> bool:
         """Whether `start` with these arguments would succeed."""
         num_idle = sum(not self.pool.num_holders(page) for page in prefix.pages)
-        return self.pages_for(num_tokens) - len(prefix.pages) + num_idle <= self.pool.num_free
+        return self._num_fresh(prefix, num_tokens) + num_idle <= self.pool.num_free
+
+    def _num_fresh(self, prefix: Prefix, num_tokens: int) -> int:
+        return self.pages_for(num_tokens) - prefix.first_page - len(prefix.pages)
 
     def start(self, seq: Sequence, prefix: Prefix, num_tokens: int) -> None:
         """Give a sequence that holds nothing its pages for `num_tokens`, the first of them those of `prefix`."""
         self.pool.share(prefix.pages, seq.key)
-        fresh = self.pool.allocate(self.pages_for(num_tokens) - len(prefix.pages), seq.key)
+        fresh = self.pool.allocate(self._num_fresh(prefix, num_tokens), seq.key)
         if prefix.partial is not None:  # a source may itself be the target of a copy that was not yet made
             self._copies[fresh[0]] = self._copies.get(prefix.partial, prefix.partial)
         seq.pages = [*prefix.pages, *fresh]
+        seq.first_page = prefix.first_page
         seq.kv_len = prefix.num_tokens
         if self.cache is not None:
             self.cache.count(seq, prefix.num_cached)
@@ -99,13 +125,24 @@ class PageKeeper:
         if first < end and self.cache is not None:
             self.cache.record(seq, first, end)
 
+    def trim(self, seq: Sequence) -> None:
+        """Give back pages that no query of `seq` sees any more."""
+        count = self.first_seen_page(seq.kv_len) - seq.first_page
+        if count > 0:
+            self.pool.release_first(seq.key, count)
+            del seq.pages[:count]
+            seq.first_page += count
+
     def num_lacking(self, seq: Sequence, num_tokens: int) -> int:
         """Pages that `seq` needs beyond its own to hold `num_tokens`."""
-        return self.pages_for(num_tokens) - len(seq.pages)
+        return self.pages_for(num_tokens) - self._end_page(seq)
 
     def num_spare(self, seq: Sequence) -> int:
         """Tokens beyond the known ones that the pages of `seq` hold."""
-        return len(seq.pages) * self.page_size - len(seq.tokens)
+        return self._end_page(seq) * self.page_size - len(seq.tokens)
+
+    def _end_page(self, seq: Sequence) -> int:
+        return seq.first_page + len(seq.pages)
 
     def grow(self, seq: Sequence, num_pages: int) -> None:
         """Add fresh pages at the end; PagesExhausted when they are lacking."""

@@ -136,25 +136,27 @@ class ModelRunner:
                 torch.set_num_threads(before)  # threads yet to come would take it over
 
     def _slots(self, seq: TokenSequence, position: int, end: int) -> list[int]:
-        size, pages = self.cache.page_size, seq.pages
+        size, pages, gone = self.cache.page_size, seq.pages, seq.first_page
+        assert position >= gone * size, f"{seq} was asked for positions that it gave back"
         slots: list[int] = []
         while position < end:  # page by page: [position, stop) lies in one page
             stop = min(end, (position // size + 1) * size)
-            first = pages[position // size] * size + position % size
+            first = pages[position // size - gone] * size + position % size
             slots.extend(range(first, first + stop - position))
             position = stop
         return slots
 
     def _attention(self, asking: Sequence[tuple[Window, int]]) -> AttentionBatch:
-        """Of the last so many positions of each window, which lie one after the other."""
+        """Of the last so many positions of each window, which lie one after the other. What a sequence has given back
+        no query sees, and masks know distances only: its keys are counted from those that it still has."""
         size = self.cache.page_size
-        tables = [w.seq.pages[: -(-w.end // size)] for w, _ in asking]
+        tables = [w.seq.pages[: -(-w.end // size) - w.seq.first_page] for w, _ in asking]
         width = max(map(len, tables))
         query_lens = [count for _, count in asking]
         return AttentionBatch(
             page_table=torch.tensor([table + [0] * (width - len(table)) for table in tables]),
             query_lens=query_lens,
-            kv_lens=[w.end for w, _ in asking],
+            kv_lens=[w.end - w.seq.first_page * size for w, _ in asking],
             query_start=[0, *accumulate(query_lens)][:-1],
         )
 

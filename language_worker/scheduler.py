@@ -50,9 +50,11 @@ class Scheduler:
         max_prefill_chunk: int = 0,
         prefix_cache: PrefixCache | None = None,
         min_partial_chunk: int = 1,
+        kv_window: int = 0,
     ) -> None:
+        """kv_window: how many of its last keys a query sees in whichever layer; older pages are given back (0: all)."""
         self.pool = pool
-        self.pages = PageKeeper(pool, page_size, prefix_cache)
+        self.pages = PageKeeper(pool, page_size, prefix_cache, kv_window)
         self.strategy = strategy
         self.page_size = page_size
         self.max_num_seqs = max_num_seqs
@@ -96,6 +98,8 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """Choose the next step's windows; preempts and admits as a side effect. Empty when nothing can run now."""
+        for seq in self.running:
+            self.pages.trim(seq)
         preempted: list[Sequence] = []
         windows = self._plan_decodes(preempted)
         budget = self.max_step_tokens - sum(window.length for window in windows)
@@ -251,7 +255,8 @@ class Scheduler:
         for seq in self.running:
             assert list(self.pool.held_by(seq.key)) == seq.pages, "pages differ from the ledger"
             assert 0 <= seq.kv_len <= len(seq.tokens) <= seq.max_len, "lengths out of order"
-            assert seq.kv_len <= len(seq.pages) * self.page_size, "KV beyond the pages"
-            num_sealed = seq.kv_len // self.page_size
+            assert seq.kv_len <= (seq.first_page + len(seq.pages)) * self.page_size, "KV beyond the pages"
+            assert seq.first_page <= self.pages.first_seen_page(seq.kv_len), "a page is lacking that is still seen"
+            num_sealed = seq.kv_len // self.page_size - seq.first_page
             assert all(self.pool.num_holders(page) == 1 for page in seq.pages[num_sealed:]), "a page to write is shared"
         assert self.pool.num_in_use == len({page for s in self.running for page in s.pages}), "pages leaked"

@@ -19,11 +19,16 @@ from transfer.checkpoint import Checkpoint
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KVSpec:
-    """What one token leaves in the cache: keys and values [num_kv_heads, head_dim] in every layer."""
+    """What one token leaves in the cache: keys and values [num_kv_heads, head_dim] in every layer.
+
+    window: how many of its last keys a query sees at most, its own among them, in whichever layer; older ones are never
+    read again (0: some layer sees all).
+    """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
+    window: int = 0
 
     @property
     def row_elements(self) -> int:

@@ -139,8 +139,6 @@ def read_size(text: Mapping[str, Any], name: str) -> int:
 
 def refuse_unserved(text: Mapping[str, Any]) -> None:
     """ModelNotSupported for options that would change the numbers and are not served."""
-    if text.get("use_sliding_window") or "sliding_attention" in (text.get("layer_types") or ()):
-        raise ModelNotSupported("config.json asks for sliding-window attention, which is not served")
     if text.get("hidden_act", "silu") != "silu":
         raise ModelNotSupported(f"hidden_act {text.get('hidden_act')!r} is not served; only 'silu' is")
     if text.get("mlp_bias"):

@@ -37,7 +37,8 @@ _FIRST_BIAS = r"layers\.0\.self_attn\.([qo])_proj\.bias"
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockShape:
     """Sizes and options of one decoder block. has_qk_norm: every query and key head is normalised before rotation.
-    experts: of the layers that have a mixture of experts for an MLP. mask: which keys a query sees."""
+    experts: of the layers that have a mixture of experts for an MLP. mask: which keys a query sees. windows: per layer,
+    how many of its last keys a query sees there (0: as `mask` says; empty: in every layer)."""
 
     hidden_size: int
     intermediate_size: int
@@ -50,12 +51,17 @@ class BlockShape:
     has_qk_norm: bool = False
     experts: ExpertShape | None = None
     mask: AttentionMask = CAUSAL
+    windows: tuple[int, ...] = ()
 
     def at_layer(self, index: int) -> BlockShape:
-        """The shape of one layer: some of a mixture's may be dense."""
-        if self.experts is None or index not in self.experts.dense_layers:
-            return self
-        return replace(self, experts=None)
+        """The shape of one layer: some of a mixture's may be dense, some may slide."""
+        is_dense = self.experts is None or index in self.experts.dense_layers
+        window = self.windows[index] if self.windows else 0
+        return replace(
+            self,
+            experts=None if is_dense else self.experts,
+            mask=AttentionMask(window=window) if window else self.mask,
+        )
 
     @property
     def qkv_rows(self) -> int:

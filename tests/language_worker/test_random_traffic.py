@@ -72,6 +72,7 @@ CONFIG = {
     "has_drafter": st.booleans(),
     "has_keys": st.booleans(),
     "prefix_cache": st.sampled_from([True, True, True, False]),
+    "window": st.sampled_from([0, 0, 1, 2, 5, 11]),
 }
 
 
@@ -87,12 +88,14 @@ class Traffic(RuleBasedStateMachine):
     reached: ClassVar[Counter[str]] = Counter()  # what the traffic brought about, over all runs
 
     @initialize(**CONFIG)
-    def start(self, capacity: int, num_drafts: int, has_drafter: bool, has_keys: bool, **config: Any) -> None:
-        self.has_keys = has_keys
+    def start(
+        self, capacity: int, num_drafts: int, has_drafter: bool, has_keys: bool, window: int, **config: Any
+    ) -> None:
+        self.has_keys, self.window = has_keys, window
         source = OpenDrafts if has_drafter else DraftIndex
         config["strategy"] = Speculative(num_drafts, source) if num_drafts else Autoregressive()
         config["has_drafter"] = has_drafter and num_drafts > 0
-        self.engine = toy_engine(FOLDER[0], num_pages=capacity // config["page_size"], **config)
+        self.engine = toy_engine(FOLDER[0], num_pages=capacity // config["page_size"], window=window, **config)
         self.results = Results()
         self.requests: dict[str, tuple[GenerateRequest, list[str]]] = {}
         self.written: dict[str, int] = {}
@@ -147,6 +150,7 @@ class Traffic(RuleBasedStateMachine):
         self.results.take(report)
         pages = [page for seq in self.engine.scheduler.running for page in seq.pages]
         self.reached["shared pages"] += len(pages) > len(set(pages))
+        self.reached["pages given back"] += any(seq.first_page for seq in self.engine.scheduler.running)
         self.engine.scheduler.check_invariants()
         stats, running = self.engine.stats(), self.engine.scheduler.running
         assert stats["kv_pages_referenced"] == len({page for seq in running for page in seq.pages})
@@ -199,7 +203,7 @@ class Traffic(RuleBasedStateMachine):
             raise AssertionError("it does not come to an end")
         max_len = self.engine.limits.max_model_len
         for name, (asked, media) in self.requests.items():
-            self._check(name, asked, naive(asked, [ROWS[m] for m in media], max_len=max_len))
+            self._check(name, asked, naive(asked, [ROWS[m] for m in media], max_len=max_len, window=self.window))
         stats = self.engine.stats()
         for key in REACHED:
             self.reached[key] += int(stats[key])
@@ -232,7 +236,7 @@ def _settings(max_examples: int, **values: Any) -> settings:
 def test_tokens_and_pages_are_right_whatever_the_traffic() -> None:
     Traffic.reached.clear()
     run_state_machine_as_test(Traffic, settings=_settings(3000 if IS_SOAK else 200))
-    assert len(Traffic.reached) == 8 and min(Traffic.reached.values()) > 20, Traffic.reached
+    assert len(Traffic.reached) == 9 and min(Traffic.reached.values()) > 20, Traffic.reached
 
 
 # -- planted bugs -----------------------------------------------------------------------------------------------------
@@ -445,6 +449,46 @@ def _first_tokens_in_the_wrong_order(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(engine, "choose", choose)
 
 
+def _give_pages_back_too_early(patch: pytest.MonkeyPatch) -> None:
+    """The oldest key of a window counts as out of it."""
+    original = page_keeper.first_seen_page
+    patch.setattr(page_keeper, "first_seen_page", lambda n, window, size: original(n + 2 * bool(window), window, size))
+
+
+def _lend_what_was_given_back(patch: pytest.MonkeyPatch) -> None:
+    """A sibling's first page counts as its prompt's first."""
+
+    def lent(self: Any, seq: Any, sibling: Any) -> Any:
+        gone, sibling.first_page = sibling.first_page, 0
+        try:
+            return original(self, seq, sibling)
+        except IndexError:
+            return page_keeper.NOTHING
+        finally:
+            sibling.first_page = gone
+
+    original = page_keeper.PageKeeper._lent
+    patch.setattr(page_keeper.PageKeeper, "_lent", lent)
+
+
+def _hit_with_a_gap(patch: pytest.MonkeyPatch) -> None:
+    """Of the pages that a query behind a prefix sees, the last is enough."""
+    original = prefix_cache.first_seen_page
+    patch.setattr(
+        prefix_cache, "first_seen_page", lambda n, window, size: max(original(n, window, size), n // size - 1)
+    )
+
+
+def _count_positions_from_what_is_left(patch: pytest.MonkeyPatch) -> None:
+    """New keys are written as if no page had been given back."""
+
+    def slots(self: Any, seq: Any, position: int, end: int) -> list[int]:
+        size, pages = self.cache.page_size, seq.pages
+        return [pages[p // size % len(pages)] * size + p % size for p in range(position, end)]
+
+    patch.setattr(runner.ModelRunner, "_slots", slots)
+
+
 PLANTED = {
     plant.__name__.strip("_"): plant
     for plant in (
@@ -468,6 +512,10 @@ PLANTED = {
         _rejected_drafts_are_final,
         _final_one_too_far,
         _drafts_beyond_the_pages,
+        _give_pages_back_too_early,
+        _lend_what_was_given_back,
+        _hit_with_a_gap,
+        _count_positions_from_what_is_left,
     )
 } | {f"names_without_{what}": _names_without(what) for what in ("parent", "media", "last_token")}
 
