@@ -13,6 +13,7 @@ from language_worker.errors import InvalidRequest
 
 StrategyName = Literal["auto", "autoregressive", "speculative"]
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+Preemption = Literal["recompute", "swap"]
 
 MAX_DRAFT_TOKENS = 15  # with the token before them they make a window that attention answers in a batch
 
@@ -29,6 +30,9 @@ class EngineConfig:
     which itself is 0 for "512 MiB on CPU, gpu_memory_fraction of the free memory on a GPU".
     kv_buffer_tokens: positions whose KV is held in host memory between two engines: on a prefill worker until it is
     sent, on a decode worker until its request ends (a preempted one starts from it again); 0: as many as the cache.
+    preemption: what becomes of the KV of a sequence that gives way when pages are lacking. "recompute": it is computed
+    again; "swap": it waits in host memory, swap_tokens positions of all sequences at most (0: as many as the cache);
+    what finds no room there is computed again.
     prefix_cache: keep the KV of ended sequences while pages are free, and let requests that begin alike start from it.
     max_model_len: prompt + generated tokens of one sequence; 0 takes the checkpoint's limit capped by the cache.
     max_step_tokens: query tokens in one step; max_prefill_chunk: of one sequence in one step (0: max_step_tokens).
@@ -51,6 +55,8 @@ class EngineConfig:
     kv_cache_tokens: int = 0
     kv_cache_bytes: int = 0
     kv_buffer_tokens: int = 0
+    preemption: Preemption = "recompute"
+    swap_tokens: int = 0
     gpu_memory_fraction: float = 0.85
     prefix_cache: bool = True
     max_model_len: int = 0
@@ -76,7 +82,12 @@ class EngineConfig:
             raise InvalidRequest(f"decode_strategy is {self.decode_strategy!r}; use one of {known}")
         for name in ("num_threads", "kv_cache_tokens", "kv_cache_bytes", "max_model_len", "max_prefill_chunk"):
             self._require_int(name, 0)
+        if self.preemption not in get_args(Preemption):
+            raise InvalidRequest(f"preemption is {self.preemption!r}; use one of {', '.join(get_args(Preemption))}")
+        if self.swap_tokens and self.preemption != "swap":
+            raise InvalidRequest("swap_tokens is set and preemption is 'recompute'; set preemption to 'swap'")
         self._require_int("kv_buffer_tokens", 0)
+        self._require_int("swap_tokens", 0)
         for name in (
             "page_size",
             "max_num_seqs",

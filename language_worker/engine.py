@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 STATS_COUNTERS = (
     "prompt_tokens_total", "generation_tokens_total", "request_success_total", "request_failure_total",
-    "num_preemptions_total", "computed_tokens_total",
+    "num_preemptions_total", "computed_tokens_total", "kv_pages_swapped_out_total", "kv_pages_swapped_in_total",
     "kv_tokens_imported_total", "spec_decode_num_draft_tokens_total", "spec_decode_num_accepted_tokens_total",
 )  # fmt: skip
 
@@ -151,18 +151,26 @@ class Engine:
         self._roster.expire()
         self._roster.grant_media()
         plan = self.scheduler.plan()
-        self._roster.counters["num_preemptions_total"] += len(plan.preempted)
-        if plan.imports:
-            self.runner.import_rows(plan.imports)
-            self._roster.counters["kv_tokens_imported_total"] += sum(due.end - due.start for due in plan.imports)
-        if plan.copies:
-            self.runner.copy_pages(plan.copies)
-            if self.drafter is not None:
-                self.drafter.copy_pages(plan.copies)
+        self._move_pages(plan)
         if plan.windows:
             self._run(plan)
         self._stats = self._read_stats()
         return StepReport(outputs=self._roster.drain(), did_run=bool(plan.windows or plan.preempted))
+
+    def _move_pages(self, plan: StepPlan) -> None:
+        """Everything that a plan wants in pages before it runs, in this order."""
+        movers = [self.runner] if self.drafter is None else [self.runner, self.drafter]
+        counters = self._roster.counters
+        counters["num_preemptions_total"] += len(plan.preempted)
+        counters["kv_pages_swapped_out_total"] += len(plan.swaps.outs)
+        counters["kv_pages_swapped_in_total"] += len(plan.swaps.ins)
+        for mover in movers if plan.swaps.outs or plan.swaps.ins else ():
+            mover.swap_pages(plan.swaps)
+        if plan.imports:
+            self.runner.import_rows(plan.imports)
+            counters["kv_tokens_imported_total"] += sum(due.end - due.start for due in plan.imports)
+        for mover in movers if plan.copies else ():
+            mover.copy_pages(plan.copies)
 
     def close(self) -> tuple[Output, ...]:
         """Fail everything that is left, and whatever is submitted later; returns the last outputs."""
@@ -277,12 +285,14 @@ class Engine:
 
     def _read_stats(self) -> dict[str, float]:
         pool, cache, roster = self.scheduler.pool, self.scheduler.pages.cache, self._roster
+        swap = self.scheduler.pages.swap
         return {
             "num_requests_running": roster.num_running,
             "num_requests_waiting": roster.num_waiting,
             "kv_cache_usage_perc": pool.num_in_use / pool.num_pages,
             "kv_pages_referenced": pool.num_in_use,
             "kv_pages_cached": pool.num_idle,
+            "kv_pages_swapped": 0 if swap is None else swap.num_in_use,
             "prefix_cache_queries_total": 0 if cache is None else cache.num_queried,
             "prefix_cache_hits_total": 0 if cache is None else cache.num_hit,
             "input_buffer_rows_reserved": roster.num_rows_reserved,

@@ -32,6 +32,7 @@ from language_worker.prefix_cache import DIGEST_BYTES, PrefixCache
 from language_worker.roster import EngineLimits
 from language_worker.runner import ModelRunner
 from language_worker.scheduler import Scheduler
+from language_worker.swap_space import SwapSpace
 from language_worker.tokenizer import Tokenizer
 from transfer.checkpoint import Checkpoint
 from transfer.checkpoint_dtype import checkpoint_dtype
@@ -43,10 +44,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheSize:
-    """num_pages of the KV cache, and the longest sequence that is served with it."""
+    """num_pages of the KV cache, the longest sequence that is served with it, and pages in host memory for the KV of
+    preempted sequences."""
 
     num_pages: int
     max_model_len: int
+    num_swap_pages: int = 0
 
 
 def build_engine(
@@ -74,8 +77,12 @@ def build_engine(
 
     def runner_of(model: LanguageModel) -> ModelRunner:
         model.reserve_positions(size.max_model_len)
-        cache = KVCache(model.spec.kv, num_pages=size.num_pages, page_size=config.page_size, dtype=dtype, device=device)
-        return ModelRunner(model, cache, device, config.num_threads)
+
+        def cache(num_pages: int, device: torch.device) -> KVCache:
+            return KVCache(model.spec.kv, num_pages=num_pages, page_size=config.page_size, dtype=dtype, device=device)
+
+        host = cache(size.num_swap_pages, torch.device("cpu")) if size.num_swap_pages else None
+        return ModelRunner(model, cache(size.num_pages, device), device, config.num_threads, host)
 
     runner = runner_of(model)
     kv_window = _kv_window([model, *([] if draft_model is None else [draft_model])])
@@ -157,6 +164,7 @@ def _scheduler(config: EngineConfig, spec: ModelSpec, size: CacheSize, root: byt
         prefix_cache=PrefixCache(pool, config.page_size, root) if has_prefixes else None,
         min_partial_chunk=config.min_partial_chunk,
         kv_window=kv_window,
+        swap=SwapSpace(size.num_swap_pages) if size.num_swap_pages else None,
     )
 
 
@@ -264,7 +272,10 @@ def resolve_cache(
             f"max_model_len {config.max_model_len} does not fit the KV cache of {num_pages * config.page_size} tokens; "
             "raise kv_cache_tokens or kv_cache_bytes, or lower max_model_len"
         )
-    return CacheSize(num_pages=num_pages, max_model_len=max_model_len)
+    num_swap_pages = 0
+    if config.preemption == "swap" and spec.decode_strategy != "block_diffusion":  # those are never preempted
+        num_swap_pages = -(-config.swap_tokens // config.page_size) or num_pages
+    return CacheSize(num_pages=num_pages, max_model_len=max_model_len, num_swap_pages=num_swap_pages)
 
 
 def _cache_root(checkpoint: Checkpoint, dtype: torch.dtype, page_size: int) -> bytes:

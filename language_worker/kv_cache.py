@@ -39,6 +39,14 @@ class KVCache:
         for keys, values in self.layers:
             copy_pages(keys, values, sources, targets)
 
+    def copy_pages_to(self, other: "KVCache", moves: Sequence[tuple[int, int]]) -> None:
+        """Copy pages (own, the other's) into a cache of the same shape on whatever device."""
+        sources = torch.tensor([source for source, _ in moves], device=self.layers[0][0].device)
+        targets = torch.tensor([target for _, target in moves], device=other.layers[0][0].device)
+        for layer, others in zip(self.layers, other.layers, strict=True):
+            for tensor, target in zip(layer, others, strict=True):
+                target.index_copy_(0, targets, tensor.index_select(0, sources).to(target.device))
+
     def read_rows(self, slots: torch.Tensor) -> torch.Tensor:
         """Rows [n, row_elements] of the positions in `slots` [n] (page x page_size + offset), a copy in host memory."""
         device = self.layers[0][0].device

