@@ -23,6 +23,7 @@ from kernels._native.limits import MAX_HEAD_DIM
 from kernels.attention_mask import BIDIRECTIONAL, CAUSAL, AttentionMask
 from kernels.dispatch import attention_twin, native
 from kernels.pages import kv_slots
+from kernels.quantised_pages import KVPages, LivePages, QuantisedPages
 
 SHORT_WINDOW = 16  # longest window that is answered in a padded group
 PADDING_RATIO = 2  # in a group, no key length exceeds the shortest by more than this factor...
@@ -45,6 +46,7 @@ class AttentionBatch:
     _plans: dict[int, _Plan] = dataclasses.field(default_factory=dict)  # by how many keys a query sees
     _slots: list[slice | torch.Tensor] | None = None  # of each sequence's keys, where all of them are seen
     _tiles: Any = None  # what the Triton path prepared
+    _live: tuple[LivePages, AttentionBatch] | None = None  # over quantised pages: those in use, and the batch on them
 
     def prepare(
         self,
@@ -87,6 +89,22 @@ class AttentionBatch:
             )
             self._tiles = tiles, shape
         return self._tiles  # type: ignore[no-any-return]
+
+    def live(self, page_size: int, device: torch.device) -> tuple[LivePages, AttentionBatch]:
+        """The pages in use, and this batch over a cache of nothing else. Raises ValueError as `prepare` does."""
+        if self._live is None:
+            self.check(page_size)
+            pages = LivePages.of(self.page_table, self.kv_lens, page_size, device)
+            self._live = (
+                pages,
+                AttentionBatch(
+                    page_table=pages.page_table,
+                    query_lens=self.query_lens,
+                    kv_lens=self.kv_lens,
+                    query_start=self.query_start,
+                ),
+            )
+        return self._live
 
     def check(self, page_size: int) -> None:
         """Raise ValueError when the lengths contradict each other or the page table."""
@@ -181,8 +199,8 @@ class _SmallWindows:
 
 def paged_attention(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: KVPages,
+    v_cache: KVPages,
     batch: AttentionBatch,
     scale: float | None = None,
     *,
@@ -192,12 +210,17 @@ def paged_attention(
 ) -> torch.Tensor:
     """Attention of every window over its sequence's pages.
 
-    q: [T, H, D]; k_cache, v_cache: [num_pages, page_size, Hk, D] contiguous, H a multiple of Hk; this step's keys and
-    values are already written. scale: default `1 / sqrt(D)`. softcap: scores become `softcap * tanh(score / softcap)`.
-    lse: [T, H] float32, filled with each query's log-sum-exp of scores (-inf where it sees nothing).
+    q: [T, H, D]; k_cache, v_cache: [num_pages, page_size, Hk, D] contiguous, both plain or both quantised, H a multiple
+    of Hk; this step's keys and values are already written. scale: default `1 / sqrt(D)`. softcap: scores become
+    `softcap * tanh(score / softcap)`. lse: [T, H] float32, filled with each query's log-sum-exp of scores (-inf where
+    it sees nothing).
     Returns [T, H, D] like `q`; a query that sees nothing gives zeros.
     Raises ValueError when the batch is inconsistent (first layer only).
     """
+    if isinstance(k_cache, QuantisedPages) and isinstance(v_cache, QuantisedPages):
+        live, batch = batch.live(k_cache.shape[1], q.device)
+        k_cache, v_cache = k_cache.read(live, q.dtype), v_cache.read(live, q.dtype)
+    assert isinstance(k_cache, torch.Tensor) and isinstance(v_cache, torch.Tensor)
     num_pages, page_size, num_kv_heads, head_dim = k_cache.shape
     heads_per_key = q.shape[1] // num_kv_heads
     if mask.window and mask.window >= max(batch.kv_lens, default=0):  # it hides nothing: as layers without one

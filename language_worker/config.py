@@ -13,6 +13,7 @@ from language_worker.errors import InvalidRequest
 
 StrategyName = Literal["auto", "autoregressive", "speculative"]
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+KVDTypeName = Literal["auto", "int8", "fp8"]
 Preemption = Literal["recompute", "swap"]
 
 MAX_DRAFT_TOKENS = 15  # with the token before them they make a window that attention answers in a batch
@@ -26,6 +27,8 @@ class EngineConfig:
     quantization: how the matrices of the model's layers are stored. "none": in dtype; "int8", "int4": in a half and a
     quarter of bfloat16's bytes, which bound a decode step; "int8_dynamic": as int8, with activations of 8 bits as well.
     num_threads: torch threads of the engine, 0 leaves torch's default.
+    kv_cache_dtype: how keys and values are stored. "auto": in dtype; "int8", "fp8" (e4m3): in 8 bits with a scale for
+    each head of each position, at a little more than half of bfloat16's bytes.
     page_size: tokens per KV page. kv_cache_tokens: capacity in tokens; 0 derives it from kv_cache_bytes,
     which itself is 0 for "512 MiB on CPU, gpu_memory_fraction of the free memory on a GPU".
     kv_buffer_tokens: positions whose KV is held in host memory between two engines: on a prefill worker until it is
@@ -51,6 +54,7 @@ class EngineConfig:
     device: str = "auto"
     quantization: Quantization = "none"
     num_threads: int = 0
+    kv_cache_dtype: KVDTypeName = "auto"
     page_size: int = 32
     kv_cache_tokens: int = 0
     kv_cache_bytes: int = 0
@@ -82,6 +86,9 @@ class EngineConfig:
             raise InvalidRequest(f"decode_strategy is {self.decode_strategy!r}; use one of {known}")
         for name in ("num_threads", "kv_cache_tokens", "kv_cache_bytes", "max_model_len", "max_prefill_chunk"):
             self._require_int(name, 0)
+        if self.kv_cache_dtype not in get_args(KVDTypeName):
+            known = ", ".join(get_args(KVDTypeName))
+            raise InvalidRequest(f"kv_cache_dtype is {self.kv_cache_dtype!r}; use one of {known}")
         if self.preemption not in get_args(Preemption):
             raise InvalidRequest(f"preemption is {self.preemption!r}; use one of {', '.join(get_args(Preemption))}")
         if self.swap_tokens and self.preemption != "swap":

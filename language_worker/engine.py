@@ -22,6 +22,7 @@ from language_worker.denoiser import Denoiser
 from language_worker.drafter import Drafter
 from language_worker.errors import Cancelled, EngineError, StepFailed
 from language_worker.handover.exports import KVExport
+from language_worker.handover.rows import kv_plane
 from language_worker.media import MediaRows
 from language_worker.outputs import Output, PromptLogits, StepReport
 from language_worker.plan import StepPlan, Window
@@ -71,6 +72,7 @@ class Engine:
         self.spec = runner.model.spec
         self.dtype = dtype
         self.kv_of = kv_of
+        self.kv_plane = kv_plane(runner.cache.row_dtype, runner.cache.row_elements)
         self._clock = clock
         self._roster = Roster(
             model=runner.model,
@@ -81,6 +83,7 @@ class Engine:
             device=runner.device,
             clock=clock,
             new_seed=new_seed,
+            kv_plane=self.kv_plane,
             kv_of=kv_of,
         )
         self._inbox: deque[Callable[[], None]] = deque()
@@ -296,7 +299,7 @@ class Engine:
             "prefix_cache_queries_total": 0 if cache is None else cache.num_queried,
             "prefix_cache_hits_total": 0 if cache is None else cache.num_hit,
             "input_buffer_rows_reserved": roster.num_rows_reserved,
-            "kv_row_bytes": self.spec.kv.bytes_per_token(self.dtype),
+            "kv_row_bytes": self.kv_plane.row_bytes,
             "kv_buffer_rows_reserved": roster.handovers.num_rows_reserved,
             **{name: roster.counters[name] for name in STATS_COUNTERS},
         }

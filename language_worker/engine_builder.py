@@ -39,6 +39,7 @@ from transfer.checkpoint_dtype import checkpoint_dtype
 
 CPU_CACHE_BYTES = 512 << 20
 BY_DEVICE = "by device"  # what a layout says whose tensors are of several dtypes
+KV_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -73,13 +74,16 @@ def build_engine(
     model = _load_model(checkpoint, config.quantization, dtype, device)
     tokenizer = Tokenizer(model_path)
     draft_model = _load_draft_model(config, tokenizer, dtype, device) if config.draft_model else None
-    size = resolve_cache(config, model.spec, dtype, device, None if draft_model is None else draft_model.spec)
+    kv_dtype = resolve_kv_dtype(config, model.spec, dtype)
+    size = resolve_cache(config, model.spec, kv_dtype, device, None if draft_model is None else draft_model.spec)
 
     def runner_of(model: LanguageModel) -> ModelRunner:
         model.reserve_positions(size.max_model_len)
 
         def cache(num_pages: int, device: torch.device) -> KVCache:
-            return KVCache(model.spec.kv, num_pages=num_pages, page_size=config.page_size, dtype=dtype, device=device)
+            return KVCache(
+                model.spec.kv, num_pages=num_pages, page_size=config.page_size, dtype=kv_dtype, device=device
+            )
 
         host = cache(size.num_swap_pages, torch.device("cpu")) if size.num_swap_pages else None
         return ModelRunner(model, cache(size.num_pages, device), device, config.num_threads, host)
@@ -106,7 +110,7 @@ def build_engine(
         ),
         dtype=dtype,
         clock=clock,
-        kv_of=kv_identity(checkpoint, model, quantization=config.quantization, dtype=dtype),
+        kv_of=kv_identity(checkpoint, model, quantization=config.quantization, dtype=dtype, kv_dtype=kv_dtype),
     )
 
 
@@ -210,9 +214,11 @@ def _strategy(config: EngineConfig, spec: ModelSpec) -> DecodeStrategy:
 def check_model(model_path: str | Path, config: EngineConfig) -> int:
     """What `build_engine` would say of the tensors, from their headers and the adapter; returns how many it reads."""
     checkpoint = open_model(model_path, config.config_overrides)
-    resolve_dtype(config.dtype, checkpoint)
+    dtype = resolve_dtype(config.dtype, checkpoint)
     _refuse_quantised(checkpoint.config())
-    num_tensors = _resolve_served(checkpoint, config.quantization).check(checkpoint)
+    kind = _resolve_served(checkpoint, config.quantization)
+    num_tensors = kind.check(checkpoint)
+    resolve_kv_dtype(config, kind.read_spec(checkpoint.config()), dtype)
     if config.lora:
         AdaptedCheckpoint.of(checkpoint, config.lora)
     return num_tensors
@@ -242,8 +248,18 @@ def resolve_dtype(name: str, checkpoint: Checkpoint, device: torch.device | None
     return DTYPES[name]
 
 
+def resolve_kv_dtype(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype) -> torch.dtype:
+    """What keys and values are stored in. ModelNotSupported for a model whose KV is not kept in 8 bits."""
+    if config.kv_cache_dtype != "auto" and spec.decode_strategy == "block_diffusion":
+        raise ModelNotSupported(
+            f"kv_cache_dtype {config.kv_cache_dtype!r} is not served for models that fill in masks, whose KV is "
+            "computed again and again; use 'auto'"
+        )
+    return KV_DTYPES.get(config.kv_cache_dtype, dtype)
+
+
 def resolve_cache(
-    config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device, draft: ModelSpec | None = None
+    config: EngineConfig, spec: ModelSpec, kv_dtype: torch.dtype, device: torch.device, draft: ModelSpec | None = None
 ) -> CacheSize:
     """Pages of the cache: what was asked for, or what the memory budget gives, at most what all seats could use.
 
@@ -259,7 +275,7 @@ def resolve_cache(
     if not tokens:
         num_bytes = config.kv_cache_bytes or _default_bytes(config, device)
         seats = config.max_num_seqs * (wanted_len + config.page_size)
-        per_token = spec.kv.bytes_per_token(dtype) + (0 if draft is None else draft.kv.bytes_per_token(dtype))
+        per_token = spec.kv.bytes_per_token(kv_dtype) + (0 if draft is None else draft.kv.bytes_per_token(kv_dtype))
         tokens = min(num_bytes // per_token, seats)
     num_pages = tokens // config.page_size if not config.kv_cache_tokens else -(-tokens // config.page_size)
     if num_pages * config.page_size < 2:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from kernels.linear import Weight, linear
 from kernels.quantised_matrix import Quantization
+from kernels.quantised_pages import LayerCache
 from language_worker.errors import MediaMismatch, ModelNotSupported
 from language_worker.models.base import LanguageModel, ModelSpec, PromptPositions, StepInputs
 from language_worker.models.layers import BlockShape, DecoderBlock, RotaryPositions, run_blocks
@@ -120,7 +121,7 @@ class Decoder(RuledModel):
             named |= block.parameters(f"layers.{i}")
         return named
 
-    def forward(self, inputs: StepInputs, caches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    def forward(self, inputs: StepInputs, caches: Sequence[LayerCache]) -> torch.Tensor:
         hidden = F.embedding(inputs.token_ids, self.embedding)
         for span in inputs.media:
             hidden.index_copy_(0, span.targets, span.rows)

@@ -18,6 +18,7 @@ from kernels.norm import add_rms_norm, rms_norm, rms_norm_heads
 from kernels.paged_attention import AttentionBatch, paged_attention
 from kernels.pages import write_pages
 from kernels.quantised_matrix import Quantization
+from kernels.quantised_pages import LayerCache
 from kernels.rotary import (
     RotaryTable,
     mrope_cos_sin,
@@ -125,7 +126,7 @@ class DecoderBlock:
         normed: torch.Tensor,
         residual: torch.Tensor,
         rotary: RotaryTable,
-        cache: tuple[torch.Tensor, torch.Tensor],
+        cache: LayerCache,
         slots: torch.Tensor,
         attention: AttentionBatch,
         rows: torch.Tensor | None = None,
@@ -163,7 +164,7 @@ def run_blocks(
     hidden: torch.Tensor,
     final_norm: torch.Tensor,
     rotary: RotaryTable,
-    caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    caches: Sequence[LayerCache],
     inputs: StepInputs,
 ) -> torch.Tensor:
     """All layers and the final norm over hidden [T, H] (consumed); returns the rows asked for [R, H].

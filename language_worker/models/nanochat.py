@@ -24,6 +24,7 @@ from kernels.gates import relu_squared, softcap
 from kernels.norm import rms_norm
 from kernels.paged_attention import paged_attention
 from kernels.pages import write_pages
+from kernels.quantised_pages import LayerCache
 from kernels.rotary import RotaryTable, rotate
 from language_worker.models.base import KVSpec, ModelSpec, StepInputs
 from language_worker.models.decoder import RuledModel
@@ -117,9 +118,7 @@ class NanoChatLayer:
         named |= {name: tensor for name, tensor in optional.items() if tensor is not None}
         return {f"{prefix}.{name}": tensor for name, tensor in named.items()}
 
-    def forward(
-        self, x: torch.Tensor, rotary: RotaryTable, cache: tuple[torch.Tensor, torch.Tensor], inputs: StepInputs
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rotary: RotaryTable, cache: LayerCache, inputs: StepInputs) -> torch.Tensor:
         """x [T, hidden] -> [T, hidden]."""
         shape = self.shape
         num_tokens, heads, kv_heads = x.shape[0], shape.num_heads, shape.num_kv_heads
@@ -169,7 +168,7 @@ class NanoChat(RuledModel):
             named |= layer.parameters(f"layers.{i}")
         return named
 
-    def forward(self, inputs: StepInputs, caches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    def forward(self, inputs: StepInputs, caches: Sequence[LayerCache]) -> torch.Tensor:
         shape = self.shape
         x = self._smeared(rms_norm(F.embedding(inputs.token_ids, self.embedding), None, shape.eps), inputs.previous_ids)
         first = x
