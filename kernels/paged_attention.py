@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from kernels._native.limits import MAX_HEAD_DIM
 from kernels.attention_mask import BIDIRECTIONAL, CAUSAL, AttentionMask
 from kernels.dispatch import attention_twin, native
+from kernels.invariance import is_batch_invariant
 from kernels.pages import kv_slots
 from kernels.quantised_pages import KVPages, LivePages, QuantisedPages
 
@@ -46,6 +47,8 @@ class AttentionBatch:
     _plans: dict[int, _Plan] = dataclasses.field(default_factory=dict)  # by how many keys a query sees
     _slots: list[slice | torch.Tensor] | None = None  # of each sequence's keys, where all of them are seen
     _tiles: Any = None  # what the Triton path prepared
+    _each: AttentionBatch | None = None  # the same queries, one by one
+    _are_alone: bool = False
     _live: tuple[LivePages, AttentionBatch] | None = None  # over quantised pages: those in use, and the batch on them
 
     def prepare(
@@ -71,6 +74,8 @@ class AttentionBatch:
             if window:
                 seen = [min(kv, asked + window - 1) for asked, kv in zip(self.query_lens, self.kv_lens, strict=True)]
             groups = _group(self.query_lens, seen, with_short=small is None)
+            if self._are_alone:
+                groups = [[i] for group in groups for i in group]
             self._plans[window] = _Plan(
                 groups=tuple(
                     _Group.build(self, members, page_size, heads_per_key, dtype, device, window) for members in groups
@@ -105,6 +110,21 @@ class AttentionBatch:
                 ),
             )
         return self._live
+
+    def each(self, page_size: int) -> AttentionBatch:
+        """The same queries, each answered alone: so its answer depends on its own keys and on nothing else. Raises
+        ValueError as `prepare` does."""
+        if self._each is None:
+            self.check(page_size)
+            asked = list(zip(self.query_lens, self.kv_lens, self.query_start, strict=True))
+            self._each = AttentionBatch(
+                page_table=self.page_table.repeat_interleave(torch.tensor(list(self.query_lens)), dim=0),
+                query_lens=[1] * sum(self.query_lens),
+                kv_lens=[kv - length + 1 + i for length, kv, _ in asked for i in range(length)],
+                query_start=[start + i for length, _, start in asked for i in range(length)],
+                _are_alone=True,
+            )
+        return self._each
 
     def check(self, page_size: int) -> None:
         """Raise ValueError when the lengths contradict each other or the page table."""
@@ -186,7 +206,8 @@ class _SmallWindows:
     def build(cls, batch: AttentionBatch, width: int) -> _SmallWindows | None:
         """None when there are none, or they are so much work that more threads should share it."""
         short = [i for i, length in enumerate(batch.query_lens) if length <= SHORT_WINDOW]
-        if not short or width * sum(batch.query_lens[i] * batch.kv_lens[i] for i in short) > NATIVE_PRODUCTS:
+        work = width * sum(batch.query_lens[i] * batch.kv_lens[i] for i in short)
+        if not short or (work > NATIVE_PRODUCTS and not batch._are_alone):
             return None
         columns = (batch.query_lens, batch.kv_lens, batch.query_start)
         if len(short) < len(batch.query_lens):
@@ -222,6 +243,8 @@ def paged_attention(
         k_cache, v_cache = k_cache.read(live, q.dtype), v_cache.read(live, q.dtype)
     assert isinstance(k_cache, torch.Tensor) and isinstance(v_cache, torch.Tensor)
     num_pages, page_size, num_kv_heads, head_dim = k_cache.shape
+    if is_batch_invariant() and mask.block_length == 1:
+        batch = batch.each(page_size)
     heads_per_key = q.shape[1] // num_kv_heads
     if mask.window and mask.window >= max(batch.kv_lens, default=0):  # it hides nothing: as layers without one
         mask = AttentionMask(block_length=mask.block_length)

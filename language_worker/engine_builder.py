@@ -77,7 +77,7 @@ def build_engine(
     kv_dtype = resolve_kv_dtype(config, model.spec, dtype)
     size = resolve_cache(config, model.spec, kv_dtype, device, None if draft_model is None else draft_model.spec)
 
-    def runner_of(model: LanguageModel) -> ModelRunner:
+    def runner_of(model: LanguageModel, tile_rows: int = 0) -> ModelRunner:
         model.reserve_positions(size.max_model_len)
 
         def cache(num_pages: int, device: torch.device) -> KVCache:
@@ -86,9 +86,9 @@ def build_engine(
             )
 
         host = cache(size.num_swap_pages, torch.device("cpu")) if size.num_swap_pages else None
-        return ModelRunner(model, cache(size.num_pages, device), device, config.num_threads, host)
+        return ModelRunner(model, cache(size.num_pages, device), device, config.num_threads, host, tile_rows)
 
-    runner = runner_of(model)
+    runner = runner_of(model, _tile_rows(model, device) if config.batch_invariant else 0)
     kv_window = _kv_window([model, *([] if draft_model is None else [draft_model])])
     scheduler = _scheduler(config, model.spec, size, _cache_root(checkpoint, dtype, config.page_size), kv_window)
     return Engine(
@@ -145,6 +145,15 @@ def _refuse_quantised(config: Mapping[str, Any]) -> None:
             f"the checkpoint's weights are quantised by {method}, a layout that is not read; take the original "
             "checkpoint and set quantization to 'int8' or 'int4'"
         )
+
+
+def _tile_rows(model: LanguageModel, device: torch.device) -> int:
+    """Of batch-invariant steps. ModelNotSupported where those are not served."""
+    if not isinstance(model, Decoder) or device.type != "cpu":
+        raise ModelNotSupported(
+            f"batch_invariant is served for dense decoders on the CPU, not for {type(model).__name__} on {device.type}"
+        )
+    return model.tile_rows()
 
 
 def _kv_window(models: Sequence[LanguageModel]) -> int:

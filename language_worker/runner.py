@@ -12,6 +12,7 @@ from itertools import accumulate
 import torch
 
 from kernels.cpu_turn import cpu_turn
+from kernels.invariance import batch_invariant
 from kernels.paged_attention import AttentionBatch
 from language_worker.handover.rows import ImportedRows
 from language_worker.kv_cache import KVCache
@@ -64,14 +65,16 @@ class ModelRunner:
         device: torch.device,
         num_threads: int = 0,
         host: KVCache | None = None,
+        tile_rows: int = 0,
     ) -> None:
         """`num_threads`: torch threads of a step on the CPU, 0 for as many as the calling thread has. host: where pages
-        of preempted sequences are kept."""
+        of preempted sequences are kept. tile_rows: of batch-invariant steps; 0: steps are as quick as they can be."""
         self.model = model
         self.cache = cache
         self.host = host
         self.device = device
         self._num_threads = num_threads
+        self._tile_rows = tile_rows
 
     @torch.inference_mode()
     def swap_pages(self, moves: SwapMoves) -> None:
@@ -146,9 +149,11 @@ class ModelRunner:
             before = torch.get_num_threads()
             weights = self.model.spec.hidden_size**2
             is_small = weights <= SERIAL_WEIGHTS and inputs.token_ids.shape[0] * weights <= SERIAL_WORK
-            torch.set_num_threads(1 if is_small else self._num_threads or before)  # takes 0.1 us
+            is_serial = is_small and not self._tile_rows  # threads may share out a sum
+            torch.set_num_threads(1 if is_serial else self._num_threads or before)  # takes 0.1 us
             try:
-                return self.model.forward(inputs, self.cache.layers)
+                with batch_invariant(self._tile_rows):
+                    return self.model.forward(inputs, self.cache.layers)
             finally:
                 torch.set_num_threads(before)  # threads yet to come would take it over
 
