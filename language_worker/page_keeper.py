@@ -86,11 +86,10 @@ class PageKeeper:
     def _cached(self, seq: Sequence) -> Prefix:
         if self.cache is None:
             return NOTHING
-        first, pages = 0, ()
         if self.window and not seq.is_exported:
             first, pages = self.cache.find_tail(seq, self.window)
         else:
-            pages = self.cache.find(seq)
+            first, pages = 0, self.cache.find(seq)
         num_tokens = (first + len(pages)) * self.page_size
         return Prefix(pages=pages, first_page=first, num_tokens=num_tokens, num_cached=num_tokens)
 
