@@ -40,7 +40,7 @@ def in_tiles(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) 
     padded = F.pad(x, (0, 0, 0, lacking)) if lacking else x
     if padded.shape[0] <= rows:
         return function(padded)[:length]
-    return torch.cat([function(tile) for tile in padded.split(rows)])[:length]
+    return torch.cat([function(tile) for tile in torch.split(padded, rows)])[:length]
 
 
 @torch.inference_mode()

@@ -162,7 +162,9 @@ class Engine:
 
     def _move_pages(self, plan: StepPlan) -> None:
         """Everything that a plan wants in pages before it runs, in this order."""
-        movers = [self.runner] if self.drafter is None else [self.runner, self.drafter]
+        movers: list[ModelRunner | Drafter] = [self.runner]
+        if self.drafter is not None:
+            movers.append(self.drafter)
         counters = self._roster.counters
         counters["num_preemptions_total"] += len(plan.preempted)
         counters["kv_pages_swapped_out_total"] += len(plan.swaps.outs)

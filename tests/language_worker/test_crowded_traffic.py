@@ -22,6 +22,7 @@ from tests.language_worker.test_random_traffic import CONFIG, SAMPLING, STEMS, T
 from tests.profiles import IS_SOAK
 from tests.tiny_models import make_qwen2_5_vl
 
+SWAPPED = ("kv_pages_swapped_in_total", "kv_pages_swapped_out_total")
 CROWDED = CONFIG | {
     "capacity": st.integers(20, 44),
     "max_num_seqs": st.sampled_from([3, 6]),
@@ -46,6 +47,17 @@ class CrowdedTraffic(Traffic):
     @initialize(**CROWDED)
     def start(self, **config: Any) -> None:
         self.begin(**config)
+
+    def _look(self) -> None:
+        scheduler, stats = self.engine.scheduler, self.engine.stats()
+        self.reached["pages given back"] += any(seq.first_page for seq in scheduler.running)
+        kept = [scheduler.pages.swap.find(seq.key) for seq in scheduler.waiting] if scheduler.pages.swap else []
+        assert stats["kv_pages_swapped"] == sum(len(one.pages) for one in kept if one is not None)
+
+    def teardown(self) -> None:
+        super().teardown()
+        if hasattr(self, "engine"):
+            self.reached.update({name: int(self.engine.stats()[name]) for name in SWAPPED})
 
     @rule(
         prompts=st.lists(
@@ -73,9 +85,7 @@ def test_tokens_and_pages_are_right_where_pages_are_short() -> None:
     CrowdedTraffic.reached.clear()
     settings = random_traffic._settings(3000 if IS_SOAK else 60)
     run_state_machine_as_test(CrowdedTraffic, settings=settings)
-    reached = {name: CrowdedTraffic.reached[name] for name in (
-        "num_preemptions_total", "kv_pages_swapped_in_total", "kv_pages_swapped_out_total", "pages given back",
-    )}  # fmt: skip
+    reached = {name: CrowdedTraffic.reached[name] for name in (*SWAPPED, "num_preemptions_total", "pages given back")}
     assert min(reached.values()) > 100, reached
 
 
