@@ -59,7 +59,8 @@ def check_choosable(
     if all(token_id in excluded or token_id >= num_token_ids for token_id in allowed):
         raise InvalidRequest(
             "allowed_token_ids, banned_token_ids and what is held back (by min_tokens EOS and stop_token_ids, by "
-            "diffusion.suppress_eos EOS, and the mask token always) leave no token to choose; allow more"
+            "diffusion.suppress_eos EOS, always the mask and what the model never writes) leave no token to choose; "
+            "allow more"
         )
 
 

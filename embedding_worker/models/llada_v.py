@@ -33,7 +33,7 @@ from kernels.activation import gelu
 from transfer.checkpoint import Checkpoint, check_checkpoint, load_checkpoint
 from transfer.checkpoint_rules import Rule
 
-OWN_TOWER = r"model\.vision_tower\.vision_tower\."
+OWN_TOWER = r"model\.vision_tower\.vision_tower\.vision_model\."
 TEXT = (r"lm_head\.weight", r"model\.(?:embed_tokens|norm)\.weight", r"model\.layers\..*")
 PUBLISHED_TOWER: dict[str, Any] = {  # siglip2-so400m-patch14-384
     "model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27,

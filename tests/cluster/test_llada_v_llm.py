@@ -26,13 +26,14 @@ from embedding_worker.preprocess import ImageLimits, prepare_image
 from embedding_worker.runner import VisionRunner
 from language_worker.config import EngineConfig
 from language_worker.engine_builder import check_model
-from language_worker.errors import InvalidRequest, ModelNotSupported
+from language_worker.errors import ModelNotSupported
 from tests.cluster.gateway.harness import MODEL, events_of, make_context, run
 from tests.oracles_llada import by_count, by_threshold, generate
 from tests.tiny_llada import END_ID, TURN_ID
 from tests.tiny_llada_v import IMAGE_ID, IMAGE_TOKEN, SIDE, UNSPOKEN, Made, llada_v_tokenizer, make_llada_v
 from tests.tiny_models import random_image
 from transfer.checkpoint import CheckpointError
+from transfer.errors import RemoteFailure
 
 SETTINGS: dict[str, Any] = {
     "dtype": "float32", "device": "cpu", "num_threads": 1, "kv_cache_tokens": 8192, "default_allocate_tokens": 5,
@@ -199,7 +200,7 @@ def test_tokens_of_the_template_are_never_written(made: Made) -> None:
         biased = SamplingParams(max_tokens=8, temperature=0.0, logit_bias=dict.fromkeys(unspoken, 100.0))
         (answer,) = llm.generate([asked([5, 6], [])], biased)
         assert not set(answer.outputs[0].token_ids) & set(unspoken)
-        with pytest.raises(InvalidRequest, match="no token to choose"):
+        with pytest.raises(RemoteFailure, match=r"InvalidRequest.*no token to choose"):
             llm.generate([asked([5], [])], SamplingParams(max_tokens=8, allowed_token_ids=unspoken))
 
 
