@@ -27,6 +27,7 @@ from embedding_worker.runner import VisionRunner
 from language_worker.config import EngineConfig
 from language_worker.engine_builder import check_model
 from language_worker.errors import ModelNotSupported
+from language_worker.models import resolve_model
 from tests.cluster.gateway.harness import MODEL, events_of, make_context, run
 from tests.oracles_llada import by_count, by_threshold, generate
 from tests.tiny_llada import END_ID, TURN_ID
@@ -252,6 +253,18 @@ def test_what_is_not_served_is_refused(tmp_path: Path, changed: dict[str, Any], 
     path.write_text(json.dumps(json.loads(path.read_text()) | changed))
     with pytest.raises(UnsupportedModel, match=named):
         VisionRunner.check(folder, EMBED)
+
+
+def test_what_the_published_configuration_leaves_out_is_known() -> None:
+    """It names neither the mask nor a token for images."""
+    config = {
+        "architectures": ["LlavaLLaDAModelLM"], "hidden_size": 4096, "intermediate_size": 12288, "hidden_act": "silu",
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 126464,
+        "max_position_embeddings": 16384, "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "bos_token_id": 128000,
+        "eos_token_id": 126081, "tie_word_embeddings": False,
+    }  # fmt: skip
+    spec = resolve_model(config).read_spec(config)
+    assert (spec.mask_token_id, spec.media_token_id, spec.decode_strategy) == (126336, 126084, "block_diffusion")
 
 
 def test_a_tower_that_is_nowhere_and_a_placeholder_that_is_none_are_named(tmp_path: Path) -> None:
