@@ -4,7 +4,7 @@ Runs on the service's I/O thread; only the news that a peer is gone comes from t
 first stream of a peer, serves all its streams, and is closed when none came for a while. A peer that does not say that
 it let go of the slots of streams that ended is asked again and again. While it is silent for long, its next streams get
 a new segment and those in the old one go on there; where these have no slot left to go on with, or the peer is lost,
-the segment is abandoned.
+the segment is abandoned: nobody gets it any more, and who was granted nothing of it goes over the wire.
 """
 
 from __future__ import annotations

@@ -72,7 +72,12 @@ class SenderLife:
         return self._grants.num_rounds
 
     def attached(self, generation: int) -> list[SenderAction]:
-        """The receiver's segment was mapped (0: it cannot be). Its grants are for slots from now on."""
+        """The receiver's segment was mapped (0: it cannot be, or was withdrawn). Its grants are for slots from now on.
+
+        What was withdrawn stays so: who was still getting it comes too late.
+        """
+        if self._generation == 0:
+            return []
         self._generation = generation
         return [self._attachment(generation)]
 

@@ -77,6 +77,9 @@ BREAKS: dict[str, tuple[str, ...]] = {
     "forget_where_blocks_are_to_be": ("4: a grant names the stream's own blocks",),
     "wait_for_word_of_the_pools_blocks": ("5: the surplus comes back",),
     "confirm_twice": ("3: a block holds the producer's rows", "4: a slot is its writer's alone"),
+    "lose_whom_nothing_was_granted": ("3: a stream outlives faults shorter than its limits",),
+    "invite_to_what_is_given_up": ("3: a stream outlives faults shorter than its limits", "5: every request ends"),
+    "grant_before_the_withdrawal_was_heard": ("4: a grant names the stream's own blocks",),
 }
 
 
