@@ -90,3 +90,12 @@ def test_links_between_pages_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_tests_that_pages_name_are_there() -> None:
+    pattern = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?`")
+    named = [found for page in PAGES for found in pattern.findall(page.read_text(encoding="utf-8"))]
+    assert len(named) >= 25
+    for file, name in named:
+        source = (ROOT / file).read_text(encoding="utf-8")
+        assert not name or re.search(rf"^(async )?def {name}\(", source, re.MULTILINE), f"{file} has no {name}"

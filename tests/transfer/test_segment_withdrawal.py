@@ -201,3 +201,18 @@ def test_whatever_befalls_the_messages(seed: int) -> None:
             assert_rows_equal(consumer, make_rows(40, number))
     network.advance(12.0)
     pair.assert_ledger_zero()
+
+
+def test_a_sender_that_has_it_no_more_and_was_granted_nothing_goes_over_the_wire() -> None:
+    """It let go of the segment, and its receiver does not know yet: it invites the next stream there."""
+    pair = LatePair(num_slots=1)
+    first, _ = pair.begin()
+    pair.fetch_all()
+    pair.network.settle()
+    assert pair.num_in_use == 1
+    pair.sender._guest.forget(first.connection)
+    _, consumer = pair.announced()
+    pair.fetch_all()
+    pair.network.run_until(lambda: bool(consumer.ends), limit_s=5.0)
+    assert_rows_equal(consumer, make_rows(40))
+    assert any(isinstance(m, Block) for m in pair.said())

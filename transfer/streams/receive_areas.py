@@ -81,8 +81,8 @@ class ReceiveAreas:
         if self._host is None or stream.area is self.wire or (stream.area is not None and generation):
             return  # known
         self._host.answered(message.stream_id)
-        if stream.area is None and generation == 0:
-            stream.invited = None
+        if generation == 0 and session.can_withdraw_segment:
+            stream.area = stream.invited = None
             if invited is not None:
                 self._host.declined(message.stream_id, invited)
             self._use(stream, self.wire)
