@@ -38,6 +38,9 @@ CAUGHT_AT = {
     "forget_where_blocks_are_to_be": 85,
     "wait_for_word_of_the_pools_blocks": 18,
     "confirm_twice": 304,
+    "lose_whom_nothing_was_granted": 19,
+    "invite_to_what_is_given_up": 19,
+    "grant_before_the_withdrawal_was_heard": 19,
 }
 # What each breaks: the breach that is found must be of one of these promises, by its first words.
 BREAKS: dict[str, tuple[str, ...]] = {
