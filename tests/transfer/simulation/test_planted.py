@@ -15,14 +15,14 @@ NUM_SEEDS = 500
 MORE_SEEDS = {"confirm_twice": 1000}
 # Where each was caught last, so that the everyday profile need not search; any seed below its number will do.
 CAUGHT_AT = {
-    "acknowledge_before_storing": 5,
+    "acknowledge_before_storing": 11,
     "believe_every_answer": 2,
     "divide_the_allocation": 15,
     "go_on_one_block_too_far": 18,
     "deliver_again_after_a_restart": 8,
     "lose_what_was_acknowledged": 27,
     "write_revoked_blocks": 2,
-    "forget_rows_too_early": 0,
+    "forget_rows_too_early": 2,
     "ignore_the_deadline": 13,
     "never_ask_back": 2,
     "keep_what_was_admitted": 2,
@@ -37,7 +37,7 @@ CAUGHT_AT = {
     "fill_a_sealed_slot_again": 99,
     "ignore_the_end_of_a_lifeline": 48,
     "fence_what_was_handed_on": 196,
-    "forget_where_blocks_are_to_be": 85,
+    "forget_where_blocks_are_to_be": 80,
     "wait_for_word_of_the_pools_blocks": 18,
     "confirm_twice": 805,
     "lose_whom_nothing_was_granted": 19,
