@@ -23,6 +23,8 @@ REGISTRY = {
     "Qwen2ForCausalLM": "language_worker.models.text_decoder:Qwen2",
     "MiniMindForCausalLM": "language_worker.models.minimind:MiniMind",
     "MiniMindVLM": "language_worker.models.minimind_v:MiniMindV",
+    "MinistralForCausalLM": "language_worker.models.text_decoder:Ministral",
+    "MistralForCausalLM": "language_worker.models.text_decoder:Mistral",
     "MixtralForCausalLM": "language_worker.models.text_moe:Mixtral",
     "Qwen2MoeForCausalLM": "language_worker.models.text_moe:Qwen2Moe",
     "Qwen3MoeForCausalLM": "language_worker.models.text_moe:Qwen3Moe",

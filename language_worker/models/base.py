@@ -14,16 +14,23 @@ from typing import Any
 import torch
 
 from kernels.paged_attention import AttentionBatch
+from kernels.quantise import LARGEST
+from kernels.quantised_pages import LayerCache
 from transfer.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KVSpec:
-    """What one token leaves in the cache: keys and values [num_kv_heads, head_dim] in every layer."""
+    """What one token leaves in the cache: keys and values [num_kv_heads, head_dim] in every layer.
+
+    window: how many of its last keys a query sees at most, its own among them, in whichever layer; older ones are never
+    read again (0: some layer sees all).
+    """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
+    window: int = 0
 
     @property
     def row_elements(self) -> int:
@@ -31,7 +38,9 @@ class KVSpec:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
     def bytes_per_token(self, dtype: torch.dtype) -> int:
-        return self.row_elements * dtype.itemsize
+        """Stored as `dtype`; in 8 bits each head of keys and values has a scale besides."""
+        num_scales = self.row_elements // self.head_dim if dtype in LARGEST else 0
+        return self.row_elements * dtype.itemsize + num_scales * torch.float32.itemsize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,5 +145,5 @@ class LanguageModel(ABC):
         """Tokens that one media item of this grid takes."""
 
     @abstractmethod
-    def forward(self, inputs: StepInputs, caches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    def forward(self, inputs: StepInputs, caches: Sequence[LayerCache]) -> torch.Tensor:
         """Write this step's keys and values, return logits [R, vocab] in the model's dtype."""
