@@ -93,7 +93,12 @@ def build_engine(
     scheduler = _scheduler(config, model.spec, size, _cache_root(checkpoint, dtype, config.page_size), kv_window)
     return Engine(
         runner=runner,
-        denoiser=Denoiser(runner, eos_ids=tokenizer.eos_token_ids, num_token_ids=tokenizer.vocab_size)
+        denoiser=Denoiser(
+            runner,
+            eos_ids=tokenizer.eos_token_ids,
+            num_token_ids=tokenizer.vocab_size,
+            never_ids=tokenizer.special_ids(model.spec.unspoken),
+        )
         if scheduler.strategy.is_whole
         else None,
         drafter=None

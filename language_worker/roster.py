@@ -147,6 +147,7 @@ class Roster:
                 self._limits.max_model_len,
                 eos_ids=self._tokenizer.eos_token_ids,
                 num_token_ids=self._tokenizer.vocab_size,
+                never_ids=self._tokenizer.special_ids(self._spec.unspoken),
             )
             seed = request.sampling.seed
             active = ActiveRequest(

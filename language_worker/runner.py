@@ -115,7 +115,7 @@ class ModelRunner:
             positions=self._positions(windows).to(self.device),
             slots=torch.tensor([s for w in windows for s in self._slots(w.seq, w.start, w.end)]).to(self.device),
             attention=self._attention([(w, w.length) for w in windows]),
-            media=self._media(windows),
+            media=self.media_spans(list(zip(windows, _offsets(windows), strict=True))),
             logit_rows=None if rows is None else torch.tensor(rows, dtype=torch.int64).to(self.device),
             last_attention=self._attention(asking) if rows else None,
             previous_ids=torch.tensor(_previous_ids(windows)).to(self.device) if needs_previous else None,
@@ -188,10 +188,10 @@ class ModelRunner:
             return torch.tensor([p for w in windows for p in range(w.start + _delta(w), w.end + _delta(w))])
         return torch.cat([_window_positions(w) for w in windows], dim=1)
 
-    def _media(self, windows: tuple[Window, ...]) -> tuple[MediaSpan, ...]:
+    def media_spans(self, windows: Sequence[tuple[Window, int]]) -> tuple[MediaSpan, ...]:
+        """Media of each window, whose queries begin at the step's index that comes with it."""
         spans: list[MediaSpan] = []
-        offset = 0
-        for w in windows:
+        for w, offset in windows:
             media = w.seq.media
             if isinstance(media, MediaRows) and w.start < w.seq.prompt_len:
                 first, last = w.seq.media_rows(w.start, w.end)
@@ -199,8 +199,12 @@ class ModelRunner:
                     targets = torch.tensor(w.seq.media_positions[first:last]) + (offset - w.start)
                     rows, *deeper = media.rows[:, first:last]
                     spans.append(MediaSpan(targets=targets.to(self.device), rows=rows, deeper=tuple(deeper)))
-            offset += w.length
         return tuple(spans)
+
+
+def _offsets(windows: tuple[Window, ...]) -> list[int]:
+    """Where each window's queries begin in the step."""
+    return [0, *accumulate(window.length for window in windows)][:-1]
 
 
 def _token_ids(windows: tuple[Window, ...]) -> list[int]:

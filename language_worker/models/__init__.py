@@ -20,6 +20,7 @@ REGISTRY = {
     "LlamaForCausalLM": "language_worker.models.text_decoder:Llama",
     "LLaDAModelLM": "language_worker.models.llada:Llada",
     "LLaDAForCausalLM": "language_worker.models.llada:Llada",
+    "LlavaLLaDAModelLM": "language_worker.models.llada_v:LladaV",
     "Qwen2ForCausalLM": "language_worker.models.text_decoder:Qwen2",
     "MiniMindForCausalLM": "language_worker.models.minimind:MiniMind",
     "MiniMindVLM": "language_worker.models.minimind_v:MiniMindV",

@@ -54,6 +54,8 @@ class ModelSpec:
     token before each query too. That is state which a sequence's own tokens give: it survives chunks, forks, prefix
     hits and preemption, and whoever moves a sequence's pages elsewhere moves its tokens with them and nothing else.
     mask_token_id: what stands where a token is yet to be chosen, in models that are decoded by filling in (None).
+    unspoken: special tokens that such a model's answers never hold. system_prompt: what a conversation begins with that
+    brings no such message of its own.
     """
 
     vocab_size: int
@@ -67,6 +69,8 @@ class ModelSpec:
     needs_previous_ids: bool = False
     tool_machine: str | None = None
     mask_token_id: int | None = None
+    unspoken: tuple[str, ...] = ()
+    system_prompt: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,8 +145,8 @@ class LanguageModel(ABC):
         (temporal, height, width in patches); None when they are just 0, 1, 2, ..."""
 
     @abstractmethod
-    def media_rows(self, grid: tuple[int, int, int]) -> int:
-        """Tokens that one media item of this grid takes."""
+    def media_rows(self, grid: tuple[int, int, int]) -> int | None:
+        """Tokens that one media item of this grid takes; None where only its sender can tell."""
 
     @abstractmethod
     def forward(self, inputs: StepInputs, caches: Sequence[LayerCache]) -> torch.Tensor:

@@ -59,7 +59,7 @@ class RuledModel(LanguageModel):
     def described_positions(self) -> str:
         return self.rotary.described()
 
-    def media_rows(self, grid: tuple[int, int, int]) -> int:
+    def media_rows(self, grid: tuple[int, int, int]) -> int | None:
         raise MediaMismatch("this model takes text only")
 
     def prompt_positions(
