@@ -69,7 +69,7 @@ def test_serving_is_a_job_that_drains_when_it_is_stopped(guarded_head: RayHead, 
             serving.client.headers["authorization"] = f"Bearer {KEY}"
             question = questions()[0]
             assert serving.text(chat_body(question.text, question.image)) == question.answer
-        (job,) = re.findall(r"ray job stop (\S+)", said())
+        (job,) = re.findall(r"ray job stop (\w+)", said())
         stopped = _run(guarded_head, _stop(guarded_head, job))
         assert stopped.returncode == 0, stopped.stdout + stopped.stderr
         process.wait(JOB_S)
