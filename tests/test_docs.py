@@ -64,9 +64,12 @@ def test_the_api_page_names_the_image_limits_as_they_are() -> None:
 
 def test_what_the_troubleshooting_page_quotes_is_what_is_said() -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-    folders = ("cluster", "transfer", "language_worker", "embedding_worker", "helm/templates")
+    folders = ("cluster", "transfer", "language_worker", "embedding_worker", "helm/templates", "helm/files")
     files = [
-        path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".yaml", ".tpl")
+        path
+        for folder in folders
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".yaml", ".tpl", ".sh")
     ]
     source = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text(encoding="utf-8") for path in files))
     quoted = [
@@ -87,9 +90,18 @@ def test_what_the_troubleshooting_page_quotes_is_what_is_said() -> None:
 def test_links_between_pages_lead_somewhere() -> None:
     pages = [*PAGES, *ROOT.glob("*.md"), *(ROOT / "helm").glob("*.md")]
     for page in pages:
-        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-            if not target.startswith("http"):
-                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+        for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+            if target.startswith("http"):
+                continue
+            there = page.parent / target if target else page
+            assert there.exists(), f"{page.name} links to {target}"
+            assert not anchor or anchor in _anchors(there), f"{page.name} links to {target}#{anchor}"
+
+
+def _anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub names them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_the_tests_that_pages_name_are_there() -> None:
