@@ -23,6 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
 
+LINK = re.compile(r'\]\(([^)#\s]*)#?([^)\s]*)(?: "[^"]*")?\)')  # page, place on it; a title may follow
+
+
 def _blocks(language: str) -> list[tuple[str, str]]:
     """(page, text) of every fenced block of a language."""
     pattern = re.compile(rf"^```{language}\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -69,9 +72,12 @@ def test_the_api_page_names_the_image_limits_as_they_are() -> None:
 
 def test_what_the_troubleshooting_page_quotes_is_what_is_said() -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-    folders = ("cluster", "transfer", "language_worker", "embedding_worker", "helm/templates")
+    folders = ("cluster", "transfer", "language_worker", "embedding_worker", "helm/templates", "helm/files")
     files = [
-        path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".yaml", ".tpl")
+        path
+        for folder in folders
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".yaml", ".tpl", ".sh")
     ]
     source = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text(encoding="utf-8") for path in files))
     quoted = [
@@ -92,9 +98,27 @@ def test_what_the_troubleshooting_page_quotes_is_what_is_said() -> None:
 def test_links_between_pages_lead_somewhere() -> None:
     pages = [*PAGES, *ROOT.glob("*.md"), *(ROOT / "helm").glob("*.md")]
     for page in pages:
-        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
-            if not target.startswith("http"):
-                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+        for target, anchor in LINK.findall(page.read_text(encoding="utf-8")):
+            if target.startswith("http"):
+                continue
+            there = page.parent / target if target else page
+            assert there.exists(), f"{page.name} links to {target}"
+            assert not anchor or anchor in _anchors(there), f"{page.name} links to {target}#{anchor}"
+
+
+def _anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub names them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_tests_that_pages_name_are_there() -> None:
+    pattern = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?`")
+    named = [found for page in PAGES for found in pattern.findall(page.read_text(encoding="utf-8"))]
+    assert len(named) >= 25
+    for file, name in named:
+        source = (ROOT / file).read_text(encoding="utf-8")
+        assert not name or re.search(rf"^(async )?def {name}\(", source, re.MULTILINE), f"{file} has no {name}"
 
 
 MATRIX_HEAD = "| Family | Layouts | Images |"
