@@ -21,8 +21,6 @@ from tests.tiny_families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-
-
 LINK = re.compile(r'\]\(([^)#\s]*)#?([^)\s]*)(?: "[^"]*")?\)')  # page, place on it; a title may follow
 
 
