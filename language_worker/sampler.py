@@ -42,11 +42,13 @@ def sample(logits: torch.Tensor, states: Sequence[SamplingState], *, num_token_i
         rules.apply(work[r], states[r].counts, states[r].num_generated)
     if is_padded:
         work[:, num_token_ids:] = -torch.inf
-    tokens = argmax_rows(work)
     drawn = [r for r, state in enumerate(states) if not state.params.is_greedy]
-    if drawn:
-        ids = draw_tokens(work[drawn], [states[r] for r in drawn])
-        for r, token in zip(drawn, ids.tolist(), strict=True):
+    if len(drawn) == len(states):
+        tokens = draw_tokens(work, states).tolist()
+    else:
+        tokens = argmax_rows(work)
+        ids = draw_tokens(work[drawn], [states[r] for r in drawn]).tolist() if drawn else []
+        for r, token in zip(drawn, ids, strict=True):
             tokens[r] = token
     choices = []
     for r, (token, state) in enumerate(zip(tokens, states, strict=True)):
@@ -74,20 +76,24 @@ def draw_tokens(logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.
     """Inverse-CDF draw per row from logits [R, V] float32, after temperature and filters; ids [R] int64."""
     device = logits.device
     temperature = torch.tensor([s.params.temperature for s in states], dtype=torch.float64, device=device)
-    shifted = (logits - logits.amax(dim=-1, keepdim=True)).double()
-    weights = torch.exp(shifted / temperature[:, None])
+    weights = (logits - logits.amax(dim=-1, keepdim=True)).double().div_(temperature[:, None]).exp_()
     draws = torch.tensor([state.draw() for state in states], dtype=torch.float64, device=device)
-    ids = torch.empty(len(states), dtype=torch.int64, device=device)
-    plain = [r for r, s in enumerate(states) if not _filters(s.params)]
-    if plain:
-        rows = torch.tensor(plain, device=device)
-        ids[rows] = _invert(weights[rows], draws[rows])
     filtered = [r for r, s in enumerate(states) if _filters(s.params)]
-    if filtered:
-        rows = torch.tensor(filtered, device=device)
-        kept, order = filter_weights(weights[rows], [states[r].params for r in filtered])
-        ids[rows] = order.gather(1, _invert(kept, draws[rows])[:, None])[:, 0]
+    if not filtered:
+        return _invert(weights, draws)
+    if len(filtered) == len(states):
+        return _draw_filtered(weights, states, draws)
+    ids = torch.empty(len(states), dtype=torch.int64, device=device)
+    rows = torch.tensor(filtered, device=device)
+    ids[rows] = _draw_filtered(weights[rows], [states[r] for r in filtered], draws[rows])
+    rows = torch.tensor([r for r, s in enumerate(states) if not _filters(s.params)], device=device)
+    ids[rows] = _invert(weights[rows], draws[rows])
     return ids
+
+
+def _draw_filtered(weights: torch.Tensor, states: Sequence[SamplingState], draws: torch.Tensor) -> torch.Tensor:
+    kept, order = filter_weights(weights, [state.params for state in states])
+    return order.gather(1, _invert(kept, draws)[:, None])[:, 0]
 
 
 def filter_weights(weights: torch.Tensor, params: Sequence[SamplingParams]) -> tuple[torch.Tensor, torch.Tensor]:
