@@ -28,10 +28,7 @@ from benchmarks.serving_models import BenchModel, BenchRequest, load_model, text
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pillow")
 NUM_REQUESTS = {"demo": 128, "100m": 32}
-COLUMNS = (
-    "model", "dtype", "load", "requests/s", "tandem tok/s", "static tok/s", "x static",
-    "tandem TTFT p90 ms", "static TTFT p90 ms", "x lower",
-)  # fmt: skip
+COLUMNS = ("model", "load", "req/s", "tok/s", "static", "x", "TTFT p90 ms", "static", "x lower")
 ENGINES: dict[str, Callable[[BenchModel, str, int, int], Server]] = {"tandem": Continuous, "static": StaticBatches}
 
 
@@ -43,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report |= {"max_at_once": options.max_at_once, "new_tokens": options.new_tokens, "cases": []}
     for name in options.models.split(","):
         for dtype in options.dtypes.split(","):
-            with console.status(f"{name} {dtype}"):
-                report["cases"] += _cases(name, dtype, options)
+            with console.status(f"{name} {dtype}") as status:
+                report["cases"] += _cases(name, dtype, options, status.update)
     report["seconds"] = round(time.monotonic() - started, 1)
     write_json(options.json, report)
     console.print(table(report))
@@ -78,20 +75,20 @@ def _span(text: str) -> tuple[int, int]:
     return span
 
 
-def _cases(name: str, dtype: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One case for each load; the engines take turns, and the first trace, full batches, is for their caches alone."""
+def _cases(name: str, dtype: str, options: argparse.Namespace, tell: Callable[[str], None]) -> list[dict[str, Any]]:
+    """One case for each load; the engines take turns. The first trace, a full batch, says what a load of 1 is."""
     count = options.requests or NUM_REQUESTS[name]
     model = load_model(name, RESULTS / "models", count)
     requests = _mixed(model.requests, count)
     servers = {engine: make(model, dtype, options.threads, options.max_at_once) for engine, make in ENGINES.items()}
     try:
         at_once = poisson_arrivals(requests[: options.max_at_once // 2], 0.0, options.new_tokens, options.seed + 1)
-        full = {engine: figures(at_once, server.serve(at_once)) for engine, server in servers.items()}
-        capacity = full["static"]["tokens_per_s"] / statistics.fmean(options.new_tokens)  # requests per second
+        full = figures(at_once, _serve(servers, at_once, f"{name} {dtype}: all at once", tell)["static"])
+        capacity = full["tokens_per_s"] / statistics.fmean(options.new_tokens)  # requests per second
         cases = []
         for load in map(float, options.loads.split(",")):
             trace = poisson_arrivals(requests, load * capacity, options.new_tokens, options.seed)
-            answers = {engine: server.serve(trace) for engine, server in servers.items()}
+            answers = _serve(servers, trace, f"{name} {dtype}: load {load:g}", tell)
             place = {"model": name, "dtype": dtype, "load": load, "requests_per_s": round(load * capacity, 3)}
             cases.append({**place, "requests": count, **_compare(trace, answers)})
         return cases
@@ -100,6 +97,17 @@ def _cases(name: str, dtype: str, options: argparse.Namespace) -> list[dict[str,
             server.close()
         servers.clear()
         gc.collect()
+
+
+def _serve(
+    servers: dict[str, Server], trace: Sequence[Arrival], what: str, tell: Callable[[str], None]
+) -> dict[str, list[Answer]]:
+    """Every engine's answers to the same trace."""
+    answers = {}
+    for engine, server in servers.items():
+        tell(f"{what}, {engine}, {len(trace)} requests over {trace[-1].at_s:.0f} s")
+        answers[engine] = server.serve(trace)
+    return answers
 
 
 def _mixed(with_images: Sequence[BenchRequest], count: int) -> list[BenchRequest]:
@@ -140,7 +148,7 @@ def table(report: dict[str, Any]) -> Table:
     shown = Table(*COLUMNS, title="Poisson arrivals, mixed lengths")
     for case in report["cases"]:
         ours, static = case["tandem"], case["static"]
-        cells = [case["model"], case["dtype"], case["load"], case["requests_per_s"]]
+        cells = [f"{case['model']} {case['dtype']}", case["load"], case["requests_per_s"]]
         cells += [ours["tokens_per_s"], static["tokens_per_s"], case["x_throughput"]]
         cells += [ours["ttft_p90_ms"], static["ttft_p90_ms"], case["x_ttft_p90"]]
         shown.add_row(*map(str, cells))

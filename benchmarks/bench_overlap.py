@@ -38,7 +38,7 @@ from transfer.service.service import Service
 from transfer.streams.stream_sender import StreamSender
 
 RESULTS = Path(__file__).resolve().parent / "results"
-COLUMNS = ("model", "dtype", "rows", "transfer", "transfer ms", "at once ms", "waits ms", "as they come ms", "hidden")
+COLUMNS = ("model", "rows", "transfer", "ms", "at once ms", "waits ms", "as they come ms", "hidden")
 WAIT_S = 120.0
 NAMES = itertools.count()
 SAMPLING = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
@@ -189,7 +189,7 @@ def table(report: dict[str, Any]) -> Table:
     shown = Table(*COLUMNS, title="first token of one image prompt whose rows come at an even pace")
     for case in report["cases"]:
         times = [case[name] for name in ("transfer_ms", "at_once_ms", "waiting_ms", "overlapping_ms")]
-        cells = (case["model"], case["dtype"], case["rows"], case["transfer"], *times, case["hidden_share"])
+        cells = (f"{case['model']} {case['dtype']}", case["rows"], case["transfer"], *times, case["hidden_share"])
         shown.add_row(*map(str, cells))
     return shown
 
