@@ -141,7 +141,7 @@ def _lowest_kept(
     if highest > num_blocks:
         return torch.where(limited, 0.0, floor)
     size = vocab // num_blocks
-    blocks = weights[:, : size * num_blocks].unflatten(1, (num_blocks, size)).amax(dim=-1)
+    blocks = weights[:, : size * num_blocks].reshape(-1, num_blocks, size).amax(dim=-1)
     ranked = torch.topk(blocks, highest, dim=-1).values
     return torch.where(limited, ranked.gather(1, top_k.clamp_max(highest)[:, None] - 1)[:, 0], floor)
 
