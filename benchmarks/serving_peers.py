@@ -55,8 +55,8 @@ class Batch:
 class Peer(Protocol):
     """One engine with a model loaded."""
 
-    def one(self, request: BenchRequest) -> Run:
-        """Answer one request."""
+    def one(self, request: BenchRequest, new_tokens: int | None = None) -> Run:
+        """Answer one request, with the model's number of new tokens unless another one is said."""
 
     def many(self, requests: Sequence[BenchRequest]) -> Run:
         """Answer requests that arrive together."""
@@ -80,11 +80,12 @@ class Ours:
         )
         self._params = SamplingParams(max_tokens=model.new_tokens, temperature=0.0, ignore_eos=True)
 
-    def one(self, request: BenchRequest) -> Run:
+    def one(self, request: BenchRequest, new_tokens: int | None = None) -> Run:
+        params = dataclasses.replace(self._params, max_tokens=new_tokens or self._params.max_tokens)
         ids: list[int] = []
         first_s = 0.0
         started = time.perf_counter()
-        for chunk in self._llm.stream(prompt_of(request), self._params):
+        for chunk in self._llm.stream(prompt_of(request), params):
             first_s = first_s or time.perf_counter() - started
             ids.extend(chunk.token_ids)
         return Run(first_s=first_s, total_s=time.perf_counter() - started, token_ids=(tuple(ids),))
@@ -125,11 +126,11 @@ class Transformers:
         self._model.generation_config.eos_token_id = None
         self._image_id = self._tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
-    def one(self, request: BenchRequest) -> Run:
-        return self.many([request])
+    def one(self, request: BenchRequest, new_tokens: int | None = None) -> Run:
+        return self.many([request], new_tokens)
 
-    def many(self, requests: Sequence[BenchRequest]) -> Run:
-        made = self.generate(requests, self._new_tokens)
+    def many(self, requests: Sequence[BenchRequest], new_tokens: int | None = None) -> Run:
+        made = self.generate(requests, new_tokens or self._new_tokens)
         return Run(first_s=made.arrivals_s[0], total_s=made.total_s, token_ids=made.token_ids)
 
     def generate(self, requests: Sequence[BenchRequest], new_tokens: int) -> Batch:
