@@ -28,6 +28,9 @@ WORKER_HELP = {
     "kv_cache_usage_perc": "Share of KV pages in use, 0 to 1",
     "kv_pages_referenced": "KV pages that live requests hold (caches excluded)",
     "kv_pages_cached": "KV pages that only the prefix cache holds",
+    "kv_pages_swapped": "Pages in host memory that keep the KV of preempted sequences",
+    "kv_pages_swapped_out_total": "KV pages of preempted sequences that left for host memory",
+    "kv_pages_swapped_in_total": "KV pages of preempted sequences that came back from host memory",
     "prefix_cache_queries_total": "Tokens of admitted sequences, looked up in the prefix cache",
     "prefix_cache_hits_total": "Tokens whose KV the prefix cache had",
     "spec_decode_num_draft_tokens_total": "Tokens that speculative decoding guessed",
@@ -52,6 +55,7 @@ LEDGER = (
     "transfer_tickets_open",
     "transfer_slots_fenced",
     "kv_pages_referenced",
+    "kv_pages_swapped",
     "kv_buffer_rows_reserved",
     "kv_exports_open",
 )

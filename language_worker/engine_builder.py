@@ -5,7 +5,7 @@ The only place of this half that resolves "auto". Knows no transport.
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -32,21 +32,25 @@ from language_worker.prefix_cache import DIGEST_BYTES, PrefixCache
 from language_worker.roster import EngineLimits
 from language_worker.runner import ModelRunner
 from language_worker.scheduler import Scheduler
+from language_worker.swap_space import SwapSpace
 from language_worker.tokenizer import Tokenizer
 from transfer.checkpoint import Checkpoint
 from transfer.checkpoint_dtype import checkpoint_dtype
 
 CPU_CACHE_BYTES = 512 << 20
 BY_DEVICE = "by device"  # what a layout says whose tensors are of several dtypes
+KV_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheSize:
-    """num_pages of the KV cache, and the longest sequence that is served with it."""
+    """num_pages of the KV cache, the longest sequence that is served with it, and pages in host memory for the KV of
+    preempted sequences."""
 
     num_pages: int
     max_model_len: int
+    num_swap_pages: int = 0
 
 
 def build_engine(
@@ -70,18 +74,31 @@ def build_engine(
     model = _load_model(checkpoint, config.quantization, dtype, device)
     tokenizer = Tokenizer(model_path)
     draft_model = _load_draft_model(config, tokenizer, dtype, device) if config.draft_model else None
-    size = resolve_cache(config, model.spec, dtype, device, None if draft_model is None else draft_model.spec)
+    kv_dtype = resolve_kv_dtype(config, model.spec, dtype)
+    size = resolve_cache(config, model.spec, kv_dtype, device, None if draft_model is None else draft_model.spec)
 
-    def runner_of(model: LanguageModel) -> ModelRunner:
+    def runner_of(model: LanguageModel, tile_rows: int = 0) -> ModelRunner:
         model.reserve_positions(size.max_model_len)
-        cache = KVCache(model.spec.kv, num_pages=size.num_pages, page_size=config.page_size, dtype=dtype, device=device)
-        return ModelRunner(model, cache, device, config.num_threads)
 
-    runner = runner_of(model)
-    scheduler = _scheduler(config, model.spec, size, _cache_root(checkpoint, dtype, config.page_size))
+        def cache(num_pages: int, device: torch.device) -> KVCache:
+            return KVCache(
+                model.spec.kv, num_pages=num_pages, page_size=config.page_size, dtype=kv_dtype, device=device
+            )
+
+        host = cache(size.num_swap_pages, torch.device("cpu")) if size.num_swap_pages else None
+        return ModelRunner(model, cache(size.num_pages, device), device, config.num_threads, host, tile_rows)
+
+    runner = runner_of(model, _tile_rows(model, device) if config.batch_invariant else 0)
+    kv_window = _kv_window([model, *([] if draft_model is None else [draft_model])])
+    scheduler = _scheduler(config, model.spec, size, _cache_root(checkpoint, dtype, config.page_size), kv_window)
     return Engine(
         runner=runner,
-        denoiser=Denoiser(runner, eos_ids=tokenizer.eos_token_ids, num_token_ids=tokenizer.vocab_size)
+        denoiser=Denoiser(
+            runner,
+            eos_ids=tokenizer.eos_token_ids,
+            num_token_ids=tokenizer.vocab_size,
+            never_ids=tokenizer.special_ids(model.spec.unspoken),
+        )
         if scheduler.strategy.is_whole
         else None,
         drafter=None
@@ -98,7 +115,7 @@ def build_engine(
         ),
         dtype=dtype,
         clock=clock,
-        kv_of=kv_identity(checkpoint, model, quantization=config.quantization, dtype=dtype),
+        kv_of=kv_identity(checkpoint, model, quantization=config.quantization, dtype=dtype, kv_dtype=kv_dtype),
     )
 
 
@@ -135,7 +152,23 @@ def _refuse_quantised(config: Mapping[str, Any]) -> None:
         )
 
 
-def _scheduler(config: EngineConfig, spec: ModelSpec, size: CacheSize, root: bytes) -> Scheduler:
+def _tile_rows(model: LanguageModel, device: torch.device) -> int:
+    """Of batch-invariant steps. ModelNotSupported where those are not served."""
+    if not isinstance(model, Decoder) or device.type != "cpu":
+        raise ModelNotSupported(
+            f"batch_invariant is served for dense decoders on the CPU, not for {type(model).__name__} on {device.type}"
+        )
+    return model.tile_rows()
+
+
+def _kv_window(models: Sequence[LanguageModel]) -> int:
+    """How many of its last keys a query sees in whichever layer of all models over the same pages; 0 where one sees
+    all."""
+    windows = [model.spec.kv.window for model in models]
+    return max(windows) if all(windows) else 0
+
+
+def _scheduler(config: EngineConfig, spec: ModelSpec, size: CacheSize, root: bytes, kv_window: int) -> Scheduler:
     """Over a pool of its own. What is computed whole needs steps that hold it, and has no KV that others could use."""
     pool, strategy = PagePool(size.num_pages), _strategy(config, spec)
     has_prefixes = config.prefix_cache and not strategy.is_whole
@@ -148,6 +181,8 @@ def _scheduler(config: EngineConfig, spec: ModelSpec, size: CacheSize, root: byt
         max_prefill_chunk=0 if strategy.is_whole else config.max_prefill_chunk,
         prefix_cache=PrefixCache(pool, config.page_size, root) if has_prefixes else None,
         min_partial_chunk=config.min_partial_chunk,
+        kv_window=kv_window,
+        swap=SwapSpace(size.num_swap_pages) if size.num_swap_pages else None,
     )
 
 
@@ -193,9 +228,11 @@ def _strategy(config: EngineConfig, spec: ModelSpec) -> DecodeStrategy:
 def check_model(model_path: str | Path, config: EngineConfig) -> int:
     """What `build_engine` would say of the tensors, from their headers and the adapter; returns how many it reads."""
     checkpoint = open_model(model_path, config.config_overrides)
-    resolve_dtype(config.dtype, checkpoint)
+    dtype = resolve_dtype(config.dtype, checkpoint)
     _refuse_quantised(checkpoint.config())
-    num_tensors = _resolve_served(checkpoint, config.quantization).check(checkpoint)
+    kind = _resolve_served(checkpoint, config.quantization)
+    num_tensors = kind.check(checkpoint)
+    resolve_kv_dtype(config, kind.read_spec(checkpoint.config()), dtype)
     if config.lora:
         AdaptedCheckpoint.of(checkpoint, config.lora)
     return num_tensors
@@ -225,8 +262,18 @@ def resolve_dtype(name: str, checkpoint: Checkpoint, device: torch.device | None
     return DTYPES[name]
 
 
+def resolve_kv_dtype(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype) -> torch.dtype:
+    """What keys and values are stored in. ModelNotSupported for a model whose KV is not kept in 8 bits."""
+    if config.kv_cache_dtype != "auto" and spec.decode_strategy == "block_diffusion":
+        raise ModelNotSupported(
+            f"kv_cache_dtype {config.kv_cache_dtype!r} is not served for models that fill in masks, whose KV is "
+            "computed again and again; use 'auto'"
+        )
+    return KV_DTYPES.get(config.kv_cache_dtype, dtype)
+
+
 def resolve_cache(
-    config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device, draft: ModelSpec | None = None
+    config: EngineConfig, spec: ModelSpec, kv_dtype: torch.dtype, device: torch.device, draft: ModelSpec | None = None
 ) -> CacheSize:
     """Pages of the cache: what was asked for, or what the memory budget gives, at most what all seats could use.
 
@@ -242,7 +289,7 @@ def resolve_cache(
     if not tokens:
         num_bytes = config.kv_cache_bytes or _default_bytes(config, device)
         seats = config.max_num_seqs * (wanted_len + config.page_size)
-        per_token = spec.kv.bytes_per_token(dtype) + (0 if draft is None else draft.kv.bytes_per_token(dtype))
+        per_token = spec.kv.bytes_per_token(kv_dtype) + (0 if draft is None else draft.kv.bytes_per_token(kv_dtype))
         tokens = min(num_bytes // per_token, seats)
     num_pages = tokens // config.page_size if not config.kv_cache_tokens else -(-tokens // config.page_size)
     if num_pages * config.page_size < 2:
@@ -255,7 +302,10 @@ def resolve_cache(
             f"max_model_len {config.max_model_len} does not fit the KV cache of {num_pages * config.page_size} tokens; "
             "raise kv_cache_tokens or kv_cache_bytes, or lower max_model_len"
         )
-    return CacheSize(num_pages=num_pages, max_model_len=max_model_len)
+    num_swap_pages = 0
+    if config.preemption == "swap" and spec.decode_strategy != "block_diffusion":  # those are never preempted
+        num_swap_pages = -(-config.swap_tokens // config.page_size) or num_pages
+    return CacheSize(num_pages=num_pages, max_model_len=max_model_len, num_swap_pages=num_swap_pages)
 
 
 def _cache_root(checkpoint: Checkpoint, dtype: torch.dtype, page_size: int) -> bytes:

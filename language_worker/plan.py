@@ -23,6 +23,14 @@ class KVImport:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SwapMoves:
+    """Pages to copy between the cache and host memory: outs (cache, host) first, then ins (host, cache)."""
+
+    outs: tuple[tuple[int, int], ...] = ()
+    ins: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Window:
     """Query positions [start, start + length) of one sequence.
 
@@ -56,13 +64,15 @@ class StepPlan:
     """Windows of one step (decodes first, then prefill chunks) and who was preempted to make it possible.
 
     copies: (source, target) pages whose content must be copied, all sources read before any target is written, before
-    the windows run. Each target occurs once. imports: what must be in the pages before that.
+    the windows run. Each target occurs once. imports: what must be in the pages before that. swaps: pages that leave
+    for host memory or come back from it, before all else.
     """
 
     windows: tuple[Window, ...]
     preempted: tuple[Sequence, ...] = ()
     copies: tuple[tuple[int, int], ...] = ()
     imports: tuple[KVImport, ...] = ()
+    swaps: SwapMoves = SwapMoves()
 
     @property
     def num_tokens(self) -> int:

@@ -15,15 +15,17 @@ import torch
 from language_worker import intake
 from language_worker.active import ActiveRequest
 from language_worker.errors import KVMismatch, MediaTooLarge, PromptTooLong
-from language_worker.handover.rows import LAST_INPUT, ImportedRows, KVHeader, unpack_state
+from language_worker.handover.rows import DTYPES, LAST_INPUT, ImportedRows, KVHeader, unpack_state
 from language_worker.media import InputBudget, MediaItem, MediaRows
 from language_worker.models.base import LanguageModel
+from transfer.tensors import PlaneSpec
 
 
 class Handovers:
-    """`capacity` in rows. kv_of: what computes this engine's own KV; that of anything else is refused."""
+    """`capacity` in rows of `plane`. kv_of: what computes this engine's own KV; that of anything else is refused."""
 
-    def __init__(self, capacity: int, kv_of: str = "") -> None:
+    def __init__(self, capacity: int, plane: PlaneSpec, kv_of: str = "") -> None:
+        self._plane = plane
         self._kv_of = kv_of
         self._budget = InputBudget(capacity)
         self._wanted: dict[int, tuple[ActiveRequest, int]] = {}  # waits for its share
@@ -73,14 +75,15 @@ class Handovers:
         if header.kv_of != self._kv_of:
             raise KVMismatch(
                 f"the prefill worker's KV is that of {header.kv_of!r} and this worker's of {self._kv_of!r}: give both "
-                "the same model folder, config_overrides, lora, quantization and dtype, and the same max_model_len "
-                "where the model's rotary scaling is 'dynamic'"
+                "the same model folder, config_overrides, lora, quantization, dtype and kv_cache_dtype, and the same "
+                "max_model_len where the model's rotary scaling is 'dynamic'"
             )
         self.request(active, total_rows)
 
-    def expect(self, active: ActiveRequest, row_elements: int, dtype: torch.dtype) -> int:
+    def expect(self, active: ActiveRequest) -> int:
         """Make the buffer for rows that may come now; returns how many."""
         _, num_rows = self._wanted.pop(active.order)
+        (row_elements,), dtype = self._plane.row_shape, DTYPES[self._plane.dtype]
         active.arriving = MediaRows(num_rows, row_elements, dtype=dtype, device=torch.device("cpu"))
         self._arriving[active.order] = active
         return num_rows

@@ -8,12 +8,14 @@ them where the prefix says so. The naive decoder computes the same from the true
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from language_worker.api import GenerateRequest
 from language_worker.config import EngineConfig
@@ -29,6 +31,7 @@ from language_worker.runner import ModelRunner
 from language_worker.sampler import sample
 from language_worker.sampling_state import SamplingState
 from language_worker.scheduler import Scheduler
+from language_worker.swap_space import SwapSpace
 from language_worker.tokenizer import Tokenizer
 
 VOCAB = 24
@@ -41,11 +44,17 @@ _VALUE_WEIGHTS = torch.randint(1, _PRIME, (MAX_LEN,), generator=_GENERATOR)
 _NOISE = torch.randn(1009, VOCAB, generator=_GENERATOR) * 2
 
 
-def toy_logits(values: torch.Tensor, others: torch.Tensor, count: int) -> torch.Tensor:
-    """Logits [count, VOCAB] of the last positions of a sequence with these keys and values [n] int64."""
+def toy_logits(values: torch.Tensor, others: torch.Tensor, count: int, window: int = 0) -> torch.Tensor:
+    """Logits [count, VOCAB] of the last positions of a sequence with these keys and values [n] int64. window: how many
+    of its last keys a position sees, weighted by their distance (0: all, weighted by their positions)."""
     length = values.shape[0]
-    mixed = (values * _KEY_WEIGHTS[:length] + others * _VALUE_WEIGHTS[:length]) % _PRIME
-    states = mixed.cumsum(0)[length - count :] % _PRIME
+    if window:
+        seen = [F.pad(x, (window, 0))[-(count + window - 1) :].unfold(0, window, 1).flip(1) for x in (values, others)]
+        mixed = (seen[0] * _KEY_WEIGHTS[:window] + seen[1] * _VALUE_WEIGHTS[:window]) % _PRIME
+        states = mixed.sum(1) % _PRIME
+    else:
+        mixed = (values * _KEY_WEIGHTS[:length] + others * _VALUE_WEIGHTS[:length]) % _PRIME
+        states = mixed.cumsum(0)[length - count :] % _PRIME
     logits = _NOISE[states % 1009].clone()
     follower = (values[length - count :] * 5 + 3) % 7  # cycles of length 6 at most
     logits[torch.arange(count), follower] += torch.where(states % 4 == 0, 0.0, 6.0)
@@ -54,7 +63,11 @@ def toy_logits(values: torch.Tensor, others: torch.Tensor, count: int) -> torch.
 
 
 class ToyModel(LanguageModel):
-    """See the module. Keys hold a position's value, values hold what is derived from it and its position."""
+    """See the module. Keys hold a position's value, values hold what is derived from it and its position. window: as
+    `toy_logits` has it."""
+
+    def __init__(self, window: int = 0) -> None:
+        self.spec = replace(type(self).spec, kv=replace(type(self).spec.kv, window=window))
 
     spec = ModelSpec(
         vocab_size=VOCAB,
@@ -95,7 +108,7 @@ class ToyModel(LanguageModel):
         batch, rows = inputs.attention, []
         for table, kv_len, query_len in zip(batch.page_table, batch.kv_lens, batch.query_lens, strict=True):
             slots = (table[:, None] * size + torch.arange(size)).view(-1)[:kv_len]
-            rows.append(toy_logits(keys[slots].long(), values[slots].long(), query_len))
+            rows.append(toy_logits(keys[slots].long(), values[slots].long(), query_len, self.spec.kv.window))
         logits = torch.cat(rows)
         return logits if inputs.logit_rows is None else logits[inputs.logit_rows]
 
@@ -117,21 +130,26 @@ def _tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer(folder)
 
 
-def _runner(model: LanguageModel, num_pages: int, page_size: int) -> ModelRunner:
+def _runner(model: LanguageModel, num_pages: int, page_size: int, swap_pages: int) -> ModelRunner:
+    def cache(count: int) -> KVCache:
+        kv = KVCache(model.spec.kv, num_pages=count, page_size=page_size, dtype=torch.float32, device=cpu)
+        for tensor in kv.layers[0]:
+            tensor.fill_(99_991)  # what nobody wrote must not be read
+        return kv
+
     cpu = torch.device("cpu")
-    kv = KVCache(model.spec.kv, num_pages=num_pages, page_size=page_size, dtype=torch.float32, device=cpu)
-    for tensor in kv.layers[0]:
-        tensor.fill_(99_991)  # what nobody wrote must not be read
-    return ModelRunner(model, kv, cpu)
+    return ModelRunner(model, cache(num_pages), cpu, host=cache(swap_pages) if swap_pages else None)
 
 
 def toy_engine(
-    folder: Path, *, num_pages: int, strategy: Any = None, has_drafter: bool = False, **config: Any
+    folder: Path, *, num_pages: int, strategy: Any = None, has_drafter: bool = False, window: int = 0, **config: Any
 ) -> Engine:
     """An engine of the toy with a pool of `num_pages`; folder: any model folder with a tokenizer. has_drafter: the
-    strategy leaves its drafts open and a toy makes them."""
+    strategy leaves its drafts open and a toy makes them. window: of the toys, 0 for none. swap_tokens: with
+    preemption "swap", 0 for one page."""
     values = EngineConfig(**{"page_size": 4, "max_num_seqs": 4, "max_step_tokens": 32, **config})
     pool = PagePool(num_pages)
+    swap_pages = max(1, values.swap_tokens // values.page_size) if values.preemption == "swap" else 0
     scheduler = Scheduler(
         pool=pool,
         strategy=strategy or create_strategy("autoregressive"),
@@ -140,6 +158,8 @@ def toy_engine(
         max_step_tokens=values.max_step_tokens,
         max_prefill_chunk=values.max_prefill_chunk,
         prefix_cache=PrefixCache(pool, values.page_size, b"toy") if values.prefix_cache else None,
+        kv_window=window,
+        swap=SwapSpace(swap_pages) if swap_pages else None,
     )
     limits = EngineLimits(
         max_model_len=min(MAX_LEN, num_pages * values.page_size),
@@ -150,9 +170,10 @@ def toy_engine(
     )
     drafter = None
     if has_drafter:
-        drafter = Drafter(_runner(ToyDraft(), num_pages, values.page_size), vocab_size=VOCAB, num_token_ids=VOCAB)
+        runner = _runner(ToyDraft(window), num_pages, values.page_size, swap_pages)
+        drafter = Drafter(runner, vocab_size=VOCAB, num_token_ids=VOCAB)
     return Engine(
-        runner=_runner(ToyModel(), num_pages, values.page_size),
+        runner=_runner(ToyModel(window), num_pages, values.page_size, swap_pages),
         scheduler=scheduler,
         tokenizer=_tokenizer(folder),
         limits=limits,
@@ -168,7 +189,9 @@ def toy_probabilities(values: Sequence[int], temperature: float) -> np.ndarray:
     return torch.softmax(logits.double() / temperature, dim=0).numpy()
 
 
-def naive(request: GenerateRequest, rows: Sequence[Sequence[int]] = (), *, max_len: int = MAX_LEN) -> list[list[int]]:
+def naive(
+    request: GenerateRequest, rows: Sequence[Sequence[int]] = (), *, max_len: int = MAX_LEN, window: int = 0
+) -> list[list[int]]:
     """Tokens of every sample of a request with a seed, one sample and one token at a time. rows: of each media item.
     max_len: of prompt and output together."""
     params, items = request.sampling, iter(rows)
@@ -178,11 +201,11 @@ def naive(request: GenerateRequest, rows: Sequence[Sequence[int]] = (), *, max_l
         shown += [token_id] * len(item)
         values += item
     limit = min(params.max_tokens or max_len, max_len - len(shown))
-    return [_naive_sample(request, i, shown, values, limit) for i in range(params.n)]
+    return [_naive_sample(request, i, shown, values, limit, window) for i in range(params.n)]
 
 
 def _naive_sample(
-    request: GenerateRequest, index: int, shown: list[int], prompt_values: list[int], limit: int
+    request: GenerateRequest, index: int, shown: list[int], prompt_values: list[int], limit: int, window: int
 ) -> list[int]:
     params = request.sampling
     assert params.seed is not None and params.ignore_eos
@@ -190,7 +213,7 @@ def _naive_sample(
     values, tokens = list(prompt_values), []
     while len(tokens) < limit:
         known = torch.tensor(values)
-        (choice,) = sample(toy_logits(known, _other(known, torch.arange(len(values))), 1), [state])
+        (choice,) = sample(toy_logits(known, _other(known, torch.arange(len(values))), 1, window), [state])
         state.observe(choice.token_id)
         tokens.append(choice.token_id)
         values.append(choice.token_id)
