@@ -629,7 +629,7 @@ def test_an_idle_endpoint_wakes_after_any_storm_of_posts() -> None:
 
 
 def test_connections_to_receivers_that_went_are_closed() -> None:
-    config = replace(CONFIG, idle_timeout_s=0.3)
+    config = replace(CONFIG, idle_timeout_s=2.0)
     client = Service(ZmqEndpoint("tcp://127.0.0.1:0", config), config)
     sender, endpoint = StreamSender(client, config), client.endpoint
     assert isinstance(endpoint, ZmqEndpoint)

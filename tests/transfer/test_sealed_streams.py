@@ -6,6 +6,7 @@ either path, or who crashes, changes nothing.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -18,7 +19,7 @@ from tests.transfer.test_streams import *  # noqa: F403
 from tests.transfer.test_streams import configure
 from tests.transfer.test_take_over import *  # noqa: F403
 from tests.transfer.virtual import Pair, VirtualEndpoint, assert_rows_equal, make_rows
-from transfer.protocol.messages import Block
+from transfer.protocol.messages import Ack, Block, Message
 from transfer.protocol.ticket import Ticket
 
 pytestmark: list[pytest.MarkDecorator] = []
@@ -50,6 +51,26 @@ def test_blocks_wait_for_the_ack_of_the_announcement() -> None:
     assert kinds.index("Announce") < kinds.index("Ack") < kinds.index("Block")
     assert not pair.receiver.stats().get("transfer_dropped_early")
     assert_rows_equal(consumer, data)
+
+
+@pytest.mark.parametrize("num_lost", [1, 3])
+def test_a_lost_answer_to_the_announcement_is_asked_for_though_blocks_come_and_go(num_lost: int) -> None:
+    """Streams that share one block give it to each other twice a second: that news answers nothing."""
+    pair, lost = Pair(configure(16, 16, 1)), Counter[str]()
+
+    def rewrite(message: Message, frames: list[bytes]) -> tuple[Message, list[bytes]] | None:
+        if isinstance(message, Ack) and lost[message.stream_id] < num_lost:
+            lost[message.stream_id] += 1
+            return None
+        return message, frames
+
+    pair.network.rewrite = rewrite
+    streams = [pair.transfer(40) for _ in range(3)]
+    pair.network.run_until(lambda: all(consumer.ends for _, consumer, _ in streams), limit_s=60.0)
+    assert list(lost.values()) == [num_lost] * 3
+    for _, consumer, data in streams:
+        assert_rows_equal(consumer, data)
+    pair.assert_ledger_zero()
 
 
 def test_two_attempts_with_one_ticket_share_no_key() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -250,3 +251,31 @@ def test_the_allow_list_lets_in_listed_keys_only() -> None:
         assert allow.answer(changed)[2] == b"400"
     assert allow.answer([])[2] == allow.answer(request[:-1])[2] == b"400"
     assert allow.num_refused == 8
+
+
+def test_a_pool_lies_in_large_pages_where_there_are_any_each_plane_on_a_page_of_its_own() -> None:
+    odd, wide = PlaneSpec(name="odd", dtype="int8", row_shape=(3,)), PlaneSpec(name="x", dtype="float64", row_shape=())
+    buffers = PlaneBuffers(64, 8191, (PLANES[0], odd, wide))
+    rows = [buffers.rows(block_id, 8191) for block_id in range(64)]
+    for number, views in enumerate(rows):
+        for view in views.values():
+            view.fill_(number)
+    assert all((view == number).all() for number, views in enumerate(rows) for view in views.values()), "none overlap"
+    starts = [view.data_ptr() for view in rows[0].values()]
+    assert all(start % 4096 == 0 for start in starts)
+    smaps = Path("/proc/self/smaps")
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists() or not smaps.exists():
+        return
+    flags, is_ours = "", False
+    for line in smaps.read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            is_ours = int(found[1], 16) <= starts[0] < int(found[2], 16)
+        elif line.startswith("VmFlags:") and is_ours:
+            flags = line
+    assert " hg" in flags, "large pages were asked for"
+
+
+@pytest.mark.parametrize("num_blocks", [1 << 26, 1 << 40])
+def test_a_pool_that_no_machine_has_is_a_wrong_configuration(num_blocks: int) -> None:
+    with pytest.raises(ConfigError, match=r"transfer\.pool_tokens"):
+        PlaneBuffers(num_blocks, 1 << 20, PLANES)

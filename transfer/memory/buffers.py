@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from mmap import mmap
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from transfer.errors import LocalProtocolError
+from transfer.memory.pages import private_memory
 from transfer.tensors import PlaneSpec
 
 __all__ = ["PlaneBuffers", "RowQueue", "Tensor", "dtype_name", "is_same_memory", "plane_of", "tensor_bytes"]
@@ -26,6 +28,7 @@ _DTYPES: dict[str, torch.dtype] = {
     "bool": torch.bool,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+PLANE_ALIGNMENT = 4096  # each plane begins on a page
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -61,15 +64,19 @@ def is_same_memory(rows: Tensor, other: Tensor) -> bool:
 class PlaneBuffers:
     """Memory of the receive pool: per plane one tensor [num_blocks, block_size, *row_shape], in host memory.
 
-    Pinned when the consumer is on a GPU, so that its copies need no staging.
+    Pinned when the consumer is on a GPU, so that its copies need no staging; elsewhere in large pages if there are any.
     """
 
     def __init__(self, num_blocks: int, block_size: int, planes: Sequence[PlaneSpec], device: str = "cpu") -> None:
-        pinned = device.startswith("cuda") and torch.cuda.is_available()
-        tensors = {
-            p.name: torch.empty((num_blocks, block_size, *p.row_shape), dtype=_DTYPES[p.dtype], pin_memory=pinned)
-            for p in planes
-        }
+        if device.startswith("cuda") and torch.cuda.is_available():
+            tensors = {
+                p.name: torch.empty((num_blocks, block_size, *p.row_shape), dtype=_DTYPES[p.dtype], pin_memory=True)
+                for p in planes
+            }
+        else:
+            sizes = [-(-num_blocks * block_size * p.row_bytes // PLANE_ALIGNMENT) * PLANE_ALIGNMENT for p in planes]
+            memory = private_memory(sum(sizes), "the pool of received blocks (transfer.pool_tokens)")
+            tensors = _lay_over(memory, (0, *accumulate(sizes[:-1])), num_blocks, block_size, planes)
         self._keep(tensors, block_size)
 
     @classmethod
@@ -78,12 +85,7 @@ class PlaneBuffers:
     ) -> PlaneBuffers:
         """Blocks in memory that is there already, each plane's from its byte offset on. Keeps `memory` in use."""
         buffers = cls.__new__(cls)
-        tensors = {}
-        for plane, offset in zip(planes, offsets, strict=True):
-            shape = (num_blocks, block_size, *plane.row_shape)
-            flat = torch.frombuffer(memory, dtype=_DTYPES[plane.dtype], count=math.prod(shape), offset=offset)
-            tensors[plane.name] = flat.view(shape)
-        buffers._keep(tensors, block_size)
+        buffers._keep(_lay_over(memory, offsets, num_blocks, block_size, planes), block_size)
         return buffers
 
     def _keep(self, tensors: dict[str, Tensor], block_size: int) -> None:
@@ -121,6 +123,17 @@ class PlaneBuffers:
     def frames(self, block_id: int, num_rows: int) -> list[memoryview]:
         """The bytes of the first rows of a block, one frame per plane."""
         return [part[block_id, : part.shape[1] // self._block_size * num_rows].data for part in self._bytes]
+
+
+def _lay_over(
+    memory: mmap, offsets: Sequence[int], num_blocks: int, block_size: int, planes: Sequence[PlaneSpec]
+) -> dict[str, Tensor]:
+    tensors = {}
+    for plane, offset in zip(planes, offsets, strict=True):
+        shape = (num_blocks, block_size, *plane.row_shape)
+        flat = torch.frombuffer(memory, dtype=_DTYPES[plane.dtype], count=math.prod(shape), offset=offset)
+        tensors[plane.name] = flat.view(shape)
+    return tensors
 
 
 class RowQueue:

@@ -18,7 +18,7 @@ from typing import Protocol, TypeAlias
 
 from transfer.config import TransferConfig
 from transfer.connection import Connection
-from transfer.errors import EndpointClosed, RemoteProtocolError, TransferError
+from transfer.errors import EndpointClosed, RemoteProtocolError, TicketRejected, TransferError
 from transfer.memory.buffers import PlaneBuffers
 from transfer.memory.segment_passing import Lifeline, fetch, is_lifeline_over
 from transfer.memory.segments import Segment, SegmentLayout, is_supported
@@ -28,6 +28,7 @@ from transfer.protocol.ticket import Ticket
 from transfer.service.service import Service
 
 RETRY_S = 30.0  # how long a receiver whose segment could not be had is not asked again
+REFUSED_S = 2.0  # and how long one that is there, and refused: that segment may have been given up meanwhile
 MAX_PATH_CHARS = 108
 MAX_MAPPED = 8  # of one receiver
 
@@ -107,12 +108,16 @@ class SegmentGuest:
 
         def job() -> None:
             found: MappedSegment | None = None
+            pause_s = RETRY_S
             try:
                 found = self._get(path, ticket, generation, layout, has_checksums)
+            except (TransferError, OSError) as error:
+                logger.info("payload of stream %s goes over the wire: %s", ticket.stream_id, error)
+                pause_s = REFUSED_S if isinstance(error, TicketRejected) else RETRY_S
             except Exception as error:  # whatever it is: those who wait get an answer
                 logger.warning("payload for %s goes over the wire: %s", connection.peer, error)
             try:
-                self._service.post(lambda: self._answer(connection, generation, found))
+                self._service.post(lambda: self._answer(connection, generation, found, pause_s))
             except EndpointClosed:
                 if found is not None:
                     found.close()
@@ -121,7 +126,7 @@ class SegmentGuest:
             self._run_job(job)
         except RuntimeError as error:
             logger.warning("payload for %s goes over the wire: %s", connection.peer, error)
-            self._answer(connection, generation, None)
+            self._answer(connection, generation, None, RETRY_S)
 
     def tick(self) -> None:
         """Let go of the segments whose receiver hung up."""
@@ -156,22 +161,18 @@ class SegmentGuest:
 
     def _get(
         self, path: str, ticket: Ticket, generation: int, layout: SegmentLayout, has_checksums: bool
-    ) -> MappedSegment | None:
-        try:
-            fetched = self._fetch(path, ticket, generation)
-            segment = fetched.attach(layout, generation)
-        except (TransferError, OSError) as error:
-            logger.info("payload of stream %s goes over the wire: %s", ticket.stream_id, error)
-            return None
+    ) -> MappedSegment:
+        fetched = self._fetch(path, ticket, generation)
+        segment = fetched.attach(layout, generation)
         buffers = PlaneBuffers.over(
             segment.memory, layout.plane_offsets, layout.num_slots, layout.block_size, layout.planes
         )
         return MappedSegment(segment, buffers, has_checksums, fetched.lifeline)
 
-    def _answer(self, connection: Connection, generation: int, found: MappedSegment | None) -> None:
+    def _answer(self, connection: Connection, generation: int, found: MappedSegment | None, pause_s: float) -> None:
         waiting = self._waiting.pop((connection, generation), [])
         if found is None:
-            self._not_before[connection] = self._service.now() + RETRY_S
+            self._not_before[connection] = self._service.now() + pause_s
         elif not self._is_on:
             found.close()
             found = None

@@ -4,7 +4,7 @@ Runs on the service's I/O thread; only the news that a peer is gone comes from t
 first stream of a peer, serves all its streams, and is closed when none came for a while. A peer that does not say that
 it let go of the slots of streams that ended is asked again and again. While it is silent for long, its next streams get
 a new segment and those in the old one go on there; where these have no slot left to go on with, or the peer is lost,
-the segment is abandoned.
+the segment is abandoned: nobody gets it any more, and who was granted nothing of it goes over the wire.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ MAX_SEGMENTS = 256
 MAX_PEER_SEGMENTS = 4  # of one peer that does not let go of slots
 RELEASE_S = 2.0  # how long the sender of streams that ended may take to let go of their slots
 STUCK_S = 10.0  # and how long where other streams can do nothing without them
+RETRY_S = 30.0  # how long nothing is tried after memory could not be made or offered
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,9 @@ class SegmentHost:
         self._open_server = open_server
         self._make_area = make_area or partial(SegmentArea, has_checksums=config.shm_checksum)
         self._server: Server | None = None
-        self._is_off = False  # it did not work here, and is not tried again
+        self._is_closed = False
+        self._not_before = 0.0  # it did not work here, and is not tried again until then
+        self._trouble = ""  # why
         self._current: dict[Connection, SegmentArea] = {}
         self._peers: dict[int, tuple[SegmentArea, Connection]] = {}  # every segment that is not closed, by generation
         self._num_abandoned = 0
@@ -86,7 +89,7 @@ class SegmentHost:
 
         None where there is none to be had: the payload then goes over the wire.
         """
-        if self._is_off:
+        if self._is_closed or self._service.now() < self._not_before:
             return None
         area = self._current.get(connection)
         try:
@@ -98,8 +101,10 @@ class SegmentHost:
                     return None
                 area = self._make_area(self._layout)
         except (TransferError, OSError, RuntimeError) as error:  # no descriptors, no threads
-            logger.warning("payload goes over the wire, for shared memory does not work here: %s", error)
-            self._is_off = True
+            is_known, self._trouble = self._trouble == str(error), str(error)
+            level = logging.DEBUG if is_known else logging.WARNING
+            logger.log(level, "payload goes over the wire, for shared memory does not work here: %s", error)
+            self._not_before = self._service.now() + RETRY_S
             return None
         generation, server = area.segment.generation, self._server
         self._current[connection] = area
@@ -174,7 +179,7 @@ class SegmentHost:
         if self._server is not None:
             self._server.close()
             self._server = None
-        self._is_off = True
+        self._is_closed = True
 
     # -- what there is --------------------------------------------------------------------------------------------
 

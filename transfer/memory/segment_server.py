@@ -91,7 +91,11 @@ class SegmentServer:
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._wake_read, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._run, name=f"segments {self.path}", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            self._dispose()
+            raise ConfigError(f"no thread is left to pass segments at {self.path}: {error}") from error
 
     # -- any thread -----------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from transfer.errors import ConfigError, LocalProtocolError, RemoteProtocolError
+from transfer.memory.pages import advise_huge
 from transfer.tensors import PlaneSpec
 
 SEAL_BYTES = 64
@@ -158,12 +159,17 @@ class Segment:
                     return  # closed meanwhile, or a kernel without it: pages then come when they are first touched
 
     def populate_soon(self, end: int) -> None:
-        """Slots below `end` are to be used soon: `populate` those that never were, in a thread of its own."""
+        """Slots below `end` are to be used soon: `populate` those that never were, in a thread of its own.
+
+        Where the system has no thread left, their pages come when they are first touched.
+        """
         first, self._num_populated = self._num_populated, max(self._num_populated, end)
         if end > first:
-            threading.Thread(
+            thread = threading.Thread(
                 target=self._populate_quietly, args=(first, end - first), name="populate segment", daemon=True
-            ).start()
+            )
+            with contextlib.suppress(RuntimeError):
+                thread.start()
 
     def _populate_quietly(self, slot: int, num_slots: int) -> None:
         with contextlib.suppress(LocalProtocolError):  # closed meanwhile
@@ -197,7 +203,7 @@ class OwnedSegment(Segment):
             raise ConfigError(
                 f"no shared memory of {layout.num_bytes} bytes: {error}; turn shared_memory off"
             ) from error
-        _advise_huge(memory)
+        advise_huge(memory)
         super().__init__(memory, layout, generation)
 
     def unseal(self, slots: Sequence[int]) -> None:
@@ -235,7 +241,7 @@ def attach(fd: int, layout: SegmentLayout, generation: int) -> Segment:
         raise RemoteProtocolError("a segment that may not be written came") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"a segment of {size} bytes cannot be mapped: {error}; turn shared_memory off") from error
-    _advise_huge(memory)
+    advise_huge(memory)
     return Segment(memory, layout, generation)
 
 
@@ -247,12 +253,6 @@ def _side_by_side(slots: Sequence[int]) -> slice | list[int]:
 
 def _page_up(num_bytes: int) -> int:
     return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
-
-
-def _advise_huge(memory: mmap.mmap) -> None:
-    """Large pages where the administrator allows them for shared memory; elsewhere this changes nothing."""
-    with contextlib.suppress(AttributeError, OSError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
 
 
 @functools.cache

@@ -88,6 +88,11 @@ class Accepted:
 
 
 @dataclass(frozen=True, slots=True)
+class Withdrawn:
+    """The receiver gave up the segment that it had offered: nothing of it was granted, and nothing will be."""
+
+
+@dataclass(frozen=True, slots=True)
 class ReleaseRows:
     """Rows below `before_row` are stored at the peer: forget them."""
 
@@ -165,7 +170,9 @@ class Failed:
     error: TransferError
 
 
-SenderAction: TypeAlias = Send | SendBlock | SendFilled | Accepted | ReleaseRows | Dropped | Finished | Failed
+SenderAction: TypeAlias = (
+    Send | SendBlock | SendFilled | Accepted | Withdrawn | ReleaseRows | Dropped | Finished | Failed
+)
 ReceiverAction: TypeAlias = (
     Send | Place | Placed | Deliver | FreeBlocks | Announced | Restarted | Dropped | Finished | Failed
 )

@@ -14,6 +14,8 @@ from transfer.protocol.negotiate import Offer
 
 Body: TypeAlias = dict[str, Any]
 
+WITHDRAWN: Body = {"generation": 0}  # in an Accept, in the place of a segment that was offered before
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Open:
@@ -36,7 +38,8 @@ class Accept:
     """Receiver to sender: I hold the ticket too (proof over this and the Open), and this is what I can do.
 
     Blocks below `first_index` are stored already: go on there. `segment` and `data_address` say how to reach shared
-    memory and the socket for sealed payloads; None where not offered.
+    memory and the socket for sealed payloads; None where not offered. Said once more with the segment WITHDRAWN: that
+    memory is given up before any of it was granted, so say Attached 0, and the payload goes over the wire.
     """
 
     stream_id: str
@@ -118,7 +121,7 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attached:
-    """Sender to receiver, to an Accept with a segment: I have mapped it (0: I cannot, use the wire). Grants follow."""
+    """Sender to receiver, to an Accept with a segment: I have mapped it (0: not, so use the wire). Grants follow."""
 
     stream_id: str
     epoch: int

@@ -12,14 +12,14 @@ from typing import Any
 
 from transfer.errors import StreamAborted, StreamTimeout, TicketRejected, TransferError, error_code
 from transfer.protocol.actions import Failed, FreeBlocks, ReceiverAction, Send, Timers
-from transfer.protocol.messages import Abort, Ack
+from transfer.protocol.messages import WITHDRAWN, Abort, Ack
 from transfer.protocol.negotiate import Offer
 from transfer.protocol.payload import IncomingPayload, TaggedPayload
 from transfer.protocol.receiver_window import ReceiverWindow
 from transfer.protocol.state import RECEIVER_TABLE, TERMINAL, ReceiverEvent, ReceiverState, apply
 from transfer.protocol.stream_record import StreamFacts, StreamRecord
 from transfer.protocol.take_over import orphaned_by
-from transfer.protocol.ticket import Ticket
+from transfer.protocol.ticket import Ticket, proven_accept
 
 FLOWING = (ReceiverState.HELD, ReceiverState.ADMITTED)
 MAY_STALL = (ReceiverState.GRANTED, *FLOWING)
@@ -82,6 +82,19 @@ class ReceiverLife:
     def place_in(self, *, shared_memory: bool) -> None:
         """Where the blocks of this epoch are to be, once that is known: in memory that its sender writes, or not."""
         self.facts = replace(self.facts, shares_memory=shared_memory)
+
+    @property
+    def can_withdraw_segment(self) -> bool:
+        """Whether a sender is there that was granted nothing under this epoch, and so wrote nothing."""
+        return self.facts.accept is not None and self.window.num_rounds == 0
+
+    def withdraw_segment(self) -> list[ReceiverAction]:
+        """The segment that the Accept names is given up; may be repeated until its sender says that it heard."""
+        facts = self.facts
+        assert facts.accept is not None and facts.opened is not None and self.can_withdraw_segment
+        accept = proven_accept(facts.ticket, replace(facts.accept, segment=WITHDRAWN), facts.opened)
+        self.facts = replace(facts, accept=accept, shares_memory=False)
+        return [Send(accept)]
 
     # -- what the shell asks --------------------------------------------------------------------------------------
 

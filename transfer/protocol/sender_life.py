@@ -72,7 +72,12 @@ class SenderLife:
         return self._grants.num_rounds
 
     def attached(self, generation: int) -> list[SenderAction]:
-        """The receiver's segment was mapped (0: it cannot be). Its grants are for slots from now on."""
+        """The receiver's segment was mapped (0: it cannot be, or was withdrawn). Its grants are for slots from now on.
+
+        What was withdrawn stays so: who was still getting it comes too late.
+        """
+        if self._generation == 0:
+            return []
         self._generation = generation
         return [self._attachment(generation)]
 
@@ -134,8 +139,9 @@ class SenderLife:
         self._next_probe = now + self._gap
 
     def _note_news(self, now: float) -> None:
-        """Grants come and go: no answer to a block that waits for its Ack, so that goes on being asked for."""
-        if self.num_sent <= self.num_acked:
+        """Grants come and go: no answer to what waits for its Ack, a block or the announcement: that is asked for."""
+        is_unheard = self.state is SenderState.SENDING and not self._is_heard
+        if self.num_sent <= self.num_acked and not is_unheard:
             self._note_progress(now)
 
     def _num_blocks(self) -> int:

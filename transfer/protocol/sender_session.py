@@ -20,8 +20,21 @@ from transfer.protocol.actions import (
     SenderAction,
     SendFilled,
     StreamStats,
+    Withdrawn,
 )
-from transfer.protocol.messages import Abort, Accept, Ack, Body, Close, Grant, Resume, Revoke, Revoked, StreamMessage
+from transfer.protocol.messages import (
+    WITHDRAWN,
+    Abort,
+    Accept,
+    Ack,
+    Body,
+    Close,
+    Grant,
+    Resume,
+    Revoke,
+    Revoked,
+    StreamMessage,
+)
 from transfer.protocol.negotiate import agree
 from transfer.protocol.sender_grants import SenderGrants
 from transfer.protocol.sender_life import SenderLife
@@ -98,10 +111,14 @@ class SenderSession(SenderLife):
         return [Dropped("wrong_direction")]
 
     def _on_accept(self, accept: Accept, now: float) -> list[SenderAction]:
-        if self.state is not SenderState.OPENING:
+        is_withdrawal = accept.segment == WITHDRAWN and self._generation != 0 and not self.num_rounds
+        if self.state is not SenderState.OPENING and not is_withdrawal:
             return [Dropped("duplicate")]
         if not accept_is_proven(self.ticket, accept, self._open(now)):
             return [Dropped("bad_proof")]
+        if self.state is not SenderState.OPENING:
+            self._heard = now
+            return [Withdrawn(), *self.attached(0)]
         self._heard = now
         terms = self.terms = agree(self.offer, accept.offer)
         self._apply(SenderEvent.ACCEPT)

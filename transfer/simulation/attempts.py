@@ -94,7 +94,8 @@ def explains_receiver(request: Request, attempt: Attempt, outages: Outages, erro
         return True
     names = {sending.host.name for sending in attempt.sendings}
     if isinstance(error, PeerLost) and error.args == NO_SEGMENT.args:
-        return _was_cut(attempt) or any(outages.excuse_silence(name, attempt.host.name, now) for name in names)
+        is_abandoned = _was_cut(attempt) or any(outages.excuse_silence(name, attempt.host.name, now) for name in names)
+        return is_abandoned and bool(attempt.book.slot_epochs)  # who was granted none of it goes over the wire
     return any(outages.excuse(name, attempt.host.name, attempt.started_s, now) for name in names)
 
 
@@ -107,7 +108,7 @@ def explains_sender(
     if attempt.is_over and not attempt.is_complete:
         return True  # its receiver gave up first, and was asked why
     is_abandoned = _was_cut(attempt) or outages.excuse_silence(sending.host.name, attempt.host.name, now)
-    if isinstance(error, TicketRejected) and is_abandoned:
+    if isinstance(error, TicketRejected) and is_abandoned and sending.ticket.epoch in attempt.book.slot_epochs:
         return True
     return outages.excuse(sending.host.name, attempt.host.name, attempt.started_s, now)
 

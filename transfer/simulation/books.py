@@ -64,6 +64,8 @@ class StreamBook:
     area: BlockWatch | None  # whose blocks it is granted; None while its sender is asked whether it can use `invited`
     invited: SlotWatch | None = None  # the segment that its sender was asked to map
     answered_epoch: int = 0  # of the last Accept that told where its blocks are to be
+    withdrawn_epoch: int = 0  # of the last Accept that withdrew a segment
+    slot_epochs: set[int] = field(default_factory=set)  # those under which it was granted slots
     senders: dict[int, SenderBook] = field(default_factory=dict)
     is_registered: bool = False
     is_ended: bool = False

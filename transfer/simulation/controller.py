@@ -218,13 +218,15 @@ class Controller:
         return hit
 
     def segment_lost(self, generation: int) -> int:
-        """A lifeline of this segment ended: who is received there, or is to be, lost its sender. How many do."""
+        """A lifeline of this segment ended: who was granted slots of it lost its sender. How many are (to be) there."""
         hit, watch = 0, self._judge.segments[generation]
         watch.is_cut = True
         for request in self.requests:
             attempt = request.attempt
-            if attempt is not None and watch in (attempt.book.area, attempt.book.invited):
-                hit += 1
+            if attempt is None or watch not in (attempt.book.area, attempt.book.invited):
+                continue
+            hit += 1
+            if attempt.book.epoch in attempt.book.slot_epochs:
                 attempt.harms.append("lifeline_lost")
                 self._sender_lost(request, attempt, attempt.has_sender)
         return hit

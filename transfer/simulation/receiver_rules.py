@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from transfer.protocol.messages import (
+    WITHDRAWN,
     Abort,
     Accept,
     Ack,
@@ -17,6 +18,7 @@ from transfer.protocol.messages import (
 )
 from transfer.simulation.books import StreamBook
 from transfer.simulation.judge import Judge
+from transfer.simulation.segments import SlotWatch
 
 
 class ReceiverRules:
@@ -72,6 +74,8 @@ class ReceiverRules:
                 self._complain("1: a repeated grant says the same", book, f"{grant} after {known}")
             return
         book.grants[grant.epoch, grant.round] = grant
+        if isinstance(book.area, SlotWatch):
+            book.slot_epochs.add(grant.epoch)
         owners = {} if book.area is None else book.area.owners
         strange = [block_id for block_id in grant.block_ids if owners.get(block_id) != book.stream_id]
         if strange or len(set(grant.block_ids)) != len(grant.block_ids):
@@ -124,6 +128,9 @@ class ReceiverRules:
 
     def _tell_area(self, book: StreamBook, accept: Accept) -> None:
         """Where the blocks of an epoch are to be: where its first Accept says, or where the sender then can."""
+        if accept.segment == WITHDRAWN:
+            self._on_withdrawal(book, accept)
+            return
         if accept.epoch == book.answered_epoch:
             return
         book.answered_epoch, book.invited = accept.epoch, None
@@ -132,14 +139,20 @@ class ReceiverRules:
             book.invited = self._judge.segments[accept.segment["generation"]]
             book.area = book.invited if book.invited.is_attached else None
 
+    def _on_withdrawal(self, book: StreamBook, accept: Accept) -> None:
+        """A segment is given up: its stream is granted nothing more before its sender said that it heard."""
+        if accept.epoch == book.withdrawn_epoch:
+            return
+        if accept.epoch in book.slot_epochs or book.invited is None or not book.invited.is_abandoned:
+            self._complain("4: only what was not granted is withdrawn", book, f"{accept.segment} for {book.invited}")
+        book.withdrawn_epoch, book.area, book.invited = accept.epoch, None, None
+
     def _on_attached_arriving(self, book: StreamBook, attached: Attached) -> None:
         """The answer to an invitation; one for an epoch that is over says nothing, about its segment neither."""
         invited = book.invited
-        if invited is None:
-            return
         if attached.generation == 0:
             book.area = self._judge.watches[book.process]
-        elif attached.generation == invited.generation and not invited.is_abandoned:
+        elif invited is not None and attached.generation == invited.generation and not invited.is_abandoned:
             invited.is_attached = True
             book.area = invited
 

@@ -11,11 +11,11 @@ import contextlib
 from collections.abc import Callable, Sequence
 
 from transfer.connection import Connection
-from transfer.errors import EndpointClosed, TransferError
+from transfer.errors import EndpointClosed, RemoteProtocolError, TransferError
 from transfer.memory.segment_guest import MappedSegment, SegmentGuest
 from transfer.memory.slot_writer import SlotWriter
 from transfer.protocol.actions import Accepted, SenderAction, SendFilled
-from transfer.protocol.messages import Abort, Close, Released, Revoked, StreamMessage
+from transfer.protocol.messages import WITHDRAWN, Abort, Close, Grant, Released, Revoked, StreamMessage
 from transfer.protocol.state import TERMINAL
 from transfer.service.service import Service
 from transfer.streams.outgoing_stream import OutgoingStream
@@ -46,14 +46,33 @@ class OutgoingSlots:
         def answer(mapped: MappedSegment | None) -> None:
             if session.state in TERMINAL:
                 return
-            if mapped is not None:
+            actions = session.attached(0 if mapped is None else mapped.generation)
+            if mapped is not None and actions:  # else it was withdrawn meanwhile
                 stream.slots = SlotWriter(mapped, session.ticket, session.block_size, lambda: self._settle_soon(stream))
-            self._run(stream, session.attached(0 if mapped is None else mapped.generation))
+            self._run(stream, actions)
 
+        if accepted.segment == WITHDRAWN:
+            answer(None)
+            return
         try:
             self._guest.accept(stream.connection, session.ticket, accepted.segment, session.offer, answer)
         except TransferError as error:
             self._run(stream, session.fail(error))
+
+    def receive(self, stream: OutgoingStream, message: StreamMessage) -> Sequence[SenderAction]:
+        """The receiver says something to the stream's session, which may so be granted slots."""
+        session, num_rounds = stream.session, stream.session.num_rounds
+        actions = session.receive(message, self._service.now())
+        if isinstance(message, Grant) and stream.slots is not None and session.num_rounds > num_rounds:
+            try:
+                stream.slots.granted(message.first_index, message.block_ids)
+            except RemoteProtocolError as error:
+                return session.fail(error)
+        return actions
+
+    def leave(self, stream: OutgoingStream) -> None:
+        """The receiver gave the segment up before it granted anything of it: nobody writes there, or ever did."""
+        stream.slots = None
 
     def send_filled(self, stream: OutgoingStream, action: SendFilled) -> None:
         """Write blocks into their slots, and say so."""

@@ -68,28 +68,31 @@ class ReceiveAreas:
             facts = stream.session.facts
             if facts.opened is not None and stream.placed_epoch != facts.ticket.epoch:
                 self.opened(stream)
+        for area in () if self._host is None else self._host.areas():
+            if not area.is_open:
+                self.lost(area)  # not all of its streams may have heard
 
     def attached(self, stream: IncomingStream, message: Attached, now: float) -> None:
         """The sender mapped the segment it was invited to, or says that it cannot."""
-        session, invited = stream.session, stream.invited
+        session, invited, generation = stream.session, stream.invited, message.generation
         if message.epoch != session.ticket.epoch:
             self._streams.dropped["stale_epoch"] += 1
             return
-        if invited is None or self._host is None or (stream.area is invited and message.generation):
+        if self._host is None or stream.area is self.wire or (stream.area is not None and generation):
             return  # known
-        if stream.area is not None:
-            self._streams.run(stream, session.lost(NO_SEGMENT, now), is_decided=True)  # it had it, and has it no more
-            return
         self._host.answered(message.stream_id)
-        if message.generation == 0:
-            stream.invited = None
-            self._host.declined(message.stream_id, invited)
+        if generation == 0 and session.can_withdraw_segment:
+            stream.area = stream.invited = None
+            if invited is not None:
+                self._host.declined(message.stream_id, invited)
             self._use(stream, self.wire)
-        elif message.generation == invited.segment.generation and invited.is_open:
+        elif stream.area is None and invited is None:
+            self._streams.run(stream, session.withdraw_segment())  # it did not hear that yet
+        elif stream.area is None and invited is not None and generation == invited.segment.generation:
             invited.is_attached = True
             self._use(stream, invited)
         else:
-            self._streams.run(stream, session.lost(NO_SEGMENT, now), is_decided=True)
+            self._streams.run(stream, session.lost(NO_SEGMENT, now), is_decided=True)  # it has another, or lost it
 
     def filled(self, stream: IncomingStream, message: Filled, now: float) -> None:
         """Blocks that the sender wrote where they are."""
@@ -104,15 +107,19 @@ class ReceiveAreas:
             self._host.released(connection, message.stream_id, message.epoch)
 
     def ended(self, stream_id: str) -> None:
-        """A stream is over."""
+        """A stream is over, or its segment: nobody may fetch one for it any more."""
         if self._host is not None:
             self._host.answered(stream_id)
 
     def lost(self, area: SegmentArea) -> None:
-        """The process that shared a segment is gone: whoever still needs it to send has lost its sender."""
+        """A segment is abandoned: who was granted nothing of it goes over the wire, who was has lost its sender."""
         now = self._streams.now()
         for stream in tuple(self._streams.by_id.values()):
-            if stream.area is area and stream.connection is not None:
+            if stream.connection is None or area is not (stream.area or stream.invited):
+                continue
+            if stream.session.can_withdraw_segment:
+                self._withdraw(stream, area)
+            else:
                 self._streams.run(stream, stream.session.lost(NO_SEGMENT, now), is_decided=True)
         self.plan()
 
@@ -148,6 +155,14 @@ class ReceiveAreas:
     def _is_over(self, stream_id: str, epoch: int) -> bool:
         stream = self._streams.by_id.get(stream_id)
         return stream is None or stream.session.ticket.epoch > epoch
+
+    def _withdraw(self, stream: IncomingStream, area: SegmentArea) -> None:
+        """Its sender is to go over the wire, and is granted nothing before it said that it does."""
+        actions = stream.session.withdraw_segment()
+        stream.area = stream.invited = None
+        area.end(stream.session.ticket.stream_id)
+        self.ended(stream.session.ticket.stream_id)
+        self._streams.run(stream, actions, is_decided=True)
 
     def _use(self, stream: IncomingStream, area: ReceiveArea) -> None:
         stream.area, stream.wants_nothing = area, False

@@ -20,7 +20,6 @@ from transfer.errors import (
     LocalProtocolError,
     Overloaded,
     PeerLost,
-    RemoteProtocolError,
     StreamAborted,
     TicketRejected,
     TransferError,
@@ -37,8 +36,9 @@ from transfer.protocol.actions import (
     SenderAction,
     SendFilled,
     Timers,
+    Withdrawn,
 )
-from transfer.protocol.messages import Abort, Block, Close, Grant, Probe, Revoked, StreamMessage
+from transfer.protocol.messages import Abort, Block, Close, Probe, Revoked, StreamMessage
 from transfer.protocol.negotiate import SEALED, Offer
 from transfer.protocol.payload import integrity_offered, outgoing_payload
 from transfer.protocol.schedule import Schedule
@@ -198,14 +198,7 @@ class StreamSender:
             if not isinstance(message, Abort):
                 self._dropped["unknown_stream" if stream is None else "foreign_connection"] += 1
             return not isinstance(message, Abort)
-        session, num_rounds = stream.session, stream.session.num_rounds
-        actions = session.receive(message, self._service.now())
-        if isinstance(message, Grant) and stream.slots is not None and session.num_rounds > num_rounds:
-            try:
-                stream.slots.granted(message.first_index, message.block_ids)
-            except RemoteProtocolError as error:
-                actions = session.fail(error)
-        self._run(stream, actions)
+        self._run(stream, self._slots.receive(stream, message))
         return True
 
     def on_tick(self, now: float) -> None:
@@ -253,6 +246,8 @@ class StreamSender:
             case Accepted():
                 self._accept(stream, action)
                 self._slots.join(stream, action)
+            case Withdrawn():
+                self._slots.leave(stream)
             case SendBlock():
                 if stream.session.state not in TERMINAL:  # the block before it may have ended the stream
                     self._send_block(stream, action)

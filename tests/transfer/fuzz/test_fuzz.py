@@ -12,7 +12,7 @@ from transfer.protocol.messages import Message
 from transfer.protocol.wire import SCHEMAS, WIRE_VERSION
 
 DECODER_INPUTS = 5_000_000 if IS_SOAK else 100_000
-SESSION_INPUTS = dict.fromkeys(PAIRS, 100_000) if IS_SOAK else {"wire": 2000, "sealed": 900, "segments": 900}
+SESSION_INPUTS = dict.fromkeys(PAIRS, 100_000) if IS_SOAK else {"wire": 2000, "sealed": 900, "segments": 1500}
 SEED = 2026
 
 

@@ -15,14 +15,14 @@ NUM_SEEDS = 500
 MORE_SEEDS = {"confirm_twice": 1000}
 # Where each was caught last, so that the everyday profile need not search; any seed below its number will do.
 CAUGHT_AT = {
-    "acknowledge_before_storing": 5,
+    "acknowledge_before_storing": 11,
     "believe_every_answer": 2,
     "divide_the_allocation": 15,
     "go_on_one_block_too_far": 18,
     "deliver_again_after_a_restart": 8,
     "lose_what_was_acknowledged": 27,
     "write_revoked_blocks": 2,
-    "forget_rows_too_early": 0,
+    "forget_rows_too_early": 2,
     "ignore_the_deadline": 13,
     "never_ask_back": 2,
     "keep_what_was_admitted": 2,
@@ -37,9 +37,12 @@ CAUGHT_AT = {
     "fill_a_sealed_slot_again": 99,
     "ignore_the_end_of_a_lifeline": 48,
     "fence_what_was_handed_on": 196,
-    "forget_where_blocks_are_to_be": 85,
+    "forget_where_blocks_are_to_be": 80,
     "wait_for_word_of_the_pools_blocks": 18,
     "confirm_twice": 805,
+    "lose_whom_nothing_was_granted": 19,
+    "invite_to_what_is_given_up": 19,
+    "grant_before_the_withdrawal_was_heard": 19,
 }
 # What each breaks: the breach that is found must be of one of these promises, by its first words.
 BREAKS: dict[str, tuple[str, ...]] = {
@@ -79,6 +82,9 @@ BREAKS: dict[str, tuple[str, ...]] = {
     "forget_where_blocks_are_to_be": ("4: a grant names the stream's own blocks",),
     "wait_for_word_of_the_pools_blocks": ("5: the surplus comes back",),
     "confirm_twice": ("3: a block holds the producer's rows", "4: a slot is its writer's alone"),
+    "lose_whom_nothing_was_granted": ("3: a stream outlives faults shorter than its limits",),
+    "invite_to_what_is_given_up": ("3: a stream outlives faults shorter than its limits", "5: every request ends"),
+    "grant_before_the_withdrawal_was_heard": ("4: a grant names the stream's own blocks",),
 }
 
 

@@ -16,7 +16,8 @@ from transfer.errors import ConfigError, PeerLost, RemoteProtocolError, TicketRe
 from transfer.memory.segment_passing import is_lifeline_over
 from transfer.memory.segment_server import SegmentOffer
 from transfer.memory.segments import Filling, SegmentLayout
-from transfer.protocol.messages import Attached
+from transfer.protocol.messages import WITHDRAWN, Accept, Attached
+from transfer.protocol.negotiate import Offer
 from transfer.protocol.ticket import Ticket
 from transfer.simulation.attempts import Attempt, Request, Sending, explains_receiver, explains_sender
 from transfer.simulation.books import StreamBook
@@ -138,10 +139,37 @@ def test_who_is_asked_to_map_a_segment_that_was_lost_unnoticed_may_lose_its_send
     watch.is_cut = True
     assert not explains_sender(request, attempt, sending, outages, over, 1.0), "its receiver does not know"
     watch.is_abandoned = True
+    assert not explains_sender(request, attempt, sending, outages, over, 1.0), "it was granted nothing of it"
+    assert not explains_receiver(request, attempt, outages, lost, 1.0)
+    book.slot_epochs.add(1)
     assert explains_sender(request, attempt, sending, outages, over, 1.0)
     assert explains_receiver(request, attempt, outages, lost, 1.0)
     assert not explains_sender(request, attempt, sending, outages, PeerLost("gone"), 1.0), "this explains nothing else"
     assert not explains_receiver(request, attempt, outages, PeerLost("gone"), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("is_abandoned", "slot_epochs", "is_right"), [(True, set(), True), (False, set(), False), (True, {1}, False)]
+)
+def test_only_what_was_given_up_and_not_granted_is_withdrawn(
+    is_abandoned: bool, slot_epochs: set[int], is_right: bool
+) -> None:
+    timeline = Timeline()
+    process = Process("receiver", 1, timeline, Onlooker())
+    judge = Judge(TransferConfig(), Story(False), lambda: timeline.now)
+    pool, watch = judge.watch(process), judge.watch_segment(process, VirtualSegment(LAYOUT, 77))
+    watch.is_abandoned = is_abandoned
+    book = StreamBook("one", 0, process, 1, None, invited=watch, answered_epoch=1, slot_epochs=slot_epochs)
+    book.is_registered, book.accepted_epoch = True, 1
+    rules, offer = ReceiverRules(judge, 2), Offer(block_size=2, planes=LAYOUT.planes, max_frame_bytes=1 << 20, credit=4)
+    withdrawal = Accept(stream_id="one", epoch=1, proof=b"", offer=offer, first_index=0, segment=WITHDRAWN)
+    rules.sent(book, withdrawal)
+    assert book.area is None and (judge.breach is None) is is_right
+    rules.arriving(book, Attached(stream_id="one", epoch=1, generation=77))
+    assert book.area is None, "that crossed it"
+    rules.arriving(book, Attached(stream_id="one", epoch=1, generation=0))
+    rules.sent(book, withdrawal)
+    assert book.area is pool, "said once more it changes nothing"
 
 
 def test_a_mapping_is_the_same_memory_and_tells_what_it_seals() -> None:

@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 from transfer.memory.buffers import RowQueue
 from transfer.memory.receive_area import ReceiveArea
+from transfer.memory.segment_area import SegmentArea
 from transfer.memory.segment_book import SegmentBook
 from transfer.memory.segment_host import SegmentHost
 from transfer.memory.segments import Segment
@@ -17,6 +18,7 @@ from transfer.protocol.actions import SendFilled
 from transfer.protocol.messages import Filled, Revoke
 from transfer.protocol.receiver_life import ReceiverLife
 from transfer.protocol.receiver_window import ReceiverWindow
+from transfer.streams.incoming_streams import IncomingStream
 from transfer.streams.receive_areas import ReceiveAreas
 
 Planted = Callable[[], AbstractContextManager[Any]]
@@ -131,6 +133,27 @@ def confirm_twice() -> AbstractContextManager[Any]:
     return patch.object(ReceiverWindow, "revoked", wrong)
 
 
+def lose_whom_nothing_was_granted() -> AbstractContextManager[Any]:
+    """When a segment is given up, streams that were only invited to it have lost their sender, too."""
+    return patch.object(ReceiverLife, "can_withdraw_segment", False)
+
+
+def invite_to_what_is_given_up() -> AbstractContextManager[Any]:
+    """Who was invited to a segment that is given up is not told so."""
+    return patch.object(ReceiveAreas, "_withdraw", lambda self, stream, area: None)
+
+
+def grant_before_the_withdrawal_was_heard() -> AbstractContextManager[Any]:
+    """Blocks of the pool are granted to a sender that still takes them for slots."""
+    right = ReceiveAreas._withdraw
+
+    def wrong(self: ReceiveAreas, stream: IncomingStream, area: SegmentArea) -> None:
+        right(self, stream, area)
+        self._use(stream, self.wire)
+
+    return patch.object(ReceiveAreas, "_withdraw", wrong)
+
+
 BUGS: tuple[Planted, ...] = (
     use_a_slot_before_its_release,
     count_a_release_twice,
@@ -145,4 +168,7 @@ BUGS: tuple[Planted, ...] = (
     forget_where_blocks_are_to_be,
     wait_for_word_of_the_pools_blocks,
     confirm_twice,
+    lose_whom_nothing_was_granted,
+    invite_to_what_is_given_up,
+    grant_before_the_withdrawal_was_heard,
 )
