@@ -55,6 +55,7 @@ LEDGER = (
     "transfer_tickets_open",
     "transfer_slots_fenced",
     "kv_pages_referenced",
+    "kv_pages_swapped",
     "kv_buffer_rows_reserved",
     "kv_exports_open",
 )
