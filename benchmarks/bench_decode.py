@@ -30,6 +30,7 @@ from benchmarks.serving_peers import Ours, Peer, Run, Transformers
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pillow")
 COLUMNS = ("model", "dtype", "prompts", "at once", "tandem tok/s", "static batch tok/s", "x static", "x one by one")
+STEP_COLUMNS = ("model", "dtype", "sequences", "model ms", "around it ms", "sampled", "memory limit ms")
 REPETITIVE = "one two three four five six seven eight nine ten " * 12
 NEW_TOKENS = {"demo": 64, "100m": 48}
 
@@ -167,9 +168,9 @@ def tables(report: dict[str, Any]) -> list[Table]:
         rates = case["tokens_per_s"]
         cells = (rates["tandem"], rates["transformers"], case["x_static_batch"], case["x_one_by_one"])
         crowd.add_row(case["model"], case["dtype"], case["prompts"], str(case["at_once"]), *map(str, cells))
-    step = Table("model", "dtype", "sequences", "model ms", "around it ms", "memory limit ms", title="a decode step")
+    step = Table(*STEP_COLUMNS, title="a decode step")
     for row in report["steps"]:
-        values = (row["batch"], row["model_ms"], row["host_ms"], row["memory_limit_ms"])
+        values = (row["batch"], row["model_ms"], row["host_ms"], row["sampled_host_ms"], row["memory_limit_ms"])
         step.add_row(row["model"], row["dtype"], *map(str, values))
     drafts = Table("model", "dtype", "accepted", "x without", title="prompt lookup on text that repeats itself")
     for row in report["drafts"]:

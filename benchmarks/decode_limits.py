@@ -21,6 +21,10 @@ from language_worker.plan import StepPlan
 from language_worker.runner import StepLogits
 
 READ_BYTES = 512 << 20  # larger than any cache
+SAMPLING: dict[str, dict[str, Any]] = {
+    "sampled": {"temperature": 0.8, "top_p": 0.95, "seed": 1},
+    "greedy": {"temperature": 0.0},
+}
 
 
 def read_bandwidth(threads: int, rounds: int = 5) -> float:
@@ -37,7 +41,8 @@ def read_bandwidth(threads: int, rounds: int = 5) -> float:
 
 def step_figures(model: BenchModel, dtype: str, threads: int, batch: int) -> dict[str, Any]:
     """Medians over the decode steps of `batch` sequences: ms in the model's step, ms around it (scheduler, sampler,
-    detokeniser, text), and the bytes of weights that a step reads."""
+    detokeniser, text; greedy, and with every sequence drawn from a nucleus), and the bytes of weights that a step
+    reads."""
     engine = build_engine(model.folder, EngineConfig(dtype=dtype, num_threads=threads, max_num_seqs=max(64, batch)))  # type: ignore[arg-type]
     inside: list[float] = []
     run = engine.runner.run
@@ -49,13 +54,16 @@ def step_figures(model: BenchModel, dtype: str, threads: int, batch: int) -> dic
         return step
 
     engine.runner.run = timed  # type: ignore[method-assign]
-    whole = _decode(engine, model, batch, inside)
-    around = [total - part for total, part in zip(whole, inside, strict=True)]
+    around: dict[str, float] = {}
+    for name, sampling in SAMPLING.items():
+        whole = _decode(engine, model, batch, inside, sampling)
+        around[name] = median([total - part for total, part in zip(whole, inside, strict=True)])
     parameters = engine.runner.model.parameters()
     return {
         "batch": batch,
         "model_ms": round(1e3 * median(inside), 3),
-        "host_ms": round(1e3 * median(around), 3),
+        "host_ms": round(1e3 * around["greedy"], 3),
+        "sampled_host_ms": round(1e3 * around["sampled"], 3),
         "weight_bytes": sum(map(num_bytes, parameters.values())),
     }
 
@@ -65,13 +73,16 @@ def num_bytes(weight: Weight) -> int:
     return weight.numel() * weight.element_size() if isinstance(weight, torch.Tensor) else weight.num_bytes
 
 
-def _decode(engine: Engine, model: BenchModel, batch: int, inside: list[float]) -> list[float]:
+def _decode(
+    engine: Engine, model: BenchModel, batch: int, inside: list[float], sampling: dict[str, Any]
+) -> list[float]:
     """Seconds of each step with every sequence decoding; `inside` is left with the same steps."""
-    sampling = SamplingParams(temperature=0.0, max_tokens=model.new_tokens, ignore_eos=True)
+    params = SamplingParams(**sampling, max_tokens=model.new_tokens, ignore_eos=True)
+    before = engine.stats()["generation_tokens_total"]
     for i in range(batch):
         prompt = tuple((7 * i + j * j) % 200 for j in range(40))
-        engine.submit(GenerateRequest(request_id=f"r{i}", prompt_token_ids=prompt, sampling=sampling))
-    while engine.stats()["generation_tokens_total"] < batch:
+        engine.submit(GenerateRequest(request_id=f"r{i}", prompt_token_ids=prompt, sampling=params))
+    while engine.stats()["generation_tokens_total"] < before + batch:
         engine.step()
     inside.clear()
     whole: list[float] = []

@@ -43,6 +43,15 @@ class Run:
         return 1e3 * (self.total_s - self.first_s) / (len(self.token_ids[0]) - 1)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """What one call of `generate` made: when each step's tokens were there, counted from the call, and the answers."""
+
+    arrivals_s: tuple[float, ...]
+    total_s: float
+    token_ids: tuple[tuple[int, ...], ...]
+
+
 class Peer(Protocol):
     """One engine with a model loaded."""
 
@@ -76,14 +85,14 @@ class Ours:
         ids: list[int] = []
         first_s = 0.0
         started = time.perf_counter()
-        for chunk in self._llm.stream(_prompt(request), params):
+        for chunk in self._llm.stream(prompt_of(request), params):
             first_s = first_s or time.perf_counter() - started
             ids.extend(chunk.token_ids)
         return Run(first_s=first_s, total_s=time.perf_counter() - started, token_ids=(tuple(ids),))
 
     def many(self, requests: Sequence[BenchRequest]) -> Run:
         started = time.perf_counter()
-        outputs = self._llm.generate([_prompt(request) for request in requests], self._params)
+        outputs = self._llm.generate([prompt_of(request) for request in requests], self._params)
         total_s = time.perf_counter() - started
         first_s = max(output.hops["ttft_ms"] for output in outputs) / 1e3
         ids = tuple(tuple(output.outputs[0].token_ids) for output in outputs)
@@ -121,6 +130,11 @@ class Transformers:
         return self.many([request], new_tokens)
 
     def many(self, requests: Sequence[BenchRequest], new_tokens: int | None = None) -> Run:
+        made = self.generate(requests, new_tokens or self._new_tokens)
+        return Run(first_s=made.arrivals_s[0], total_s=made.total_s, token_ids=made.token_ids)
+
+    def generate(self, requests: Sequence[BenchRequest], new_tokens: int) -> Batch:
+        """One left-padded batch, `new_tokens` tokens for every request of it."""
         torch.set_num_threads(self._threads)
         arrivals: list[float] = []
         started = time.perf_counter()
@@ -133,14 +147,11 @@ class Transformers:
 
         with torch.inference_mode():
             ids = self._model.generate(
-                **inputs,
-                max_new_tokens=new_tokens or self._new_tokens,
-                do_sample=False,
-                stopping_criteria=[note_arrival],
+                **inputs, max_new_tokens=new_tokens, do_sample=False, stopping_criteria=[note_arrival]
             )
         answers = ids[:, inputs["input_ids"].shape[1] :].tolist()
         total_s = time.perf_counter() - started
-        return Run(first_s=arrivals[0], total_s=total_s, token_ids=tuple(map(tuple, answers)))
+        return Batch(arrivals_s=tuple(arrivals), total_s=total_s, token_ids=tuple(map(tuple, answers)))
 
     def _inputs(self, requests: Sequence[BenchRequest]) -> dict[str, torch.Tensor]:
         encoded_images = [request.image for request in requests if request.image is not None]
@@ -149,10 +160,9 @@ class Transformers:
             return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
         images = [Image.open(io.BytesIO(image)).convert("RGB") for image in encoded_images]
         features = self._processor(images=images, return_tensors="pt")
-        rows = (features["image_grid_thw"].prod(-1) // self._processor.merge_size**2).tolist()
+        rows = iter((features["image_grid_thw"].prod(-1) // self._processor.merge_size**2).tolist())
         texts = [
-            request.prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * count)
-            for request, count in zip(requests, rows, strict=True)
+            r.prompt if r.image is None else r.prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * next(rows)) for r in requests
         ]
         encoded = self._tokenizer(texts, padding=len(texts) > 1, return_tensors="pt")
         return {
@@ -167,5 +177,6 @@ class Transformers:
         del self._model
 
 
-def _prompt(request: BenchRequest) -> dict[str, Any]:
+def prompt_of(request: BenchRequest) -> dict[str, Any]:
+    """As `LLM` takes it."""
     return {"prompt": request.prompt, "images": [] if request.image is None else [request.image]}

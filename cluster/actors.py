@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import ray
 
-from cluster.config import GatewayConfig
+from cluster.config import GatewayConfig, ModelConfig
 from cluster.directory import WorkerAddress
 from cluster.errors import ClusterError
 from cluster.gateway_server import GatewayServer
@@ -128,16 +128,14 @@ class WorkerActor:
 class GatewayActor:
     """The HTTP gateway."""
 
-    def __init__(
-        self, model_name: str, model_path: str, transfer: TransferConfig, socket_dir: str, log_level: str
-    ) -> None:
+    def __init__(self, model: ModelConfig, transfer: TransferConfig, socket_dir: str, log_level: str) -> None:
         configure_logging(log_level)
-        self._model_name = model_name
+        self._model_name = model.served_model_name
         self._transfer = transfer
         self._server: GatewayServer | None = None
         self._failure = ""
         try:
-            self._info = ModelInfo.load(model_path)
+            self._info = ModelInfo.load(model.path, model.config_overrides)
             self._endpoint = _open("gateway", transfer, socket_dir)
         except Exception as error:
             self._failure = _told(error)

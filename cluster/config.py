@@ -41,7 +41,8 @@ MIN_KEY_CHARS = 16  # of an API key, where the gateway listens for more than thi
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """Which checkpoint is served, and how. dtype and device fill every worker's "auto"; quantization is the language
-    workers'; max_model_len 0: the checkpoint's. served_model_name "": the folder's name.
+    workers'; max_model_len 0: the checkpoint's. served_model_name "": the folder's name. config_overrides: entries to
+    use instead of the checkpoint's config.json, for both halves and the gateway.
     """
 
     path: str = ""
@@ -50,6 +51,7 @@ class ModelConfig:
     device: str = "auto"
     quantization: Quantization = "none"
     max_model_len: int = 0
+    config_overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.max_model_len < 0:
@@ -191,7 +193,10 @@ class ClusterConfig:
         if not any(path for pattern in MODEL_FILES for path in folder.glob(pattern)):
             raise ConfigError(f"{folder} holds no config.json and no .pth or .pt file; point --model at a model folder")
         model = dataclasses.replace(
-            self.model, path=str(folder), served_model_name=self.model.served_model_name or folder.name
+            self.model,
+            path=str(folder),
+            served_model_name=self.model.served_model_name or folder.name,
+            config_overrides=self.config_overrides(),
         )
         embedding = dataclasses.replace(
             _with_model(self.embedding, model),
@@ -222,15 +227,30 @@ class ClusterConfig:
             )
         return dataclasses.replace(self, model=model, embedding=embedding, language=language)
 
+    def config_overrides(self) -> dict[str, Any]:
+        """What any section says against config.json. A checkpoint has one for both halves, so they all count, and
+        sections that contradict each other are a ConfigError.
+        """
+        found: dict[str, Any] = {}
+        for section in ("model", "embedding", "language"):
+            for name, value in getattr(self, section).config_overrides.items():
+                if found.setdefault(name, value) != value:
+                    raise ConfigError(
+                        f"{section}.config_overrides.{name} is {value!r}, and another section says {found[name]!r}; "
+                        "both halves read one config.json: set it once, in model.config_overrides"
+                    )
+        return found
+
 
 P = TypeVar("P", EmbedConfig, EngineConfig)
 
 
 def _with_model(part: P, model: ModelConfig) -> P:
-    """A worker's config whose "auto" dtype and device are the model's."""
+    """A worker's config whose "auto" dtype and device, and what it reads config.json with, are the model's."""
     values: dict[str, Any] = {
         name: getattr(model, name) for name in ("dtype", "device") if getattr(part, name) == "auto"
     }
+    values["config_overrides"] = model.config_overrides
     return dataclasses.replace(part, **values)
 
 

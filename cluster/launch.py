@@ -91,6 +91,10 @@ class RayCluster:
         """The workers by name, as they last reported."""
         return dict(self._known)
 
+    def is_here(self, name: str) -> bool:
+        """Whether a worker's process, or the gateway's, is one of this node: elsewhere its number means another one."""
+        return bool(self._nodes.get(name) == ray.get_runtime_context().get_node_id())
+
     def close(self) -> None:
         """Drain the gateway, end every actor, leave Ray (and end it if it was started here). Safe to repeat."""
         self._stopping.set()
@@ -114,17 +118,16 @@ class RayCluster:
 
     def _start(self, on_status: Status) -> None:
         config = self.config
+        info = ModelInfo.load(config.model.path, config.model.config_overrides)
         for kind, count in config.workers.counts.items():
-            if kind == "embedding" and not ModelInfo.load(config.model.path).has_vision:
+            if kind == "embedding" and not info.has_vision:
                 continue
             for i in range(count):
                 self._actors[f"{kind}-{i}"] = self._spawn_worker(f"{kind}-{i}", kind)
         self._actors[GATEWAY] = (
             ray.remote(GatewayActor)
             .options(num_cpus=0, max_restarts=-1, max_task_retries=0, resources=_role(GATEWAY, config))
-            .remote(
-                config.model.served_model_name, config.model.path, config.transfer, self._folder.path, self._log_level
-            )
+            .remote(config.model, config.transfer, self._folder.path, self._log_level)
         )
         on_status(f"loading {config.model.served_model_name} into {len(self._actors) - 1} workers")
         self._await_workers()
@@ -214,7 +217,7 @@ class RayCluster:
     def _patience_s(self, name: str) -> float:
         """How long an answer may take. Ray holds a call until a restarted actor has loaded its model."""
         pid = self._pids.get(name)
-        if name not in self._restarting and pid is not None and self._is_here(name) and not is_running(pid):
+        if name not in self._restarting and pid is not None and self.is_here(name) and not is_running(pid):
             self._restarting.add(name)
         workers = self.config.workers
         return workers.start_timeout_s if name in self._restarting else workers.health_timeout_s
@@ -255,9 +258,6 @@ class RayCluster:
         else:
             ray.get(gateway.set_workers.remote(addresses), timeout=CALL_TIMEOUT_S)
         self._told = addresses
-
-    def _is_here(self, name: str) -> bool:
-        return bool(self._nodes.get(name) == ray.get_runtime_context().get_node_id())
 
 
 def _role(kind: str, config: ClusterConfig) -> dict[str, float] | None:

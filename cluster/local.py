@@ -23,7 +23,7 @@ class LocalWorkers:
 
     def __init__(self, config: ClusterConfig) -> None:
         name = uuid.uuid4().hex
-        self.info = ModelInfo.load(config.model.path)
+        self.info = ModelInfo.load(config.model.path, config.model.config_overrides)
         with ExitStack() as stack:
             workers = []
             self.engines: dict[str, LanguageWorker] = {}

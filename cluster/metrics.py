@@ -42,10 +42,22 @@ WORKER_HELP = {
     "transfer_blocks_in_use": "Receive blocks granted and not yet freed",
     "transfer_streams_open": "Block streams open",
     "transfer_tickets_open": "Tickets that can still be redeemed",
+    "transfer_slots_fenced": "Shared slots that a peer which is lost may still write to",
     "transfer_streams_restarted_total": "Streams that started over with another sender's content",
     "embed_takeovers_total": "Tickets issued for another sender of a request's media, after the one before was lost",
     "computed_tokens_total": "Positions that the model computed, repeated ones included",
 }
+
+# Zero when nothing runs, on every worker that reports them.
+LEDGER = (
+    "transfer_blocks_in_use",
+    "transfer_streams_open",
+    "transfer_tickets_open",
+    "transfer_slots_fenced",
+    "kv_pages_referenced",
+    "kv_buffer_rows_reserved",
+    "kv_exports_open",
+)
 
 WorkerStats = Mapping[str, Mapping[str, Any] | None]
 

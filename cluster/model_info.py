@@ -32,11 +32,13 @@ class ModelInfo:
         return self.image_token_id is not None
 
     @classmethod
-    def load(cls, path: str | Path) -> ModelInfo:
-        """Raises ConfigError or the tokenizer's errors for a folder that cannot be used."""
+    def load(cls, path: str | Path, config_overrides: Mapping[str, Any] | None = None) -> ModelInfo:
+        """config_overrides: as in ModelConfig. Raises ConfigError or the tokenizer's errors for a folder that cannot be
+        used.
+        """
         folder = Path(path)
         tokenizer = Tokenizer(folder)
-        config = _read_config(folder)
+        config = _read_config(folder, config_overrides or {})
         is_multimodal = _names_vision(config)
         image_token_id = config.get("image_token_id", tokenizer.special_tokens.get("<|image_pad|>"))
         system_prompt = ""
@@ -57,14 +59,14 @@ class ModelInfo:
         )
 
 
-def has_vision(path: str | Path) -> bool:
+def has_vision(path: str | Path, config_overrides: Mapping[str, Any]) -> bool:
     """Whether a checkpoint folder's config.json describes a vision half. Raises ConfigError."""
-    return _names_vision(_read_config(Path(path)))
+    return _names_vision(_read_config(Path(path), config_overrides))
 
 
 def fills_masks(path: str | Path, config_overrides: Mapping[str, Any]) -> bool:
     """Whether a checkpoint folder's model is decoded by filling in masks. Raises ConfigError, or ModelNotSupported."""
-    config = {**_read_config(Path(path)), **config_overrides}
+    config = _read_config(Path(path), config_overrides)
     return resolve_model(config).read_spec(config).mask_token_id is not None
 
 
@@ -72,10 +74,13 @@ def _names_vision(config: dict[str, Any]) -> bool:
     return "vision_config" in config or any(name in VISION_MODELS for name in config.get("architectures") or ())
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    """config.json, or what the weights say where it says little or is not there."""
-    config = _read_file(folder) if (folder / "config.json").is_file() or not find_torch_files(folder) else {}
-    return config if config.get("architectures") or not find_torch_files(folder) else open_model(folder).config()
+def _read_config(folder: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json, or what the weights say where it says little or is not there, under the overrides."""
+    has_weights = bool(find_torch_files(folder))
+    config = _read_file(folder) if (folder / "config.json").is_file() or not has_weights else {}
+    if config.get("architectures") or not has_weights:
+        return {**config, **overrides}
+    return open_model(folder, overrides).config()
 
 
 def _read_file(folder: Path) -> dict[str, Any]:

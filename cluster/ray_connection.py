@@ -77,7 +77,7 @@ def _init_ray(failed: str, **options: Any) -> None:
                 said = held()
                 logger.debug("Ray said:\n%s", said)
                 raise
-    except (OSError, RuntimeError, ray.exceptions.RayError) as error:  # ConnectionError is an OSError
+    except Exception as error:  # of many kinds; that its processes were too slow to start is a bare Exception
         cause = " ".join(str(error).split())
         if "InvalidAuthToken" in said:
             cause += "; its token is another one than RAY_AUTH_TOKEN or ~/.ray/auth_token here"

@@ -68,14 +68,20 @@ def owners(parent: Path) -> list[int]:
 
 
 def is_running(pid: int) -> bool:
-    """Whether there is such a process on this host, whoever it belongs to."""
+    """Whether there is such a process on this host, whoever it belongs to. One that has ended is gone, also while its
+    parent has not asked how.
+    """
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         return True
-    return True
+    try:
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2][:1]
+    except OSError:  # a system without it
+        return True
+    return state != b"Z"
 
 
 def _is_own_folder(path: Path) -> bool:

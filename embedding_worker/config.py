@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from embedding_worker.errors import EmbedConfigError
 
@@ -19,7 +21,7 @@ class EmbedConfig:
     min_pixels, max_pixels: area after resizing, None takes the checkpoint's. cache_tokens: embedding rows, each with
     all its planes, kept by content key, 0 for none. num_preprocess_threads: images decoded at the same time.
     max_images_per_request bounds one call; max_waiting_requests and max_waiting_bytes (of encoded media) bound all
-    calls that are not done.
+    calls that are not done. config_overrides: entries to use instead of the checkpoint's config.json.
     """
 
     dtype: str = "auto"
@@ -35,6 +37,7 @@ class EmbedConfig:
     cache_tokens: int = 65536
     min_pixels: int | None = None
     max_pixels: int | None = None
+    config_overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

@@ -40,7 +40,7 @@ class VisionRunner:
 
         Raises UnsupportedModel on an architecture or configuration that cannot be run, CheckpointError on its tensors.
         """
-        checkpoint = open_vision_checkpoint(model_path)
+        checkpoint = open_vision_checkpoint(model_path, config.config_overrides)
         device = _device(config.device)
         dtype = resolve_dtype(config.dtype, checkpoint)
         kind = _model_class(checkpoint)
@@ -56,7 +56,7 @@ class VisionRunner:
     @staticmethod
     def check(model_path: str | Path, config: EmbedConfig) -> int:
         """What `load` would say of the folder, from the headers alone; returns the number of tensors it would read."""
-        checkpoint = open_vision_checkpoint(model_path)
+        checkpoint = open_vision_checkpoint(model_path, config.config_overrides)
         resolve_dtype(config.dtype, checkpoint)
         kind = _model_class(checkpoint)
         try:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from examples.augment import CELLS_HIGH, CELLS_WIDE, to_patches
 from examples.digits import CELL, HEIGHT, KINDS, MAX_DIGITS, MAX_WIDTH, QUESTIONS, Composition, Kind, draw, is_right
-from examples.train_data import IGNORED, collate, prompt, token_id, tokenizer
+from examples.train.masks import IGNORED
+from examples.train_data import collate, prompt, token_id, tokenizer
 from examples.train_model import TinyQwen
 
 EVALUATION_SEED = 1_000_000

@@ -20,10 +20,11 @@ from torch import Tensor
 from examples.augment import CELLS_HIGH
 from examples.demo_tokenizer import NO_PICTURE, SMALL_TALK, SYSTEM_PROMPT, build_tokenizer
 from examples.digits import KINDS, QUESTIONS, Kind
+from examples.train.masks import IGNORED, answer_spans, next_token_labels
 
-IGNORED = -100
 OPENING = f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n"
 CLOSING = "<|im_end|>\n<|im_start|>assistant\n"
+ANSWER_OPENS, ANSWER_ENDS = "<|im_start|>assistant\n", "<|im_end|>"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +80,6 @@ def small_talk_turn(rng: numpy.random.Generator) -> Turn:
 def conversation(turns: Sequence[Turn], cells_wide: int, *, question_first: bool) -> tuple[list[int], list[int]]:
     """Token ids, and for each the label it should predict (or IGNORED). `cells_wide` 0 means no picture."""
     ids: list[int] = []
-    answer_places: list[tuple[int, int]] = []
     for index, turn in enumerate(turns):
         ids += encode(OPENING if index == 0 else "\n<|im_start|>user\n")
         picture = "<|vision_start|>" + "<|image_pad|>" * (CELLS_HIGH * cells_wide) + "<|vision_end|>"
@@ -89,13 +89,8 @@ def conversation(turns: Sequence[Turn], cells_wide: int, *, question_first: bool
             ids += encode(turn.question + picture + CLOSING)
         else:
             ids += encode(picture + turn.question + CLOSING)
-        answer = encode(turn.answer + "<|im_end|>")
-        answer_places.append((len(ids), len(ids) + len(answer)))
-        ids += answer
-    labels = [IGNORED] * len(ids)
-    for start, stop in answer_places:
-        labels[start - 1 : stop - 1] = ids[start:stop]
-    return ids, labels
+        ids += encode(turn.answer + ANSWER_ENDS)
+    return ids, next_token_labels(ids, answer_spans(ids, encode(ANSWER_OPENS), encode(ANSWER_ENDS)))
 
 
 def prompt(question: str, cells_wide: int) -> list[int]:

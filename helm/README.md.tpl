@@ -28,6 +28,7 @@ $ helm test tandem                                                        # a pr
 | `redis.yaml` | Ray's state in Redis: the cluster outlives its head |
 | `existing-secrets.yaml` | your own API keys and Ray token |
 | `ingress.yaml`, `gateway-api.yaml` | reachable from outside |
+| `media.yaml` | images by URL, from listed hosts |
 | `monitoring.yaml` | ServiceMonitor, alerts, Grafana dashboard |
 | `blue-green.yaml` | two clusters side by side |
 | `scheduling.yaml` | node selectors, taints, spread, priorities, extra volumes |
@@ -44,8 +45,16 @@ serve-job pod ─> head (jobs, state) <──────── Ray ────
   `tandem-prefill`, `tandem-decode`, `tandem-gateway`), and the configuration says `workers.placement: roles`: so each process runs in the group that you
   sized for it. The number of workers is the sum over the groups of `replicas` times `offers`.
 * The **serve job** is a Deployment whose only container submits `tandem serve --config tandem.yaml` to Ray and follows
-  its log (`kubectl logs deployment/RELEASE-tandem-serve`). Ends the job, Kubernetes submits it again; ends the pod, the job
-  is stopped and drains. `tandem.yaml` travels with the job, so a changed configuration takes effect with the next job.
+  its log (`kubectl logs deployment/RELEASE-tandem-serve`). When the job ends, Kubernetes submits it again. When the pod is
+  moved, or the head is away for a while, the job goes on and is taken over. `tandem.yaml` travels with the job: a changed
+  configuration, or `kubectl rollout restart deployment RELEASE-tandem-serve`, stops the job, which drains, and submits it
+  again. New keys for clients take effect that way, too.
+* A checkpoint from **S3** is copied to each pod before Ray starts: safetensors only where there are any, since stores often
+  hold the same weights in other formats beside them; the gateway's pod takes no weights. From a **claim** nothing is
+  copied, and several nodes read it (ReadOnlyMany or ReadWriteMany).
+* **Autoscaling** is Ray's (`autoscaling.enabled`; a RayCluster has no scale subresource for an HPA). The number of workers
+  is fixed while a serve job runs, so what it does is to start the pods that those workers and batch jobs ask for, and to end
+  those that nobody uses, between `minReplicas` and `maxReplicas`; for more workers change `replicas`.
 * The **gateway pod** is ready when a canary prompt got its token (startup) and as long as a worker of every kind lives
   (`/ready`). Before it ends it drains: `tandem stop`.
 * A **worker pod** that ends takes its unfinished requests along: those that had not begun to answer go to another worker,
@@ -87,6 +96,8 @@ head while `autoscaling.enabled`: Ray's autoscaler asks the Kubernetes API for p
 | serve job, `networkPolicy.jobs` | head | `ray.ports.dashboard` |
 | every pod | `networkPolicy.dns` | 53 |
 | gateway and worker pods | `model.s3.cidr`, where the model comes from S3 | `model.s3.port` |
+| gateway pod | with `config.gateway.media_hosts`: public addresses | 80, 443 |
+| gateway pod | `config.gateway.media_private_networks` | all |
 | head | the Kubernetes API, with autoscaling; Redis, with fault tolerance | as set |
 
 ## Values

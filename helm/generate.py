@@ -38,20 +38,34 @@ RESOURCES = {
     "additionalProperties": False,
     "properties": {name: {"type": "object", "additionalProperties": AMOUNT} for name in ("requests", "limits")},
 }
+DIGEST = {"type": "string", "pattern": "^(sha256:[0-9a-f]{64})?$"}
 IMAGE = {
     "type": "object",
     "additionalProperties": False,
-    "properties": {name: {"type": "string"} for name in ("repository", "tag", "digest")},
+    "properties": {**{name: {"type": "string"} for name in ("repository", "tag")}, "digest": DIGEST},
 }
+NAME = {"type": "string", "pattern": "^([a-z]([a-z0-9-]*[a-z0-9])?)?$"}
+CIDR = {"type": "string", "pattern": "^[0-9a-fA-F.:]+/[0-9]+$"}
 OFFERS = {
     "type": "object",
     "additionalProperties": False,
     "properties": {name: {"type": "integer", "minimum": 1} for name in ("embedding", "language", "prefill", "decode")},
 }
+OF_A_TRACK = (  # what two clusters side by side may differ in; the rest is of the whole release
+    "image", "imagePullSecrets", "model", "config", "ray", "transfer", "head", "gateway", "workerGroups",
+    "workerDefaults", "serveJob", "autoscaling", "gcsFaultTolerance",
+)  # fmt: skip
 TRACK = {
     "type": "object",
     "additionalProperties": False,
-    "properties": {"enabled": {"type": "boolean"}, "overrides": {"$ref": "#"}},
+    "properties": {
+        "enabled": {"type": "boolean"},
+        "overrides": {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {name: {"$ref": f"#/properties/{name}"} for name in OF_A_TRACK},
+        },
+    },
 }
 LEAST_MINUS_ONE = {"type": "integer", "minimum": -1}
 
@@ -76,6 +90,14 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("head.image", "gateway.image", "workerDefaults.image"), IMAGE),
     **dict.fromkeys(("blueGreen.blue", "blueGreen.green"), TRACK),
     **dict.fromkeys(("hosts", "hostnames"), NAMES),
+    **dict.fromkeys(("nameOverride", "fullnameOverride"), NAME),
+    **dict.fromkeys(("cidr", "apiServerCidr"), CIDR),
+    **dict.fromkeys(("timeoutSeconds", "idleSeconds"), POSITIVE),
+    "digest": DIGEST,
+    "model.path": {"type": "string", "pattern": "^(/.*)?$"},
+    "endpoint": {"type": "string", "pattern": "^(https?://.+)?$"},
+    "redisAddress": {"type": "string", "pattern": "^(.+:[0-9]+)?$"},
+    "interval": {"type": "string", "pattern": "^[0-9]+(ms|s|m|h)$"},
     "affinity": FREE,
     "resources": RESOURCES,
     "offers": OFFERS,

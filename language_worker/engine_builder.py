@@ -93,14 +93,7 @@ def build_engine(
     scheduler = _scheduler(config, model.spec, size, _cache_root(checkpoint, dtype, config.page_size), kv_window)
     return Engine(
         runner=runner,
-        denoiser=Denoiser(
-            runner,
-            eos_ids=tokenizer.eos_token_ids,
-            num_token_ids=tokenizer.vocab_size,
-            never_ids=tokenizer.special_ids(model.spec.unspoken),
-        )
-        if scheduler.strategy.is_whole
-        else None,
+        denoiser=_denoiser(runner, tokenizer) if scheduler.strategy.is_whole else None,
         drafter=None
         if draft_model is None
         else Drafter(runner_of(draft_model), vocab_size=model.spec.vocab_size, num_token_ids=tokenizer.vocab_size),
@@ -116,6 +109,15 @@ def build_engine(
         dtype=dtype,
         clock=clock,
         kv_of=kv_identity(checkpoint, model, quantization=config.quantization, dtype=dtype, kv_dtype=kv_dtype),
+    )
+
+
+def _denoiser(runner: ModelRunner, tokenizer: Tokenizer) -> Denoiser:
+    return Denoiser(
+        runner,
+        eos_ids=tokenizer.eos_token_ids,
+        num_token_ids=tokenizer.vocab_size,
+        never_ids=tokenizer.special_ids(runner.model.spec.unspoken),
     )
 
 

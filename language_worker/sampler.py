@@ -14,6 +14,8 @@ import torch
 from language_worker.api import SamplingParams, TokenLogprob
 from language_worker.sampling_state import SamplingState
 
+TOP_K_BLOCKS = 512  # of ids, whose largest logits bound the k-th from below
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
@@ -40,17 +42,19 @@ def sample(logits: torch.Tensor, states: Sequence[SamplingState], *, num_token_i
         rules.apply(work[r], states[r].counts, states[r].num_generated)
     if is_padded:
         work[:, num_token_ids:] = -torch.inf
-    tokens = argmax_rows(work)
     drawn = [r for r, state in enumerate(states) if not state.params.is_greedy]
-    if drawn:
-        ids = draw_tokens(work[drawn], [states[r] for r in drawn])
-        for r, token in zip(drawn, ids.tolist(), strict=True):
+    if len(drawn) == len(states):
+        tokens = draw_tokens(work, states).tolist()
+    else:
+        tokens = argmax_rows(work)
+        ids = draw_tokens(work[drawn], [states[r] for r in drawn]).tolist() if drawn else []
+        for r, token in zip(drawn, ids, strict=True):
             tokens[r] = token
     choices = []
-    for row, token, state in zip(raw, tokens, states, strict=True):
+    for r, (token, state) in enumerate(zip(tokens, states, strict=True)):
         forced = state.forced_id
         token_id = token if forced is None else forced
-        logprob = None if state.num_top is None else token_logprob(row, token_id, state.num_top, num_token_ids)
+        logprob = None if state.num_top is None else token_logprob(raw[r], token_id, state.num_top, num_token_ids)
         choices.append(Choice(token_id=token_id, logprob=logprob, is_forced=forced is not None))
     return choices
 
@@ -72,39 +76,96 @@ def draw_tokens(logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.
     """Inverse-CDF draw per row from logits [R, V] float32, after temperature and filters; ids [R] int64."""
     device = logits.device
     temperature = torch.tensor([s.params.temperature for s in states], dtype=torch.float64, device=device)
-    shifted = (logits - logits.amax(dim=-1, keepdim=True)).double()
-    weights = torch.exp(shifted / temperature[:, None])
+    weights = (logits - logits.amax(dim=-1, keepdim=True)).double().div_(temperature[:, None]).exp_()
     draws = torch.tensor([state.draw() for state in states], dtype=torch.float64, device=device)
-    ids = torch.empty(len(states), dtype=torch.int64, device=device)
-    plain = [r for r, s in enumerate(states) if not _filters(s.params)]
-    if plain:
-        rows = torch.tensor(plain, device=device)
-        ids[rows] = _invert(weights[rows], draws[rows])
     filtered = [r for r, s in enumerate(states) if _filters(s.params)]
-    if filtered:
-        rows = torch.tensor(filtered, device=device)
-        kept, order = filter_weights(weights[rows], [states[r].params for r in filtered])
-        ids[rows] = order.gather(1, _invert(kept, draws[rows])[:, None])[:, 0]
+    if not filtered:
+        return _invert(weights, draws)
+    if len(filtered) == len(states):
+        return _draw_filtered(weights, states, draws)
+    ids = torch.empty(len(states), dtype=torch.int64, device=device)
+    rows = torch.tensor(filtered, device=device)
+    ids[rows] = _draw_filtered(weights[rows], [states[r] for r in filtered], draws[rows])
+    rows = torch.tensor([r for r, s in enumerate(states) if not _filters(s.params)], device=device)
+    ids[rows] = _invert(weights[rows], draws[rows])
     return ids
+
+
+def _draw_filtered(weights: torch.Tensor, states: Sequence[SamplingState], draws: torch.Tensor) -> torch.Tensor:
+    kept, order = filter_weights(weights, [state.params for state in states])
+    return order.gather(1, _invert(kept, draws)[:, None])[:, 0]
 
 
 def filter_weights(weights: torch.Tensor, params: Sequence[SamplingParams]) -> tuple[torch.Tensor, torch.Tensor]:
     """Apply top-k, top-p, min-p to unnormalised weights [R, V] float64.
 
-    Returns (kept, order), both [R, V]: weights by falling size with the rejected ones zeroed, and the ids in that
-    order; equal weights keep the order of their ids.
+    Returns (kept, order), both [R, N]: weights by falling size with the rejected ones zeroed, and the ids in that
+    order; equal weights keep the order of their ids. On the CPU those that are certain to be rejected are not sorted
+    with the others, and may be missing at the end.
     """
     device, vocab = weights.device, weights.shape[-1]
-    ordered, order = torch.sort(weights, dim=-1, descending=True, stable=True)
-    top_k = torch.tensor([p.top_k if p.top_k > 0 else vocab for p in params], device=device)
+    top_k = torch.tensor([p.top_k if 0 < p.top_k < vocab else vocab for p in params], device=device)
     top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)
     min_p = torch.tensor([p.min_p for p in params], dtype=torch.float64, device=device)
-    kept = ordered * (torch.arange(vocab, device=device) < top_k[:, None])
+    whole = _row_sums(weights)
+    values, ids = weights, torch.arange(vocab, device=device).expand_as(weights)
+    if device.type == "cpu":
+        values, ids = _at_least(weights, _lowest_kept(weights, whole, top_k, top_p, min_p))
+    ordered, places = torch.sort(values, dim=-1, descending=True, stable=True)
+    kept = ordered * (torch.arange(ordered.shape[-1], device=device) < top_k[:, None])
     cumulative = kept.cumsum(dim=-1)
+    total = torch.where(top_k < vocab, cumulative[:, -1], whole)
     before = cumulative - kept
-    inside = (before < top_p[:, None] * cumulative[:, -1:]) | (top_p[:, None] >= 1.0)
+    inside = (before < (top_p * total)[:, None]) | (top_p[:, None] >= 1.0)
     kept = kept * (inside & (kept >= min_p[:, None] * kept[:, :1]))
-    return kept, order
+    return kept, ids.gather(1, places)
+
+
+def _lowest_kept(
+    weights: torch.Tensor, whole: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+) -> torch.Tensor:
+    """A bound for each row [R] that no weight which a filter keeps lies below; cheap, so not the highest.
+
+    Top-p: weights below `(1 - top_p) * whole / V` add up to less than what it leaves out. Top-k: of the largest of so
+    many blocks of ids, the k-th; what top-p makes of the k needs all of them.
+    """
+    vocab = weights.shape[-1]
+    largest = weights.amax(dim=-1)
+    floor = torch.where(top_p < 1.0, 0.5 * (1.0 - top_p) * whole / vocab, 0.0)  # a half for what rounding does
+    floor = torch.maximum(floor, 0.5 * min_p * largest)
+    limited = top_k < vocab
+    if not bool(limited.any()):
+        return floor
+    num_blocks = min(TOP_K_BLOCKS, vocab)
+    highest = int(torch.where(limited, top_k, 0).max())
+    if highest > num_blocks:
+        return torch.where(limited, 0.0, floor)
+    size = vocab // num_blocks
+    blocks = weights[:, : size * num_blocks].reshape(-1, num_blocks, size).amax(dim=-1)
+    ranked = torch.topk(blocks, highest, dim=-1).values
+    return torch.where(limited, ranked.gather(1, top_k.clamp_max(highest)[:, None] - 1)[:, 0], floor)
+
+
+def _at_least(weights: torch.Tensor, floor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weights, ids) [R, N] of each row's weights from its floor [R] up, by rising id; zeros behind shorter rows."""
+    is_in = weights >= floor[:, None]
+    counts = is_in.sum(dim=-1)
+    width = max(1, int(counts.max()))
+    if 2 * width > weights.shape[-1]:
+        return weights, torch.arange(weights.shape[-1]).expand_as(weights)
+    rows, columns = is_in.nonzero(as_tuple=True)
+    places = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
+    values = weights.new_zeros(len(weights), width)
+    ids = torch.zeros(len(weights), width, dtype=torch.int64)
+    values[rows, places], ids[rows, places] = weights[rows, columns], columns
+    return values, ids
+
+
+def _row_sums(weights: torch.Tensor) -> torch.Tensor:
+    """[R]; of each row alone. (On the CPU torch's sum of one long row is not that of the same row among others.)"""
+    if weights.device.type == "cpu":
+        return torch.from_numpy(weights.contiguous().numpy().sum(axis=-1))
+    return weights.sum(dim=-1)
 
 
 def token_logprob(row: torch.Tensor, token_id: int, num_top: int, num_token_ids: int | None = None) -> TokenLogprob:
@@ -129,5 +190,7 @@ def _invert(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     cumulative = weights.cumsum(dim=-1)
     target = draws * cumulative[:, -1]
     index = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
-    last = (cumulative < cumulative[:, -1:]).sum(dim=-1)  # first index that reaches the total
-    return torch.minimum(index, last)
+    beyond = (index == weights.shape[-1]).nonzero()[:, 0]  # the product was rounded up to the total
+    if len(beyond):
+        index[beyond] = (cumulative[beyond] < cumulative[beyond, -1:]).sum(dim=-1)  # the first that reaches it
+    return index

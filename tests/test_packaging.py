@@ -6,8 +6,10 @@ the guards that keep our folders from being taken for theirs, and theirs for our
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.metadata
+import re
 import shutil
 import subprocess
 import sys
@@ -84,6 +86,24 @@ def test_every_folder_of_modules_is_a_package() -> None:
     folders = {path.parent for top in (*TOP_LEVEL, "tests", "examples") for path in (ROOT / top).rglob("*.py")}
     missing = [folder.relative_to(ROOT).as_posix() for folder in folders if not (folder / "__init__.py").is_file()]
     assert not missing, missing
+
+
+def test_training_needs_the_train_extra_and_no_more() -> None:
+    project = _pyproject()["project"]
+    listed = [*project["dependencies"], *project["optional-dependencies"]["train"]]  # type: ignore[misc]
+    provided = {re.split(r"[^\w-]", str(requirement))[0].lower() for requirement in listed}
+    files = [*(ROOT / "examples").glob("*.py"), *(ROOT / "examples" / "train").glob("*.py")]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in files]
+    imported = {
+        name.split(".")[0]
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
+    } - {*sys.stdlib_module_names, "examples"}
+    distributions = {"PIL": "pillow", "sklearn": "scikit-learn"}
+    assert {distributions.get(name, name) for name in imported} <= provided
+    assert "sklearn" in imported
 
 
 def test_a_wheel_holds_every_module_and_the_demo(tmp_path: Path) -> None:

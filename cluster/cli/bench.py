@@ -15,6 +15,8 @@ from cluster.errors import ConfigError
 BENCHMARKS: dict[str, tuple[str, str]] = {
     "transfer": ("benchmarks.bench_transfer", "the wire against raw TCP and memcpy, between two processes"),
     "decode": ("benchmarks.bench_decode", "decoding, alone and in a crowd, against transformers on the CPU"),
+    "arrivals": ("benchmarks.bench_arrivals", "mixed lengths that arrive at random, against static batches"),
+    "overlap": ("benchmarks.bench_overlap", "prefill on the arrived prefix: how much of a slow transfer it hides"),
     "quantised": ("benchmarks.bench_quantised", "weights in 8 and 4 bits: bytes, speed, and what answers lose"),
     "diffusion": ("benchmarks.bench_diffusion", "filling in masks, against the published loop on the CPU"),
     "serve": ("benchmarks.bench_serving", "serving against transformers on the CPU"),

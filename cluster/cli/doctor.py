@@ -205,7 +205,7 @@ def _model(config: ClusterConfig) -> Iterator[Finding]:
     yield opened
     yield _checked(
         f"{path}: tokenizer and chat template",
-        lambda: _described(ModelInfo.load(path)),
+        lambda: _described(ModelInfo.load(path, config.config_overrides())),
         "copy tokenizer.json and tokenizer_config.json from where the model comes from",
     )
     if opened.verdict == "bad":
@@ -225,7 +225,7 @@ def _model(config: ClusterConfig) -> Iterator[Finding]:
 
 
 def _vision(path: str, config: EmbedConfig) -> str:
-    if not has_vision(path):
+    if not has_vision(path, config.config_overrides):
         return "none, the model takes text only"
     return _complete(VisionRunner.check(path, config))
 

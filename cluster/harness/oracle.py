@@ -74,8 +74,7 @@ class Judge:
         if not missing or self._config is None:
             return
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
-        overrides = {"dtype": self._config.model.dtype, "device": self._config.model.device}
-        with LLM(model=self._config.model.path, language={"num_threads": 1}, **overrides) as llm:
+        with LLM(model=self._config.model.path, language={"num_threads": 1}, **_overrides(self._config)) as llm:
             for question in missing.values():
                 text = llm.chat(question.messages(), params)[0].outputs[0].text
                 self._known[question.text, question.image, max_tokens] = text
@@ -87,6 +86,13 @@ class Judge:
             expected = question.answer if question.answer is not None else self._known.setdefault(key, text)
         picture = f" about {question.image.name}" if question.image else ""
         return "" if text == expected else f"{question.text!r}{picture}: got {text!r}, right is {expected!r}"
+
+
+def _overrides(config: ClusterConfig) -> dict[str, Any]:
+    """What decides which answer is the model's own; the rest (workers, caches, strategies) must not."""
+    names = ("dtype", "device", "quantization", "config_overrides")
+    model = {name: getattr(config.model, name) for name in names}
+    return {**model, "lora": config.language.lora}
 
 
 def _shipped(kind: str) -> list[Question]:

@@ -12,7 +12,8 @@
         fault: {kind: kill, worker: language-0, after_answers: 10}
         expect: {max_failed: 8, heals: true}
 
-Unknown names and wrong types are errors that say where. `model.path: demo` is the shipped model.
+Unknown names and wrong types are errors that say where. `model.path: demo` is the shipped model that sees, and
+`demo-diffusion` the one that fills in masks.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from typing import Any, Literal
 import pydantic
 
 from cluster.config import read_yaml
-from cluster.demo import MODEL_DIR, MODEL_NAME
+from cluster.demo import DIFFUSION_MODEL_DIR, MODEL_DIR, MODEL_NAME
 from cluster.errors import ConfigError
+
+SHIPPED = {"demo": MODEL_DIR, "demo-diffusion": DIFFUSION_MODEL_DIR}
 
 
 class _Strict(pydantic.BaseModel):
@@ -123,10 +126,10 @@ def load_scenario(path: str | Path) -> Scenario:
 
 
 def _with_paths(scenario: Scenario, folder: Path) -> Scenario:
-    """The shipped model where the file says "demo"; the oracle's file beside the scenario's."""
+    """The shipped model that the file names, if it does; the oracle's file beside the scenario's."""
     config = {section: dict(values or {}) for section, values in scenario.topology.config.items()}
-    if config.get("model", {}).get("path") == "demo":
-        config["model"] = {"served_model_name": MODEL_NAME, **config["model"], "path": str(MODEL_DIR)}
+    if shipped := SHIPPED.get(config.get("model", {}).get("path", "")):
+        config["model"] = {"served_model_name": MODEL_NAME, **config["model"], "path": str(shipped)}
     oracle = scenario.oracle
     if oracle.kind == "file":
         if not oracle.file:

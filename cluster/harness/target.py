@@ -20,18 +20,12 @@ from cluster.config import ClusterConfig, build_config
 from cluster.errors import ClusterError, ConfigError
 from cluster.harness.plan import Fault, Topology
 from cluster.launch import RayCluster
+from cluster.metrics import LEDGER
 from cluster.ray_connection import connect, disconnect
 
 HEAL_S = 120.0
 POLL_S = 0.25
-LEDGER = (
-    "transfer_blocks_in_use",
-    "transfer_streams_open",
-    "transfer_tickets_open",
-    "kv_pages_referenced",
-    "num_requests_running",
-    "num_requests_waiting",
-)
+MUST_BE_ZERO = (*LEDGER, "num_requests_running", "num_requests_waiting")
 _SAMPLE = re.compile(r'^tandem:(\w+)\{worker="([^"]+)"\} (\S+)$', re.MULTILINE)
 
 
@@ -104,8 +98,10 @@ class Target:
                 f"there is no worker {fault.worker}; there are {', '.join(sorted(self._cluster.workers))}"
             )
         number = signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP
-        if not _signal(health.pid, number):
+        if not self._cluster.is_here(fault.worker):
             raise ConfigError(f"{fault.worker} runs as process {health.pid} of another machine: it cannot be reached")
+        if not _signal(health.pid, number):
+            raise ConfigError(f"{fault.worker}, process {health.pid}, is gone already")
         if fault.kind == "stop":
             self._stopped.append(health.pid)
         return f"{signal.Signals(number).name} to {fault.worker}, process {health.pid}"
@@ -127,7 +123,7 @@ class Target:
             return f"/metrics: {error}"
         figures = {(worker, name): float(value) for name, worker, value in _SAMPLE.findall(page)}
         down = [worker for (worker, name), value in figures.items() if name == "worker_up" and not value]
-        held = [f"{w} {name} {value:g}" for (w, name), value in figures.items() if name in LEDGER and value]
+        held = [f"{w} {name} {value:g}" for (w, name), value in figures.items() if name in MUST_BE_ZERO and value]
         if not any(name == "worker_up" for _, name in figures):
             return "no worker is known"
         return "; ".join([*(f"{worker} is down" for worker in down), *held])
@@ -163,8 +159,8 @@ def _config_of(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> ClusterCo
 def _with_room(config: ClusterConfig, num_clusters: int) -> ClusterConfig:
     """The same for so many clusters at a time, as far as Ray has to know."""
     workers = config.workers
-    both = {kind: num_clusters * getattr(workers, kind) for kind in ("embedding", "language")}
-    return dataclasses.replace(config, workers=dataclasses.replace(workers, **both))
+    all_of_them: dict[str, Any] = {kind: num_clusters * count for kind, count in workers.counts.items()}
+    return dataclasses.replace(config, workers=dataclasses.replace(workers, **all_of_them))
 
 
 def _signal(pid: int, number: signal.Signals) -> bool:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import pkgutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from embedding_worker.models.base import VisionModel
 from transfer.checkpoint import Checkpoint
@@ -21,9 +23,12 @@ VISION_MODELS = {
 PROJECTOR = "vision_proj."  # how the names begin by which a MiniMind-V is known that comes without a config.json
 
 
-def open_vision_checkpoint(folder: str | Path) -> Checkpoint:
-    """The checkpoint of a folder, with its architecture where config.json names none. Raises CheckpointError."""
-    checkpoint = Checkpoint.open(folder)
+def open_vision_checkpoint(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> Checkpoint:
+    """The checkpoint of a folder, with its architecture where config.json names none. Raises CheckpointError.
+
+    overrides: entries of config.json to use instead of the checkpoint's.
+    """
+    checkpoint = dataclasses.replace(Checkpoint.open(folder), overrides=dict(overrides or {}))
     is_described = (checkpoint.folder / "config.json").is_file() and checkpoint.config().get("architectures")
     if is_described or not any(name.startswith(PROJECTOR) for name in checkpoint.tensors):
         return checkpoint

@@ -1,8 +1,9 @@
-"""Submits the serve job to a Ray cluster and stays with it: prints its log, ends with its exit status.
+"""Keeps one serve job running on a Ray cluster: submits it, prints its log, ends with its exit status.
 
-A job that another pod of this name left behind is stopped first, since two would wait for the same place. SIGTERM and
-SIGINT stop the job, which drains: running requests end, new ones are refused. Needs Ray's job client, not torch.
-  serve_job.py --address http://HEAD:8265 --name NAME --working-dir DIR -- python -m cluster serve --config tandem.yaml
+What serves does not depend on this process. It may be ended and started again: a running job of the same version is
+taken over; one of another version is stopped first, and drains: running requests end, new ones are refused. A head that
+does not answer is waited for, since its cluster may outlive it. Needs Ray's job client, not torch.
+  serve_job.py --address http://HEAD:8265 --name NAME --version V --working-dir DIR -- python -m cluster serve ...
 """
 
 import argparse
@@ -20,7 +21,7 @@ ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
 
 
 def main(arguments=None):
-    """0 when the job succeeded or was stopped because we were told to stop; 1 otherwise."""
+    """0 when the job succeeded, or goes on after we were told to stop; 1 otherwise."""
     options = _options(arguments)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -28,35 +29,24 @@ def main(arguments=None):
     client = _reach(options.address, stop)
     if client is None:
         return 0
-    _stop_others(client, options.name, options.drain_s)
-    job = client.submit_job(
-        entrypoint=shlex.join(options.command),
-        runtime_env={"working_dir": options.working_dir},
-        metadata={"tandem-serve": options.name},
-        entrypoint_resources={options.resource: 1.0} if options.resource else None,
-    )
-    _say(f"job {job} submitted to {options.address}")
-    printed, status = 0, client.get_job_status(job)
-    while status not in ENDED:
-        if stop.wait(POLL_S):
-            _say("stopping the job: it drains")
-            _end(client, job, options.drain_s)
-        printed = _print_new(client, job, printed)
-        status = client.get_job_status(job)
-    _print_new(client, job, printed)
+    job = _running_job(client, options) or _submit(client, options)
+    status = _follow(client, job, stop)
+    if status is None:
+        _say(f"told to stop; job {job} goes on: the next of its version takes it over, one of another version stops it")
+        return 0
     _say(f"job {job}: {status}")
-    return 0 if status == JobStatus.SUCCEEDED or (stop.is_set() and status == JobStatus.STOPPED) else 1
+    return 0 if status == JobStatus.SUCCEEDED else 1
 
 
 def _reach(address, stop):
-    """A client; None when told to stop first. Raises ConnectionError when the head does not come up."""
+    """A client; None when told to stop first. Raises OSError or RuntimeError when the head does not come up."""
     deadline_s = time.monotonic() + REACH_S
     while not stop.is_set():
         try:
             client = JobSubmissionClient(address)
             client.list_jobs()
             return client
-        except (ConnectionError, RuntimeError) as error:
+        except (OSError, RuntimeError) as error:
             if time.monotonic() > deadline_s:
                 raise
             _say(f"the head at {address} does not take jobs yet: {str(error).splitlines()[0][:200]}")
@@ -64,11 +54,54 @@ def _reach(address, stop):
     return None
 
 
-def _stop_others(client, name, drain_s):
+def _running_job(client, options):
+    """The job of this name and version, if there is one; those of this name and another version are stopped."""
+    found = None
     for info in client.list_jobs():
-        if (info.metadata or {}).get("tandem-serve") == name and info.status not in ENDED and info.submission_id:
-            _say(f"job {info.submission_id} is still there: stopping it")
-            _end(client, info.submission_id, drain_s)
+        known = info.metadata or {}
+        if known.get("tandem-serve") != options.name or info.status in ENDED or not info.submission_id:
+            continue
+        if known.get("tandem-version") == options.version and found is None:
+            found = info.submission_id
+            _say(f"job {found} of this version is there: taking it over")
+        else:
+            _say(f"job {info.submission_id} of another version is still there: stopping it")
+            _end(client, info.submission_id, options.drain_s)
+    return found
+
+
+def _submit(client, options):
+    job = client.submit_job(
+        entrypoint=shlex.join(options.command),
+        runtime_env={"working_dir": options.working_dir},
+        metadata={"tandem-serve": options.name, "tandem-version": options.version},
+        entrypoint_resources={options.resource: 1.0} if options.resource else None,
+    )
+    _say(f"job {job} submitted to {options.address}")
+    return job
+
+
+def _follow(client, job, stop):
+    """How it ended, with its log printed; None when told to stop first. Raises OSError or RuntimeError when the head is
+    gone for too long, or knows no such job.
+    """
+    printed, deadline_s = 0, None
+    while not stop.is_set():
+        try:
+            status = client.get_job_status(job)
+            printed = _print_new(client, job, printed)
+        except (OSError, RuntimeError) as error:
+            if "does not exist" in str(error) or (deadline_s is not None and time.monotonic() > deadline_s):
+                raise
+            if deadline_s is None:
+                deadline_s = time.monotonic() + REACH_S
+                _say(f"the head does not answer: {str(error).splitlines()[0][:200]}; the job may go on without it")
+        else:
+            deadline_s = None
+            if status in ENDED:
+                return status
+        stop.wait(POLL_S)
+    return None
 
 
 def _end(client, job, drain_s):
@@ -97,6 +130,7 @@ def _options(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--address", required=True)
     parser.add_argument("--name", required=True)
+    parser.add_argument("--version", required=True, help="changes with whatever the job is made of")
     parser.add_argument("--working-dir", required=True)
     parser.add_argument(
         "--resource", default="tandem-serve", help="the Ray resource of the node it runs on; empty: any"

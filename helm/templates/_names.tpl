@@ -12,6 +12,9 @@
 {{- else -}}
 {{- printf "%s-%s" .Release.Name (include "tandem.name" .) | trunc 36 | trimSuffix "-" -}}
 {{- end -}}
+{{- if and (not .Values.fullnameOverride) (regexMatch "^[0-9]" .Release.Name) -}}
+{{- fail (printf "the release's name, %s, begins with a digit, which the name of a service must not: set fullnameOverride" .Release.Name) -}}
+{{- end -}}
 {{- end }}
 
 {{/* The cluster of one track: the release's name, with the colour where there are two. */}}

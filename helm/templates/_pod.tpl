@@ -127,11 +127,11 @@ imagePullSecrets:
 initContainers:
   - name: model
     image: {{ $s3.image }}
-    args:
-      - copy
+    command:
+      - sh
+      - /etc/tandem/scripts/copy_model.sh
       - ":s3:{{ required "model.source is s3: name the bucket in model.s3.bucket" $s3.bucket }}/{{ $s3.prefix }}"
       - {{ include "tandem.modelPath" .ctx }}
-      - --config=
       {{- if eq .component "gateway" }}
       - --exclude=*.safetensors
       {{- end }}
@@ -163,6 +163,9 @@ initContainers:
         mountPath: /models
       - name: scratch
         mountPath: /tmp
+      - name: scripts
+        mountPath: /etc/tandem/scripts
+        readOnly: true
 {{- end }}
 {{- end }}
 

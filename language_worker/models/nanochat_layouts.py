@@ -107,7 +107,11 @@ def infer_config(checkpoint: Checkpoint) -> dict[str, Any]:
     sizes = checkpoint.read_json(meta_name).get("model_config")
     if not isinstance(sizes, dict):
         raise ModelNotSupported(f"{checkpoint.folder}/{meta_name} has no model_config; copy it from the training run")
-    return {**sizes, "architectures": [ARCHITECTURE], "model_type": "nanochat", "dtype": "by device"}
+    config = {**sizes, "architectures": [ARCHITECTURE], "model_type": "nanochat", "dtype": "by device"}
+    try:
+        return {**config, "generation": detect_generation({t.name: t.shape for t in checkpoint.tensors.values()})}
+    except ModelNotSupported:
+        return config  # the user may name it; who loads the weights without it says what is wrong
 
 
 def _hf_shape(config: Mapping[str, Any]) -> NanoChatShape:
@@ -141,7 +145,9 @@ def _hf_spec(shape: NanoChatShape, config: Mapping[str, Any]) -> ModelSpec:
 def _generation(config: Mapping[str, Any]) -> int:
     number = config.get("generation")
     if type(number) is not int or not 0 <= number < len(GENERATIONS):
-        raise ModelNotSupported(f"generation is {number!r}; nanochat's are 0 to {len(GENERATIONS) - 1}")
+        raise ModelNotSupported(
+            f"generation is {number!r}; nanochat's are 0 to {len(GENERATIONS) - 1}: name it in config_overrides"
+        )
     return number
 
 

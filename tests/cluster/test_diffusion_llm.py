@@ -16,7 +16,7 @@ import torch
 from cluster import LLM, DiffusionParams, SamplingParams
 from cluster.cli.generate import diffusion_from
 from cluster.config import build_config
-from cluster.errors import ConfigError
+from cluster.errors import BadRequest, ConfigError
 from cluster.gateway.app import create_app
 from examples.sums import save_tokenizer
 from language_worker.config import EngineConfig
@@ -80,6 +80,11 @@ def test_leaving_a_stream_gives_everything_back(llm: LLM) -> None:
         assert chunk.token_ids
         break
     assert_idle(llm)
+
+
+def test_images_are_refused(llm: LLM) -> None:
+    with pytest.raises(BadRequest, match="image"):
+        llm.generate({"prompt": "12+34", "images": [b"x"]}, GREEDY)
 
 
 def test_other_models_refuse_diffusion(tmp_path: Path) -> None:

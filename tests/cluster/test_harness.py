@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -14,10 +16,13 @@ import pytest
 import yaml
 
 from cluster.cli.parser import build_parser
-from cluster.demo import questions
+from cluster.config import build_config
+from cluster.demo import MODEL_DIR, questions
 from cluster.errors import ConfigError
+from cluster.harness import target as target_module
 from cluster.harness.load import percentile
-from cluster.harness.plan import load_scenario
+from cluster.harness.oracle import Judge
+from cluster.harness.plan import Fault, Topology, load_scenario
 from cluster.harness.plots import distribution, scatter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -211,6 +216,45 @@ def test_faults_need_a_cluster_of_ones_own(harness: Callable[..., Outcome]) -> N
     assert "faults need a cluster that the harness started" in outcome.page
 
 
+def test_a_worker_of_another_machine_is_not_mistaken_for_a_process_of_this_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever has that number here goes on living."""
+
+    class Elsewhere:
+        url = "http://127.0.0.1:1"
+
+        def __init__(self, config: object, **_: object) -> None:
+            self.workers = {"language-0": SimpleNamespace(pid=bystander.pid)}
+
+        def is_here(self, name: str) -> bool:
+            return False
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(target_module, "RayCluster", Elsewhere)
+    monkeypatch.setattr(target_module, "connect", lambda *_: False)
+    monkeypatch.setattr(target_module, "disconnect", lambda: None)
+    with subprocess.Popen(["sleep", "60"]) as bystander:
+        try:
+            topology = Topology(config={"model": {"path": str(MODEL_DIR)}})
+            with (
+                target_module.Target(topology, on_status=lambda text: None) as target,
+                pytest.raises(ConfigError, match="of another machine"),
+            ):
+                target.deal(Fault(kind="kill", worker="language-0"))
+            assert bystander.poll() is None
+        finally:
+            bystander.kill()
+
+
+def test_two_split_clusters_find_room_for_an_upgrade() -> None:
+    config = build_config({"workers": {"embedding": 1, "prefill": 2, "decode": 3}})
+    room = target_module._with_room(config, 2).workers
+    assert room.counts == {"embedding": 2, "prefill": 4, "decode": 6}
+
+
 def test_a_fault_that_never_happens_fails(harness: Callable[..., Outcome]) -> None:
     outcome = harness(fault={"kind": "kill", "worker": "language-0", "after_answers": 1000})
     assert outcome.code == 1 and "the fault never happened" in outcome.said
@@ -241,7 +285,9 @@ def test_wrong_files_are_refused_with_the_place(tree: dict[str, Any], words: str
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "harness").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_scenarios_are_accepted(path: Path) -> None:
-    assert load_scenario(path).topology.config["model"]["path"].endswith("demo/model")
+    scenario = load_scenario(path)
+    assert (Path(scenario.topology.config["model"]["path"]) / "config.json").is_file()
+    Judge(scenario.oracle, build_config(scenario.topology.config).resolve())
 
 
 def test_plots_are_well_formed_whatever_they_show() -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cluster import LLM, DiffusionParams, SamplingParams
-from cluster.errors import BadRequest
+from cluster.errors import BadRequest, ConfigError
 from cluster.gateway.app import create_app
 from cluster.model_info import ModelInfo
 from cluster.prompts import image_bytes
@@ -133,6 +133,21 @@ def test_logits_of_a_prompt_with_images_are_the_reference_s(made: Made) -> None:
         with pytest.raises(BadRequest, match="1 image placeholders"):
             llm.generate(asked([5, IMAGE_ID], pictures), sampling())
     torch.testing.assert_close(logits.double(), oracle(torch.tensor(prompt)), atol=1e-4, rtol=1e-4)
+
+
+def test_eight_bits_are_near(made: Made) -> None:
+    pictures = [random_image(*SIZES[0], seed=2)]
+    ids = [3, IMAGE_ID, 4]
+    oracle, prompt = made.oracle(ids, pictures)
+    with LLM(model=str(made.folder), quantization="int8", **SETTINGS) as llm:
+        logits = llm.logits(asked(ids, pictures)).double()
+    wanted = oracle(torch.tensor(prompt))
+    assert 1e-5 < float((logits - wanted).norm() / wanted.norm()) < 0.1
+
+
+def test_prefill_and_decode_apart_is_refused(made: Made) -> None:
+    with pytest.raises(ConfigError, match=r"fills in masks.*language workers"):
+        LLM(model=str(made.folder), **SETTINGS, workers={"prefill": 1, "decode": 1})
 
 
 def test_chat_is_the_published_conversation(made: Made) -> None:

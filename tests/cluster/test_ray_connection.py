@@ -14,6 +14,7 @@ import pytest
 
 from cluster import ray_connection
 from cluster.config import build_config
+from cluster.errors import ConfigError
 from cluster.launch import GATEWAY
 from cluster.ray_connection import _held_back_stderr, role_resource
 
@@ -95,3 +96,14 @@ def test_a_ray_of_our_own_has_room_for_every_role(workers: dict[str, int], monke
     offered = started["resources"]
     for kind, count in {**config.workers.counts, GATEWAY: 1}.items():
         assert offered.get(role_resource(kind), 0) >= count, kind
+
+
+def test_a_ray_that_is_too_slow_to_start_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray says so with a bare Exception."""
+
+    def init(**_: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray_connection.ray, "init", init)
+    with pytest.raises(ConfigError, match=r"cannot start Ray on this machine: The current node timed out"):
+        ray_connection.connect(build_config({"model": {"device": "cpu"}}), None, lambda text: None)

@@ -147,3 +147,13 @@ def test_stop_tells_of_a_process_that_does_not_end(
     assert f"process {child.pid} still runs" in capsys.readouterr().err
     child.kill()
     child.send_signal(signal.SIGCONT)
+
+
+def test_a_process_that_nobody_waits_for_has_ended_all_the_same(child: subprocess.Popen[str], tmp_path: Path) -> None:
+    """Whoever started it may never ask, or ask later: a container's first process, say, or one that waits for us."""
+    _folder(child)
+    assert is_running(child.pid)
+    child.send_signal(signal.SIGKILL)
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is still to be waited for
+    os.kill(child.pid, 0)
+    assert not is_running(child.pid)

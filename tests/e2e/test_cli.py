@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import os
-import queue
 import re
 import secrets
 import shutil
 import signal
 import socket
 import subprocess
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -21,11 +17,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from cluster.demo import MODEL_DIR, MODEL_NAME, questions
+from tests.e2e.serve_process import COMMAND, TIMEOUT_S, serve
 from tests.e2e.serving import Serving, ask_demo_question, eventually, long_body
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT_S = 120.0
-COMMAND = (sys.executable, "-m", "cluster")
 
 
 def _run(*arguments: str, cwd: Path = ROOT, text: str = "") -> subprocess.CompletedProcess[str]:
@@ -155,58 +150,13 @@ def _processes_with(mark: str) -> list[str]:
     return found
 
 
-class Served:
-    """A `serve` process, its lines as they come, and where it listens."""
-
-    def __init__(self, *arguments: str) -> None:
-        self.process = subprocess.Popen(
-            [*COMMAND, "serve", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        self.lines: queue.Queue[str | None] = queue.Queue()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        self.url = self.await_line(r"ready: (http://[^/]+)/")
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.lines.put(line)
-        self.lines.put(None)
-
-    def await_line(self, pattern: str) -> str:
-        """What the pattern's group matches in the first line that has it."""
-        seen = []
-        while (line := self.lines.get(timeout=TIMEOUT_S)) is not None:
-            seen.append(line)
-            if match := re.search(pattern, line):
-                return match.group(match.lastindex or 0)
-        raise AssertionError(f"serve ended with {self.process.wait()} without {pattern!r}: {seen}")
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-        self._reader.join()
-        assert self.process.stderr is not None
-        self.process.stderr.close()
-
-
-@contextmanager
-def _served(*arguments: str) -> Iterator[Served]:
-    served = Served(*arguments)
-    try:
-        yield served
-    finally:
-        served.close()
-
-
 @pytest.mark.ray
 def test_serve_answers_and_drains_at_sigterm(ray_token: None, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("workers: {num_cpus: 0.25}\ngateway: {port: 1}\n")
     (tmp_path / "keys").write_text("secret\n")
     arguments = ("--config", str(tmp_path / "c.yaml"), "--model", str(MODEL_DIR), "--served-model-name", MODEL_NAME)
     with (
-        _served(*arguments, "--port", "0", "--api-key-file", str(tmp_path / "keys")) as served,
+        serve(*arguments, "--port", "0", "--api-key-file", str(tmp_path / "keys")) as served,
         Serving(served.url) as serving,
     ):
         assert httpx.get(served.url + "/v1/models").status_code == 401

@@ -6,6 +6,7 @@ The node of the head offers room for every role, as the pods of a release do tog
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,16 @@ import yaml
 from cluster.demo import IMAGE_DIR, MODEL_DIR, questions
 from tests.e2e.ray_head import BIN, ROOT, RayHead, free_ports
 from tests.e2e.serving import eventually
-from tests.helm.rendering import CHART, Object, containers, of_kind, render, tandem_configs
+from tests.helm.rendering import (
+    CHART,
+    Object,
+    asked_figures,
+    containers,
+    dashboard_queries,
+    of_kind,
+    render,
+    tandem_configs,
+)
 from tests.profiles import IS_SOAK
 
 pytestmark = pytest.mark.ray
@@ -35,7 +45,7 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> list[Object]:
     """The chart for CPUs, with the model and the ports of this machine."""
     values = yaml.safe_load((CHART / "examples" / "cpu.yaml").read_text())
     values["model"] = {"path": str(MODEL_DIR)}
-    values["gateway"] |= {"port": free_ports(1)[0], "drainSeconds": 30}
+    values["gateway"] |= {"port": free_ports(1)[0], "drainSeconds": int(WAIT_S)}
     values["config"]["workers"] = {"num_cpus": 0.5}
     values["config"]["model"]["served_model_name"] = "tandem-demo"
     path = tmp_path_factory.mktemp("values") / "values.yaml"
@@ -57,8 +67,10 @@ class ServeJob:
             (folder / name).write_text(text)
         (self._container,) = (c for where, c, _ in containers(release) if where.endswith("/serve-job"))
         (self._gateway,) = (c for where, c, _ in containers(release) if where.endswith("/gateway/ray-worker"))
+        (self._test,) = (c for where, c, _ in containers(release) if where.startswith("Pod/"))
         (self._ray_head,) = (c for where, c, _ in containers(release) if where.endswith("/head/ray-head"))
         self.url = f"http://127.0.0.1:{yaml.safe_load(self.config_text)['gateway']['port']}"
+        self.version = "1"
         self.process: subprocess.Popen[str] | None = None
 
     def localised(self, command: list[str]) -> list[str]:
@@ -74,6 +86,7 @@ class ServeJob:
             for there, here in moved.items():
                 word = here if word == there else word.replace(there + "/", here + "/").replace("=" + there, "=" + here)
             words.append(f"--address={self._head.dashboard}" if word.startswith("--address=") else word)
+        words = [word.replace("$(TEMPLATE)", self.version) for word in words]
         return words
 
     def start(self) -> None:
@@ -93,9 +106,15 @@ class ServeJob:
         command = [ports.get(word, word) for word in self.localised(probe["exec"]["command"])]
         return subprocess.run(command, env=self._head.environment, capture_output=True, timeout=70).returncode
 
+    def helm_test(self) -> subprocess.CompletedProcess[str]:
+        """What the pod of `helm test` runs, at this machine's address in place of the service's."""
+        words = self.localised(self._test["command"])
+        words[words.index("--url") + 1] = self.url
+        return subprocess.run(words, capture_output=True, text=True, timeout=70)
+
     def stop_hook(self) -> int:
         command = self.localised(self._gateway["lifecycle"]["preStop"]["exec"]["command"])
-        return subprocess.run(command, env=self._head.environment, cwd=ROOT, timeout=WAIT_S).returncode
+        return subprocess.run(command, env=self._head.environment, cwd=ROOT, timeout=2 * WAIT_S).returncode
 
     def end(self) -> int:
         """SIGTERM, as a pod that ends gets it."""
@@ -114,7 +133,24 @@ def job(release: list[Object], guarded_head: RayHead, tmp_path: Path) -> Iterato
         job.process.wait()
 
 
-def test_the_rendered_serve_job_serves_is_probed_and_drains(job: ServeJob) -> None:
+def _harness(job: ServeJob, scenario: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`tandem harness` against the job's gateway."""
+    (keys,) = job.localised(["/etc/tandem/secrets/api-keys"])
+    command = [sys.executable, "-m", "cluster", "harness", str(scenario), "--url", job.url, "--api-key-file", keys]
+    return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S)
+
+
+def _assert_figures_are_there(page: str) -> None:
+    """The alerts and the dashboard ask for nothing that this cluster does not report, but for what only a split one has
+    and what only counts once something happened.
+    """
+    rules = yaml.safe_load((CHART / "files" / "alerts.yaml").read_text())["alerts"]
+    asked = asked_figures([rule["expr"] for rule in rules] + dashboard_queries())
+    missing = {figure for figure in asked if not re.search(rf"^tandem:{figure}[ {{]", page, re.MULTILINE)}
+    assert missing <= {"kv_exports_open", "request_errors_total", "transfer_streams_restarted_total"}, missing
+
+
+def test_the_rendered_serve_job_serves_is_probed_and_drains(job: ServeJob, tmp_path: Path) -> None:
     assert job.process is not None
     assert job.probe("startupProbe") == 1, "the canary passed before anything was there"
     eventually(lambda: "ready: http" in job.log() or job.process.poll() is not None, job.log, WAIT_S)  # type: ignore[union-attr]
@@ -122,10 +158,18 @@ def test_the_rendered_serve_job_serves_is_probed_and_drains(job: ServeJob) -> No
     assert job.probe("startupProbe") == job.probe("livenessProbe") == job.probe("head") == 0
     assert httpx.get(job.url + "/ready").status_code == 200
     assert httpx.post(job.url + "/v1/completions", json={"prompt": "x"}).status_code == 401
-    harness = [sys.executable, "-m", "cluster", "harness", str(ROOT / "examples" / "harness" / "smoke.yaml")]
-    arguments = ["--url", job.url, "--api-key-file", str(Path(job.localised(["/etc/tandem/secrets/api-keys"])[0]))]
-    asked = subprocess.run([*harness, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S)
+    canary = job.helm_test()
+    assert canary.returncode == 0 and "tandem-demo answers" in canary.stdout, canary.stdout + canary.stderr
+    _assert_figures_are_there(httpx.get(job.url + "/metrics").text)
+    asked = _harness(job, ROOT / "examples" / "harness" / "smoke.yaml")
     assert asked.returncode == 0 and asked.stdout.count("passed") == 2, asked.stdout + asked.stderr
+    wrong = {"name": "planted", "oracle": {"kind": "file", "file": "wrong.json"}, "steps": [{"name": "a step"}]}
+    (tmp_path / "planted.yaml").write_text(yaml.safe_dump(wrong))
+    (tmp_path / "wrong.json").write_text(json.dumps([{"prompt": "How many digits are there?", "answer": "planted"}]))
+    planted = _harness(job, tmp_path / "planted.yaml", "--html", str(tmp_path / "report.html"))
+    assert planted.returncode == 1 and "20 of 20 answers are wrong" in planted.stdout, planted.stdout + planted.stderr
+    report = (tmp_path / "report.html").read_text()
+    assert "1 failed" in report and "20 of 20 answers are wrong" in report
     assert job.stop_hook() == 0, "draining took longer than the pod is given"
     assert job.process.wait(WAIT_S) == 0, job.log()
     assert job.probe("startupProbe") == 1, "something still answers"
@@ -133,8 +177,16 @@ def test_the_rendered_serve_job_serves_is_probed_and_drains(job: ServeJob) -> No
         return
     job.start()  # as Kubernetes starts a container that ended
     eventually(lambda: job.probe("startupProbe") == 0, job.log, WAIT_S)
-    assert job.end() == 0, job.log()
-    assert "stopping the job" in job.log()
+    assert job.end() == 0 and "goes on" in job.log(), job.log()
+    assert job.probe("startupProbe") == 0, "nobody serves while the pod of the serve job is moved"
+    job.start()
+    eventually(lambda: "taking it over" in job.log(), job.log, WAIT_S)
+    assert job.end() == 0 and job.probe("startupProbe") == 0, job.log()
+    job.version = "2"  # a changed configuration
+    job.start()
+    eventually(lambda: "ready: http" in job.log(), job.log, WAIT_S)
+    assert "of another version is still there: stopping it" in job.log() and job.probe("startupProbe") == 0
+    assert job.stop_hook() == 0 and job.process.wait(WAIT_S) == 0, job.log()
 
 
 def test_who_has_no_token_submits_nothing(guarded_head: RayHead) -> None:

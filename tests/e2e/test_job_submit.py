@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from cluster.demo import questions
+from tests.e2e.checkout import copy_tree
 from tests.e2e.ray_head import RayHead
 
 pytestmark = pytest.mark.ray
@@ -21,15 +21,8 @@ MARKER = '\nprint(f"code at {__file__}", flush=True)\n'
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A copy of the tracked tree with what a real one has beside it, and whose code says where it runs."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, check=True, capture_output=True, text=True,
-    ).stdout.splitlines()  # fmt: skip
     folder = tmp_path / "checkout"
-    for name in listed:
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, folder / name)
+    copy_tree(folder)
     for big in (".venv/lib/big.so", ".mypy_cache/big.json"):  # beyond Ray's cap, if it were uploaded
         (folder / big).parent.mkdir(parents=True)
         with open(folder / big, "wb") as file:

@@ -1,4 +1,4 @@
-"""Random tiny Qwen2.5-VL and Qwen3-VL checkpoints give the reference's logits and greedy tokens, in float32.
+"""Random tiny Qwen2.5-VL, Qwen3-VL and MiniMind-V checkpoints: the reference's logits and greedy tokens, in float32.
 
 Twice each: colocated (`LLM`, in-memory endpoints) and disaggregated (an embedding worker and a language worker in
 processes of their own, over ZeroMQ), with every pair of default grant and block size spread over the checkpoints.
@@ -25,6 +25,7 @@ from cluster.prompts import image_bytes, request_from_prompt
 from tests.e2e.front import Gathered, open_workers
 from tests.e2e.worker_process import WorkerProcess
 from tests.profiles import IS_SOAK
+from tests.tiny_families import FAMILIES
 from tests.tiny_models import QWEN2_5_VL_CONFIGS, make_qwen2_5_vl, random_image, reference, reference_inputs
 from tests.tiny_qwen3_vl import QWEN3_VL_CONFIGS, make_qwen3_vl, qwen3_vl_reference
 from tests.tiny_tokenizer import TOKEN_IDS
@@ -119,18 +120,36 @@ def _one_thread() -> Iterator[None]:
 @pytest.mark.parametrize("index", range(len(QWEN2_5_VL_CONFIGS)))
 def test_equals_the_reference(index: int, tmp_path: Path, processes: dict[str, WorkerProcess]) -> None:
     folder = make_qwen2_5_vl(tmp_path, seed=100 + index, **QWEN2_5_VL_CONFIGS[index])
-    _check_equal(folder, reference(folder), index, processes)
+    _check_equal(folder, _cases(folder, reference(folder), index), index, processes)
 
 
 @pytest.mark.parametrize("index", range(len(QWEN3_VL_CONFIGS)))
 def test_deepstack_equals_the_reference(index: int, tmp_path: Path, processes: dict[str, WorkerProcess]) -> None:
     """Every media row consists of several planes; in a block they arrive together, whatever the block's size."""
     folder = make_qwen3_vl(tmp_path, seed=200 + index, **QWEN3_VL_CONFIGS[index])
-    _check_equal(folder, qwen3_vl_reference(folder), index, processes)
+    _check_equal(folder, _cases(folder, qwen3_vl_reference(folder), index), index, processes)
 
 
-def _check_equal(folder: Path, model: Any, index: int, processes: dict[str, WorkerProcess]) -> None:
-    cases = _cases(folder, model, index)
+@pytest.mark.parametrize("index", range(4))
+def test_minimind_v_equals_the_reference(index: int, tmp_path: Path, processes: dict[str, WorkerProcess]) -> None:
+    """Two images side by side, in every layout; text alone and behind them."""
+    name = [name for name in FAMILIES if name.startswith("minimind-v")][index]
+    subject = FAMILIES[name](tmp_path, 10 + index)
+    behind = subject.greedy(NUM_NEW + 5)
+    num_rows = subject.logits([]).shape[0] - len(subject.stem) + len(subject.images)
+    cases = [
+        Case(
+            prompt=subject.prompt(behind[:n]),
+            logits=subject.logits(behind[:n]),
+            tokens=behind[n : n + NUM_NEW],
+            num_media_rows=num_rows,
+        )
+        for n in (0, 5)
+    ]
+    _check_equal(subject.folder, cases, index, processes)
+
+
+def _check_equal(folder: Path, cases: list[Case], index: int, processes: dict[str, WorkerProcess]) -> None:
     assert len({tuple(case.tokens) for case in cases}) > 1, "prompts must matter to the model"
     for default_tokens, block_size in _pairs_of(index):
         transfer = {"block_size": block_size, "default_allocate_tokens": default_tokens}

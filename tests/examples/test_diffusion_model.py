@@ -12,8 +12,8 @@ import torch
 from cluster import LLM, DiffusionParams, SamplingParams
 from cluster.cli.parser import build_parser
 from cluster.demo import DIFFUSION_MODEL_DIR, SUMS, answer_to_sums
+from examples.diffusion_model import Llada, Shape, save
 from examples.sums import GENERATION_LENGTH, answer_ids, answer_to, build_tokenizer, draw_question, is_held_out
-from examples.train_diffusion import Llada, Shape, save
 from tests.oracles_llada import LladaOracle
 
 

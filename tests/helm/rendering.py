@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import json
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -117,3 +119,16 @@ def tandem_configs(objects: list[Object]) -> dict[str, str]:
     """The text of each tandem.yaml by the name of its ConfigMap."""
     maps = of_kind(objects, "ConfigMap")
     return {item["metadata"]["name"]: item["data"]["tandem.yaml"] for item in maps if "tandem.yaml" in item["data"]}
+
+
+def dashboard_queries() -> list[str]:
+    """What the panels of the dashboard ask for."""
+    board = json.loads((CHART / "files" / "dashboard.json").read_text(encoding="utf-8"))
+    return [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+
+
+def asked_figures(queries: list[str]) -> set[str]:
+    """Tandem's figures that queries name, without the prefix; of several in parentheses, each."""
+    text = " ".join(queries)
+    several = [name for names in re.findall(r"tandem:\(([\w|]+)\)", text) for name in names.split("|")]
+    return {*several, *re.findall(r"tandem:(\w+)", text)}

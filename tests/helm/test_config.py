@@ -14,7 +14,18 @@ from cluster.cli.parser import build_parser
 from cluster.config import build_config, load_config
 from cluster.demo import MODEL_DIR
 from cluster.errors import ConfigError
-from tests.helm.rendering import CASES, CHART, ROOT, of_kind, render, rendered, tandem_configs, template
+from tests.helm.rendering import (
+    CASES,
+    CHART,
+    KUBERNETES,
+    ROOT,
+    helm,
+    of_kind,
+    render,
+    rendered,
+    tandem_configs,
+    template,
+)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -61,7 +72,7 @@ def test_workers_are_as_many_as_the_groups_have_room_for() -> None:
 
     assert workers(*CASES["colocated"]) == (2, 2)
     assert workers(*CASES["autoscaling"]) == (2, 4)
-    assert workers("--set", "workerGroups.embedding.offers.embedding=3,workerGroups.embedding.replicas=2") == (6, 1)
+    assert workers("--set", "workerGroups.embedding.offers.embedding=2,workerGroups.embedding.replicas=3") == (6, 1)
 
 
 def test_prefill_and_decode_groups_take_the_place_of_language_workers() -> None:
@@ -94,6 +105,24 @@ REFUSED: dict[str, tuple[str, str]] = {
     "an ingress without hosts": ("ingress.enabled=true", "ingress.hosts"),
     "a route without gateways": ("gatewayRoute.enabled=true", "gatewayRoute.parentRefs"),
     "Redis without an address": ("gcsFaultTolerance.enabled=true", "redisAddress"),
+    "Redis without a port": ("gcsFaultTolerance.enabled=true,gcsFaultTolerance.redisAddress=redis.svc", "redisAddress"),
+    "a name that no object may have": ("fullnameOverride=My_Cluster", "fullnameOverride"),
+    "half a digest": ("image.digest=sha256:12", "digest"),
+    "a folder without a beginning": ("model.path=models/qwen", "model.path"),
+    "a folder outside the claim": ("model.source=pvc,model.pvc.claimName=m,model.path=/data/qwen", "below it"),
+    "a folder of the copy": ("model.source=s3,model.s3.bucket=b,model.path=/models/b", "leave it out"),
+    "ports from high to low": ("transfer.firstPort=30000", "beyond the last"),
+    "a port that Ray takes": ("gateway.port=8080", "gateway.port and ray.ports.metrics both take port 8080"),
+    "ranges of ports that meet": ("ray.ports.lastWorker=20000", "both take port 20000"),
+    "too few ports for a pod": (
+        "transfer.lastPort=20001,workerGroups.language.offers.language=2",
+        "room for 1 processes",
+    ),
+    "too few CPUs for a pod": ("workerGroups.language.offers.language=3", "ask for 3 CPUs and Ray counts 2"),
+    "GPUs that a pod has not": ("config.workers.num_gpus=1", "ask for 1 GPUs and it has 0"),
+    "an encoder on CPUs that asks for a GPU": ("workerGroups.language.gpus=1", "workerGroups.embedding: the workers"),
+    "what both tracks share": ("blueGreen.blue.overrides.fullnameOverride=x", "fullnameOverride"),
+    "a time without a unit": ("metrics.serviceMonitor.interval=15", "interval"),
 }
 
 
@@ -103,6 +132,17 @@ def test_what_cannot_work_is_refused_with_its_name(what: str) -> None:
     done = template("--set", setting)
     assert done.returncode != 0, f"{what} was accepted"
     assert word in done.stderr, done.stderr
+
+
+def test_a_release_whose_name_begins_with_a_digit_is_told_what_to_do() -> None:
+    done = helm("template", "7b", str(CHART), "--kube-version", KUBERNETES)
+    assert done.returncode != 0 and "set fullnameOverride" in done.stderr
+    assert helm("template", "7b", str(CHART), "--set", "fullnameOverride=vision").returncode == 0
+
+
+def test_an_encoder_on_cpus_beside_language_workers_on_gpus_is_accepted() -> None:
+    render("--set", "workerGroups.language.gpus=1,config.embedding.device=cpu")
+    render("--set", "workerGroups.language.gpus=1,config.workers.num_gpus=0")
 
 
 def test_the_schema_and_tandem_agree_on_what_is_unknown() -> None:

@@ -7,13 +7,15 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cluster.cli.parser import build_parser
-from tests.helm.rendering import ROOT, containers, rendered
+from tests.helm.rendering import ROOT, containers, of_kind, rendered
 
 TEXT = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 LINES = [line for line in TEXT.replace("\\\n", " ").splitlines() if line.strip() and not line.startswith("#")]
@@ -57,6 +59,14 @@ def test_the_model_of_the_chart_s_defaults_is_in_the_images() -> None:
     (copied,) = {arguments for _, arguments in _stages()["cpu"] if arguments.endswith("demo-model")}
     assert (ROOT / copied.split()[0] / "config.json").is_file()
     assert "/opt/tandem/demo-model" in str(rendered("defaults"))
+
+
+def test_the_chart_names_the_versions_that_the_images_have() -> None:
+    chart = yaml.safe_load((ROOT / "helm" / "Chart.yaml").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert chart["appVersion"] == project["version"]
+    (cluster,) = of_kind(rendered("defaults"), "RayCluster")
+    assert f"ray=={cluster['spec']['rayVersion']}" in (ROOT / "constraints.txt").read_text().split()
 
 
 def test_containers_of_the_chart_start_programs_that_the_images_have() -> None:

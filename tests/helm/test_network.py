@@ -5,6 +5,7 @@ A flow passes when the egress side and the ingress side both admit it; a side th
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +72,9 @@ def _selects(selector: dict[str, Any], pod: Peer) -> bool:
 
 def _is_peer(peer: dict[str, Any], other: Peer) -> bool:
     if "ipBlock" in peer:
-        return bool(other.address) and peer["ipBlock"]["cidr"] == "0.0.0.0/0"
+        block = peer["ipBlock"]
+        inside = [network for network in (block["cidr"], *block.get("except", ())) if _has(network, other.address)]
+        return inside == [block["cidr"]]
     if other.address:
         return False
     if "namespaceSelector" in peer:
@@ -81,6 +84,11 @@ def _is_peer(peer: dict[str, Any], other: Peer) -> bool:
     elif other.namespace != NAMESPACE:
         return False
     return _selects(peer.get("podSelector", {}), other)
+
+
+def _has(network: str, address: str) -> bool:
+    """Whether an address is of a network; an address of the one kind is of no network of the other."""
+    return bool(address) and ipaddress.ip_address(address) in ipaddress.ip_network(network)
 
 
 def _is_port(entry: dict[str, Any], target: Peer, port: int, protocol: str) -> bool:
@@ -158,7 +166,14 @@ def test_from_and_to_elsewhere(case: str) -> None:
             assert not any(admits(policies, other, pod, port) for other in (NEIGHBOUR, STRANGER, PROMETHEUS)), where
         assert admits(policies, pod, NAMES, 53, "UDP") and not admits(policies, pod, NAMES, 80), where
         may_copy = case == "public-s3" and where.startswith("RayCluster/") and not where.endswith("/head")
-        assert admits(policies, pod, INTERNET, 443) == may_copy, where
+        may_read_images = case == "media" and is_gateway
+        assert admits(policies, pod, INTERNET, 443) == (may_copy or may_read_images), where
+        assert admits(policies, pod, INTERNET, 80) == may_read_images, where
+        for address, port in (("203.0.113.7", 22), ("10.30.0.1", 80), ("169.254.169.254", 80), ("fd00::7", 443)):
+            assert not admits(policies, pod, Peer(address, namespace="", address=address), port), (where, address)
+        for address, port in (("10.20.30.40", 9001), ("2606:4700::1111", 443)):
+            outside = Peer(address, namespace="", address=address)
+            assert admits(policies, pod, outside, port) == may_read_images, (where, address)
         assert not admits(policies, pod, STRANGER, 443), where
 
 

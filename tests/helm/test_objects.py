@@ -11,8 +11,18 @@ import kubernetes_validate
 import pytest
 from ray.autoscaler._private.kuberay import autoscaling_config
 
+from cluster.metrics import LEDGER
 from tests.helm.kuberay_schema import RAY_CLUSTER
-from tests.helm.rendering import CASES, CHART, helm, of_kind, pod_templates, rendered
+from tests.helm.rendering import (
+    CASES,
+    CHART,
+    asked_figures,
+    dashboard_queries,
+    helm,
+    of_kind,
+    pod_templates,
+    rendered,
+)
 
 SCHEMA_VERSION = "1.30"
 PACKAGES = ("cluster", "language_worker", "embedding_worker", "transfer")
@@ -23,8 +33,9 @@ OPERATORS = {  # kind -> fields of the spec that its operator knows and the char
 }
 
 
-def test_lint_finds_nothing() -> None:
-    done = helm("lint", "--strict", str(CHART))
+@pytest.mark.parametrize("case", CASES)
+def test_lint_finds_nothing(case: str) -> None:
+    done = helm("lint", "--strict", str(CHART), *CASES[case])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "[WARNING]" not in done.stdout
 
@@ -93,9 +104,22 @@ def test_every_alert_has_a_runbook_and_asks_for_figures_that_exist() -> None:
     for alert in alerts:
         assert f"### {alert['alert']}\n" in page
         assert alert["annotations"]["runbook_url"] == f"docs/operating.md#{alert['alert'].lower()}"
-    asked = " ".join(alert["expr"] for alert in alerts) + (CHART / "files" / "dashboard.json").read_text()
-    figures = set(re.findall(r"tandem:(\w+)", asked))
-    assert len(figures) >= 10
+    figures = asked_figures([alert["expr"] for alert in alerts] + dashboard_queries())
+    assert len(figures) >= 20
     for figure in figures:
         name = re.sub(r"_(total|bucket)$", "", figure)
         assert f'"{name}' in source, f"nobody reports {figure}"
+
+
+def test_whatever_is_left_behind_raises_the_alarm() -> None:
+    """By names, each whole: a sum of figures that not every kind of worker reports would leave workers out."""
+    (rule,) = of_kind(rendered("monitoring"), "PrometheusRule")
+    (alert,) = [alert for alert in rule["spec"]["groups"][0]["rules"] if alert["alert"] == "TandemLeak"]
+    idle, held = alert["expr"].split(" and ")
+    (pattern,) = re.findall(r'^sum\(\{__name__=~"(.*)"\}\) > 0$', held)
+    assert all(re.fullmatch(pattern, f"tandem:{name}") for name in LEDGER), pattern
+    assert asked_figures([held]) == set(LEDGER)
+    assert asked_figures([idle]) == {"num_requests_running", "num_requests_waiting"}
+    assert any(asked_figures([query]) == set(LEDGER) for query in dashboard_queries())
+    page = (CHART.parent / "docs" / "operating.md").read_text(encoding="utf-8")
+    assert all(f"`tandem:{name}`" in page for name in LEDGER)

@@ -127,12 +127,12 @@ def test_every_secret_and_map_that_is_referred_to_exists(case: str) -> None:
 def test_scripts_that_are_run_are_mounted(case: str) -> None:
     objects = rendered(case)
     maps = [item["data"] for item in of_kind(objects, "ConfigMap")]
-    scripts = {name: text for data in maps for name, text in data.items() if name.endswith(".py")}
-    assert scripts.keys() == {"probe.py", "serve_job.py"}
+    scripts = {name: text for data in maps for name, text in data.items() if name.endswith((".py", ".sh"))}
+    assert scripts.keys() == {"probe.py", "serve_job.py", "copy_model.sh"}
     for name, text in scripts.items():
         assert text.strip() == (CHART / "files" / name).read_text().strip()
     for where, container, _ in containers(objects):
-        run = set(re.findall(r"/etc/tandem/scripts/(\S+?\.py)", str(container)))
+        run = set(re.findall(r"/etc/tandem/scripts/(\w+\.\w+)", str(container)))
         assert run <= scripts.keys(), where
         is_mounted = any(mount["mountPath"] == "/etc/tandem/scripts" for mount in container["volumeMounts"])
         assert not run or is_mounted, where

@@ -75,6 +75,8 @@ def test_secrets_are_made_once_and_kept(release: Release) -> None:
     release.helm("uninstall", "release")
     assert release.secrets() == first, "they are kept for the next installation"
     assert not any(plural == "rayclusters" for plural, _ in release.api.objects)
+    release.apply("install")
+    assert release.secrets() == first, "who installs again under the same name meets other keys"
 
 
 def test_an_upgrade_that_changes_nothing_restarts_nothing(release: Release) -> None:

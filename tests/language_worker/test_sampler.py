@@ -1,8 +1,10 @@
 """Sampling against transformers' logits processors, against the exact distribution, and against itself in a crowd."""
 
+import math
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from transformers import (
@@ -17,6 +19,7 @@ from transformers import (
 from language_worker.api import SamplingParams
 from language_worker.sampler import argmax_rows, filter_weights, sample, token_logprob
 from language_worker.sampling_state import SamplingState, uniform_draw
+from tests.profiles import IS_SOAK
 
 VOCAB = 50
 
@@ -57,9 +60,59 @@ def test_kept_set_and_probabilities_equal_transformers(values: dict, seed: int) 
     expected = torch.softmax(warpers(torch.zeros(1, 0, dtype=torch.long), logits.clone()), dim=-1)[0]
     weights = torch.exp((logits - logits.max()) / params.temperature)
     kept, order = filter_weights(weights, [params])
-    ours = torch.zeros(VOCAB, dtype=torch.float64).scatter_(0, order[0], kept[0] / kept.sum())
+    ours = torch.zeros(VOCAB, dtype=torch.float64).scatter_add_(0, order[0], kept[0] / kept.sum())
     assert set(ours.nonzero().flatten().tolist()) == set(expected.nonzero().flatten().tolist())
     torch.testing.assert_close(ours, expected)
+
+
+def _kept_by_a_full_sort(weights: torch.Tensor, params: SamplingParams) -> dict[int, float]:
+    """id -> weight of what the filters leave, in the order of falling weight and rising id."""
+    values = weights.tolist()
+    ranked = sorted(range(len(values)), key=lambda i: (-values[i], i))[: params.top_k if params.top_k > 0 else None]
+    total, before, kept = math.fsum(values[i] for i in ranked), 0.0, {}
+    for i in ranked:
+        if params.top_p < 1 and before >= params.top_p * total:
+            break
+        before += values[i]
+        kept[i] = values[i]
+    return {i: w for i, w in kept.items() if w >= params.min_p * values[ranked[0]]}
+
+
+@settings(max_examples=400 if IS_SOAK else 40, deadline=None, derandomize=True)
+@given(
+    crowd=st.lists(
+        st.builds(
+            SamplingParams,
+            temperature=st.sampled_from([0.3, 1.0, 1.9]),
+            top_k=st.sampled_from([0, 1, 7, 300, 700, 2999]),
+            top_p=st.sampled_from([0.05, 0.5, 0.95, 0.999, 1.0]),
+            min_p=st.sampled_from([0.0, 0.001, 0.3, 1.0]),
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+    scale=st.sampled_from([0.01, 1.0, 6.0, 40.0]),
+    has_ties=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@example(crowd=[SamplingParams(top_p=0.05, min_p=0.3)], scale=1.0, has_ties=False, seed=1)  # top-p counts all mass
+def test_what_need_not_be_sorted_is_what_a_full_sort_rejects(
+    crowd: list[SamplingParams], scale: float, has_ties: bool, seed: int
+) -> None:
+    """In a vocabulary so large that most of it is left out before the sort."""
+    logits = torch.randn(len(crowd), 3000, generator=torch.Generator().manual_seed(seed)).double() * scale
+    logits = logits.round() if has_ties else logits
+    temperatures = torch.tensor([p.temperature for p in crowd], dtype=torch.float64)
+    weights = torch.exp((logits - logits.amax(-1, keepdim=True)) / temperatures[:, None])
+    kept, order = filter_weights(weights, crowd)
+    for r, params in enumerate(crowd):
+        expected = _kept_by_a_full_sort(weights[r], params)
+        count = len(expected)
+        assert dict(zip(order[r, :count].tolist(), kept[r, :count].tolist(), strict=True)) == expected
+        assert order[r, :count].tolist() == list(expected), "falling weights, equal ones by rising id"
+        assert not kept[r, count:].any()
+        alone, alone_order = filter_weights(weights[r : r + 1], [params])
+        assert torch.equal(alone[0, :count], kept[r, :count]) and torch.equal(alone_order[0, :count], order[r, :count])
 
 
 @pytest.mark.parametrize(
@@ -82,7 +135,7 @@ def test_draws_follow_the_distribution(values: dict) -> None:
     counts = tokens.bincount(minlength=VOCAB).double()
     weights = torch.exp(logits.double() / params.temperature)
     kept, order = filter_weights(weights, [params])
-    expected = torch.zeros(VOCAB, dtype=torch.float64).scatter_(0, order[0], kept[0] / kept.sum()) * n
+    expected = torch.zeros(VOCAB, dtype=torch.float64).scatter_add_(0, order[0], kept[0] / kept.sum()) * n
     assert counts[expected == 0].sum() == 0, "a rejected token was drawn"
     big = expected >= 5
     observed = [*counts[big].tolist(), counts[~big].sum().item()]
