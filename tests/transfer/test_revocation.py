@@ -260,6 +260,21 @@ def test_blocks_that_the_sender_writes_itself_come_back_only_with_its_word() -> 
     assert len({a.serial for a in sent}) == 3, "a block that is sent again has a new serial"  # type: ignore[union-attr]
 
 
+def test_the_answer_to_an_earlier_revocation_gives_nothing_back() -> None:
+    """What it was about is withdrawn once more: a block that was granted in between may be written still."""
+    left, right = shared_memory_pair()
+    left.rows_written(16, 0.0)
+    answers = []
+    for count in (2, 1):
+        (told,) = right.revoke(count, 0.0)
+        assert isinstance(told, Send)
+        answers.append(left.receive(told.message, 0.0)[0])  # type: ignore[arg-type]
+    early, late = (answer.message for answer in answers)  # type: ignore[union-attr]
+    assert right.revoked(early, 0.0) == [Dropped("duplicate")]
+    (freed,) = right.revoked(late, 0.0)
+    assert isinstance(freed, FreeBlocks) and sorted(freed.block_ids) == [1, 3, 5]
+
+
 def test_an_acknowledgement_from_before_a_revocation_says_nothing() -> None:
     left, right = shared_memory_pair()
     left.rows_written(80, 0.0)

@@ -1,5 +1,4 @@
-"""Every planted bug is caught within 500 seeds (one, which needs a late answer at the right moment, within 1000), and
-the seed that catches it is clean without the bug."""
+"""Every planted bug is caught within 500 seeds, and the seed that catches it is clean without the bug."""
 
 from __future__ import annotations
 
@@ -12,8 +11,7 @@ from tests.transfer.simulation.planted import BUGS, Planted
 from transfer.simulation.runner import run_seed
 
 NUM_SEEDS = 500
-MORE_SEEDS = {"confirm_twice": 1000}
-# Where each was caught last, so that the everyday profile need not search; any seed below its number will do.
+# Where each was caught last, so that the everyday profile need not search; any seed below NUM_SEEDS will do.
 CAUGHT_AT = {
     "acknowledge_before_storing": 11,
     "believe_every_answer": 2,
@@ -39,7 +37,6 @@ CAUGHT_AT = {
     "fence_what_was_handed_on": 196,
     "forget_where_blocks_are_to_be": 80,
     "wait_for_word_of_the_pools_blocks": 18,
-    "confirm_twice": 805,
     "lose_whom_nothing_was_granted": 19,
     "invite_to_what_is_given_up": 19,
     "grant_before_the_withdrawal_was_heard": 19,
@@ -81,21 +78,16 @@ BREAKS: dict[str, tuple[str, ...]] = {
     "fence_what_was_handed_on": ("7: nothing leaks",),
     "forget_where_blocks_are_to_be": ("4: a grant names the stream's own blocks",),
     "wait_for_word_of_the_pools_blocks": ("5: the surplus comes back",),
-    "confirm_twice": ("3: a block holds the producer's rows", "4: a slot is its writer's alone"),
     "lose_whom_nothing_was_granted": ("3: a stream outlives faults shorter than its limits",),
     "invite_to_what_is_given_up": ("3: a stream outlives faults shorter than its limits", "5: every request ends"),
     "grant_before_the_withdrawal_was_heard": ("4: a grant names the stream's own blocks",),
 }
 
 
-def num_seeds(bug: Planted) -> int:
-    return MORE_SEEDS.get(bug.__name__, NUM_SEEDS)
-
-
 def seeds(bug: Planted) -> Iterator[int]:
     if not IS_SOAK:
         yield CAUGHT_AT.get(bug.__name__, 0)
-    yield from range(num_seeds(bug))
+    yield from range(NUM_SEEDS)
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
@@ -109,7 +101,7 @@ def test_every_planted_bug_is_caught(bug: Planted) -> None:
             assert "TypeError" not in breach.text and "AttributeError" not in breach.text, "the patch itself is broken"
             assert run_seed(seed).breach is None, "the seed fails without the bug, too"
             return
-    raise AssertionError(f"{bug.__name__} was not caught in {num_seeds(bug)} seeds")
+    raise AssertionError(f"{bug.__name__} was not caught in {NUM_SEEDS} seeds")
 
 
 def test_there_are_enough_of_them() -> None:

@@ -122,17 +122,6 @@ def wait_for_word_of_the_pools_blocks() -> AbstractContextManager[Any]:
     return patch.object(ReceiverLife, "place_in", wrong)
 
 
-def confirm_twice() -> AbstractContextManager[Any]:
-    """The answer to an old revocation gives back what was granted since."""
-    right = ReceiverWindow.revoked
-
-    def wrong(self: ReceiverWindow, serial: int) -> tuple[int, ...] | None:
-        pending = self.pending
-        return right(self, serial if pending is None else pending.revoke.serial)
-
-    return patch.object(ReceiverWindow, "revoked", wrong)
-
-
 def lose_whom_nothing_was_granted() -> AbstractContextManager[Any]:
     """When a segment is given up, streams that were only invited to it have lost their sender, too."""
     return patch.object(ReceiverLife, "can_withdraw_segment", False)
@@ -167,7 +156,6 @@ BUGS: tuple[Planted, ...] = (
     fence_what_was_handed_on,
     forget_where_blocks_are_to_be,
     wait_for_word_of_the_pools_blocks,
-    confirm_twice,
     lose_whom_nothing_was_granted,
     invite_to_what_is_given_up,
     grant_before_the_withdrawal_was_heard,
