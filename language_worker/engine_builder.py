@@ -4,6 +4,7 @@ The only place of this half that resolves "auto". Knows no transport.
 """
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,9 +33,12 @@ from language_worker.prefix_cache import DIGEST_BYTES, PrefixCache
 from language_worker.roster import EngineLimits
 from language_worker.runner import ModelRunner
 from language_worker.scheduler import Scheduler
+from language_worker.state_store import StateStore
 from language_worker.tokenizer import Tokenizer
 from transfer.checkpoint import Checkpoint
 from transfer.checkpoint_dtype import checkpoint_dtype
+
+logger = logging.getLogger(__name__)
 
 CPU_CACHE_BYTES = 512 << 20
 BY_DEVICE = "by device"  # what a layout says whose tensors are of several dtypes
@@ -75,7 +79,7 @@ def build_engine(
     def runner_of(model: LanguageModel) -> ModelRunner:
         model.reserve_positions(size.max_model_len)
         cache = KVCache(model.spec.kv, num_pages=size.num_pages, page_size=config.page_size, dtype=dtype, device=device)
-        return ModelRunner(model, cache, device, config.num_threads)
+        return ModelRunner(model, cache, device, config.num_threads, _states(model.spec, config, dtype, device))
 
     runner = runner_of(model)
     scheduler = _scheduler(config, model.spec, size, _cache_root(checkpoint, dtype, config.page_size))
@@ -138,7 +142,9 @@ def _refuse_quantised(config: Mapping[str, Any]) -> None:
 def _scheduler(config: EngineConfig, spec: ModelSpec, size: CacheSize, root: bytes) -> Scheduler:
     """Over a pool of its own. What is computed whole needs steps that hold it, and has no KV that others could use."""
     pool, strategy = PagePool(size.num_pages), _strategy(config, spec)
-    has_prefixes = config.prefix_cache and not strategy.is_whole
+    has_prefixes = config.prefix_cache and not strategy.is_whole and spec.state is None
+    if config.prefix_cache and spec.state is not None:
+        logger.info("the prefix cache is off: this model's pages are of no use without the recurrent state behind them")
     return Scheduler(
         pool=pool,
         strategy=strategy,
@@ -148,6 +154,16 @@ def _scheduler(config: EngineConfig, spec: ModelSpec, size: CacheSize, root: byt
         max_prefill_chunk=0 if strategy.is_whole else config.max_prefill_chunk,
         prefix_cache=PrefixCache(pool, config.page_size, root) if has_prefixes else None,
         min_partial_chunk=config.min_partial_chunk,
+        has_state=spec.state is not None,
+    )
+
+
+def _states(spec: ModelSpec, config: EngineConfig, dtype: torch.dtype, device: torch.device) -> StateStore | None:
+    """Room for the recurrent state of every seat, None where there is none."""
+    return (
+        None
+        if spec.state is None
+        else StateStore(spec.state, num_slots=config.max_num_seqs, dtype=dtype, device=device)
     )
 
 
@@ -167,6 +183,10 @@ def _load_draft_model(
             f"draft model {config.draft_model} fills in masks and predicts no next token, which drafts are; use one "
             "that writes its tokens one by one"
         )
+    if model.spec.state is not None:
+        raise ModelNotSupported(
+            f"draft model {config.draft_model} keeps recurrent state, which cannot go back over a wrong draft"
+        )
     if model.spec.needs_previous_ids:
         raise ModelNotSupported(
             f"draft model {config.draft_model} reads the token before each of its own, which drafts cannot offer"
@@ -184,6 +204,11 @@ def _strategy(config: EngineConfig, spec: ModelSpec) -> DecodeStrategy:
     if spec.decode_strategy == "block_diffusion" and (name != spec.decode_strategy or has_drafter):
         raise ModelNotSupported(
             "this model fills in masks and knows no other order; set decode_strategy to 'auto' and no draft_model"
+        )
+    if spec.state is not None and (name == "speculative" or has_drafter):
+        raise ModelNotSupported(
+            "this model keeps recurrent state, which cannot go back over a wrong draft; set decode_strategy to 'auto' "
+            "and no draft_model"
         )
     return create_strategy(
         "speculative" if has_drafter else name, num_draft_tokens=config.num_draft_tokens, has_drafter=has_drafter
@@ -241,13 +266,15 @@ def resolve_cache(
     tokens = config.kv_cache_tokens
     if not tokens:
         num_bytes = config.kv_cache_bytes or _default_bytes(config, device)
+        if spec.state is not None and device.type == "cuda" and not config.kv_cache_bytes:
+            num_bytes -= config.max_num_seqs * spec.state.num_bytes(dtype)
         seats = config.max_num_seqs * (wanted_len + config.page_size)
         per_token = spec.kv.bytes_per_token(dtype) + (0 if draft is None else draft.kv.bytes_per_token(dtype))
         tokens = min(num_bytes // per_token, seats)
     num_pages = tokens // config.page_size if not config.kv_cache_tokens else -(-tokens // config.page_size)
     if num_pages * config.page_size < 2:
         raise ModelNotSupported(
-            f"the KV cache would hold {num_pages} pages of {config.page_size} tokens; raise kv_cache_bytes"
+            f"the KV cache would hold {max(num_pages, 0)} pages of {config.page_size} tokens; raise kv_cache_bytes"
         )
     max_model_len = min(wanted_len, num_pages * config.page_size)
     if config.max_model_len > max_model_len:

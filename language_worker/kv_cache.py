@@ -14,7 +14,7 @@ from language_worker.models.base import KVSpec
 
 
 class KVCache:
-    """Per layer keys and values [num_pages, page_size, num_kv_heads, head_dim], contiguous.
+    """Per layer (and head group) keys and values [num_pages, page_size, num_kv_heads, head_dim], contiguous.
 
     On the CPU the memory is mapped zeroed, so that pages that were never used cost no physical memory.
     """
@@ -26,9 +26,11 @@ class KVCache:
         self.page_size = page_size
         self.dtype = dtype
         self.row_elements = spec.row_elements
-        shape = (num_pages, page_size, spec.num_kv_heads, spec.head_dim)
+        shapes = [
+            (num_pages, page_size, heads, spec.head_dim) for heads in spec.head_groups or (spec.num_kv_heads,)
+        ] * spec.num_layers
         self.layers: list[tuple[torch.Tensor, torch.Tensor]] = [
-            (_zeros(shape, dtype, device), _zeros(shape, dtype, device)) for _ in range(spec.num_layers)
+            (mapped_zeros(shape, dtype, device), mapped_zeros(shape, dtype, device)) for shape in shapes
         ]
 
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
@@ -60,7 +62,8 @@ class KVCache:
             first += flat.shape[1]
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def mapped_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """On the CPU what is never written costs no physical memory."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     num_bytes = int(np.prod(shape)) * dtype.itemsize

@@ -5,6 +5,8 @@ the fork begins (its next step would write to it anyway); the copies of one plan
 them before it runs; so are imports, of KV that another engine computed, as far as no page has it. Pure: page ids and
 lengths, no tensors.
 
+Recurrent state goes the same ways, but stands for one position only: a sibling that has gone on lends nothing.
+
     donor    | page 3 | page 7 | page 9 (head: prompt, tail: the donor's own tokens) |
     fork     | page 3 | page 7 | page 4 (copied from 9, its tail overwritten)        |
 """
@@ -16,6 +18,7 @@ from language_worker.page_pool import PagePool
 from language_worker.plan import KVImport
 from language_worker.prefix_cache import PrefixCache
 from language_worker.request import Sequence
+from language_worker.state_slots import StateSlots
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +26,7 @@ class Prefix:
     """KV that is there already: `pages` can be shared whole; of `partial` (None: of none) the head can be copied.
 
     num_tokens: leading positions that are covered. num_cached: those of them that the prefix cache has. is_imported:
-    what is not in `pages` was computed elsewhere and is at hand.
+    what is not in `pages` was computed elsewhere and is at hand. donor: whose recurrent state stands at `num_tokens`.
     """
 
     pages: tuple[int, ...] = ()
@@ -31,17 +34,23 @@ class Prefix:
     num_tokens: int = 0
     num_cached: int = 0
     is_imported: bool = False
+    donor: Sequence | None = None
 
 
 NOTHING = Prefix()
 
 
 class PageKeeper:
-    """Pages of one scheduler's sequences. `cache`: None to keep nothing that no sequence holds."""
+    """Pages of one scheduler's sequences, and their recurrent states where they have any (`states`). `cache`: None to
+    keep nothing that no sequence holds, as must be where there is state: nobody keeps that."""
 
-    def __init__(self, pool: PagePool, page_size: int, cache: PrefixCache | None = None) -> None:
+    def __init__(
+        self, pool: PagePool, page_size: int, cache: PrefixCache | None = None, states: StateSlots | None = None
+    ) -> None:
+        assert cache is None or states is None, "a page without the state behind it is of no use"
         self.pool = pool
         self.cache = cache
+        self.states = states
         self.page_size = page_size
         self._copies: dict[int, int] = {}  # target -> source, until they are taken
         self._imports: dict[tuple[int, int], KVImport] = {}  # by sequence, until they are taken
@@ -66,11 +75,14 @@ class PageKeeper:
     def _lent(self, seq: Sequence, sibling: Sequence) -> Prefix:
         """What a running sample of the same prompt has of it."""
         length = min(sibling.kv_len, seq.prompt_len, len(seq.tokens) - 1)
+        if self.states is not None and sibling.kv_len != length:
+            return NOTHING
         num_full, rest = divmod(length, self.page_size)
         return Prefix(
             pages=tuple(sibling.pages[:num_full]),
             partial=sibling.pages[num_full] if rest else None,
             num_tokens=length,
+            donor=None if self.states is None else sibling,
         )
 
     def can_start(self, prefix: Prefix, num_tokens: int) -> bool:
@@ -86,6 +98,8 @@ class PageKeeper:
             self._copies[fresh[0]] = self._copies.get(prefix.partial, prefix.partial)
         seq.pages = [*prefix.pages, *fresh]
         seq.kv_len = prefix.num_tokens
+        if self.states is not None:
+            self.states.start(seq, donor=prefix.donor, imported=seq.imported if prefix.is_imported else None)
         if self.cache is not None:
             self.cache.count(seq, prefix.num_cached)
         if prefix.num_cached and not seq.num_preemptions:
@@ -114,7 +128,11 @@ class PageKeeper:
     def release(self, seq: Sequence) -> None:
         """Let go of everything `seq` holds."""
         self._imports.pop(seq.key, None)
+        for page in seq.pages:  # whoever gets it next has other plans for it
+            self._copies.pop(page, None)
         self.pool.release(seq.key)
+        if self.states is not None:
+            self.states.release(seq)
 
     def take_imports(self) -> tuple[KVImport, ...]:
         """Imports that became due since the last call. Their pages can serve others from the next plan on."""

@@ -13,12 +13,14 @@ import torch
 
 from kernels.cpu_turn import cpu_turn
 from kernels.paged_attention import AttentionBatch
+from kernels.state_batch import StateBatch
 from language_worker.handover.rows import ImportedRows
 from language_worker.kv_cache import KVCache
 from language_worker.media import MediaRows
-from language_worker.models.base import LanguageModel, MediaSpan, PromptPositions, StepInputs
-from language_worker.plan import KVImport, StepPlan, Window
+from language_worker.models.base import LanguageModel, MediaSpan, PromptPositions, StateStep, StepInputs
+from language_worker.plan import KVImport, StateStart, StepPlan, Window
 from language_worker.request import Sequence as TokenSequence
+from language_worker.state_store import StateStore
 
 # A CPU step runs on one thread up to so many multiplications of one token-by-hidden x hidden-by-hidden product, where
 # hidden x hidden weights stay in a core's cache. In float32, 32 x 192 x 896 takes 0.13 ms on one of two cores. A second
@@ -55,12 +57,20 @@ class StepLogits:
 
 
 class ModelRunner:
-    """Runs steps of one model over one cache on one device."""
+    """Runs steps of one model over one cache (and its recurrent states, where it has any) on one device."""
 
-    def __init__(self, model: LanguageModel, cache: KVCache, device: torch.device, num_threads: int = 0) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        cache: KVCache,
+        device: torch.device,
+        num_threads: int = 0,
+        states: StateStore | None = None,
+    ) -> None:
         """`num_threads`: torch threads of a step on the CPU, 0 for as many as the calling thread has."""
         self.model = model
         self.cache = cache
+        self.states = states
         self.device = device
         self._num_threads = num_threads
 
@@ -77,6 +87,37 @@ class ModelRunner:
             assert isinstance(kv, ImportedRows)
             slots = torch.tensor(self._slots(due.seq, due.start, due.end))
             self.cache.write_rows(slots, kv.rows[due.start : due.end])
+
+    @torch.inference_mode()
+    def start_states(self, starts: Sequence[StateStart]) -> None:
+        """Carry out what a plan says of recurrent states; before its windows run, and once."""
+        assert self.states is not None
+        copies = [(start.source, start.slot) for start in starts if start.source is not None]
+        if copies:
+            self.states.copy(copies)
+        if fresh := [start.slot for start in starts if start.source is None and start.imported is None]:
+            self.states.clear(fresh)
+        for start in starts:
+            if start.source is None and start.imported is not None:
+                assert isinstance(start.imported, ImportedRows)
+                self.states.write(start.slot, start.imported.state)
+
+    @torch.inference_mode()
+    def restore_state(self, seq: TokenSequence, position: int, max_chunk: int) -> None:
+        """Make the recurrent state of `seq` again, as it was before `position`, which a step that failed took on: from
+        its tokens, or from where it came."""
+        self.start_states([StateStart(slot=seq.state_slot, imported=seq.imported)])
+        start = 0 if seq.imported is None else seq.imported.num_tokens
+        while start < position:
+            length = min(max_chunk, position - start)
+            self.run(StepPlan(windows=(Window(seq=seq, start=start, length=length, num_final=length, samples=False),)))
+            start += length
+
+    @torch.inference_mode()
+    def export_state(self, seq: TokenSequence) -> dict[str, torch.Tensor]:
+        """The recurrent state of a running sequence after its first `kv_len` positions: copies in host memory."""
+        assert self.states is not None
+        return self.states.read(seq.state_slot)
 
     @torch.inference_mode()
     def export_rows(self, seq: TokenSequence, start: int, end: int) -> torch.Tensor:
@@ -99,6 +140,7 @@ class ModelRunner:
             logit_rows=None if rows is None else torch.tensor(rows, dtype=torch.int64).to(self.device),
             last_attention=self._attention(asking) if rows else None,
             previous_ids=torch.tensor(_previous_ids(windows)).to(self.device) if needs_previous else None,
+            states=self._states([(w.length, w.seq.state_slot) for w in windows]),
         )
         logits = self.forward(inputs)
         return StepLogits(logits=logits, sampling=sampling, sample_rows=sample_rows, prompt_slices=slices)
@@ -118,6 +160,7 @@ class ModelRunner:
                 media=(),
                 logit_rows=None,
                 previous_ids=token - 1,
+                states=self._states([(1, 0)]),
             )
         )
 
@@ -156,6 +199,18 @@ class ModelRunner:
             query_lens=query_lens,
             kv_lens=[w.end for w, _ in asking],
             query_start=[0, *accumulate(query_lens)][:-1],
+        )
+
+    def _states(self, windows: Sequence[tuple[int, int]]) -> StateStep | None:
+        """windows: (length, slot) of each."""
+        if self.states is None:
+            return None
+        num_single = next((i for i, (length, _) in enumerate(windows) if length > 1), len(windows))
+        rest = windows[num_single:]
+        return StateStep(
+            layers=self.states.layers,
+            single=torch.tensor([slot for _, slot in windows[:num_single]], dtype=torch.int64).to(self.device),
+            batch=StateBatch(lengths=[length for length, _ in rest], slots=[slot for _, slot in rest]),
         )
 
     def _positions(self, windows: tuple[Window, ...]) -> torch.Tensor:

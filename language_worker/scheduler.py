@@ -30,6 +30,7 @@ from language_worker.page_pool import PagePool
 from language_worker.plan import StepPlan, Window
 from language_worker.prefix_cache import PrefixCache
 from language_worker.request import Event, Sequence, Status
+from language_worker.state_slots import StateSlots
 
 
 def _age(seq: Sequence) -> tuple[int, int]:
@@ -37,7 +38,8 @@ def _age(seq: Sequence) -> tuple[int, int]:
 
 
 class Scheduler:
-    """See the module's rules. `pool` is exclusively this scheduler's; `prefix_cache`, if any, is over that pool."""
+    """See the module's rules. `pool` is exclusively this scheduler's; `prefix_cache`, if any, is over that pool.
+    has_state: sequences keep recurrent state beside their pages, each at a slot below `max_num_seqs`."""
 
     def __init__(
         self,
@@ -50,9 +52,10 @@ class Scheduler:
         max_prefill_chunk: int = 0,
         prefix_cache: PrefixCache | None = None,
         min_partial_chunk: int = 1,
+        has_state: bool = False,
     ) -> None:
         self.pool = pool
-        self.pages = PageKeeper(pool, page_size, prefix_cache)
+        self.pages = PageKeeper(pool, page_size, prefix_cache, StateSlots(max_num_seqs) if has_state else None)
         self.strategy = strategy
         self.page_size = page_size
         self.max_num_seqs = max_num_seqs
@@ -107,6 +110,7 @@ class Scheduler:
             preempted=tuple(preempted),
             copies=self.pages.take_copies(),
             imports=self.pages.take_imports(),
+            starts=() if self.pages.states is None else self.pages.states.take_starts(),
         )
 
     def commit(self, window: Window, tokens: Iterable[int] = ()) -> None:
@@ -243,6 +247,8 @@ class Scheduler:
         self.pool.check_invariants()
         if self.pages.cache is not None:
             self.pages.cache.check_invariants()
+        if self.pages.states is not None:
+            self.pages.states.check_invariants(self.running, self.max_num_seqs)
         for queue, status in ((self.waiting, Status.WAITING), (self.running, Status.RUNNING)):
             assert [s.key for s in queue] == sorted(s.key for s in queue), "queue out of order"
             assert all(s.status is status for s in queue), "status differs from queue"
