@@ -98,7 +98,7 @@ def build_engine(
             max_waiting=config.max_waiting,
             input_buffer_tokens=input_buffer_tokens,
             max_logits_bytes=config.max_logits_bytes,
-            kv_buffer_tokens=config.kv_buffer_tokens or size.num_pages * config.page_size,
+            kv_buffer_tokens=config.kv_buffer_tokens or _handover_rows(config, model.spec, size, dtype),
         ),
         dtype=dtype,
         clock=clock,
@@ -156,6 +156,13 @@ def _scheduler(config: EngineConfig, spec: ModelSpec, size: CacheSize, root: byt
         min_partial_chunk=config.min_partial_chunk,
         has_state=spec.state is not None,
     )
+
+
+def _handover_rows(config: EngineConfig, spec: ModelSpec, size: CacheSize, dtype: torch.dtype) -> int:
+    """As many as the cache has, and every seat's recurrent state besides."""
+    state_bytes = 0 if spec.state is None else spec.state.num_bytes(dtype)
+    per_state = -(-state_bytes // spec.kv.bytes_per_token(dtype))
+    return size.num_pages * config.page_size + config.max_num_seqs * per_state
 
 
 def _states(spec: ModelSpec, config: EngineConfig, dtype: torch.dtype, device: torch.device) -> StateStore | None:

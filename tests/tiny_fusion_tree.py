@@ -48,7 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "own lowrank": {"srte_share_across_layers": False, "srte_factorized_rank": 5},
     "mean": {"use_alignment": False, "hidden_size": 24, "num_heads": 2},
     "tied": {"tie_word_embeddings": True},
-    "deep": {"num_layers": 5, "gate_rank": 99, "layer_norm_eps": 1e-3},
+    "deep": {"num_layers": 4, "gate_rank": 99, "layer_norm_eps": 1e-3},
     "pyramid": {"attention_type": "pyramidal", "window_size": 1024, "max_position_embeddings": 700},
 }
 
@@ -124,7 +124,7 @@ def tensors_of(config: Mapping[str, Any], *, seed: int = 0) -> dict[str, torch.T
         tensors[f"{mamba}.dt_proj.bias"] -= 1.0
         linear(f"{mamba}.out_proj", hidden, inner)
         for name in "qkv":
-            linear(f"{layer}.attention.{name}_proj", hidden, hidden, bias=False, gain=1.5)
+            linear(f"{layer}.attention.{name}_proj", hidden, hidden, bias=False)
         linear(f"{layer}.attention.out_proj", hidden, hidden)
         half = hidden // heads // 2
         tensors[f"{layer}.attention.rope.inv_freq"] = 1 / 10000 ** (torch.arange(half) / half)

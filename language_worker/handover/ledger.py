@@ -123,7 +123,7 @@ class Handovers:
     def request_export(self, active: ActiveRequest) -> None:
         """Ask for room for the KV of a prompt that is known."""
         assert active.export is not None
-        self.request(active, active.export.num_rows(len(active.prompt) - 1, self._state_of(active, "meta")))
+        self.request(active, active.export.num_rows(len(active.prompt) - 1, self._leaving_state(active, "meta")))
 
     def begin(self, active: ActiveRequest) -> None:
         """There is room: say what will come."""
@@ -131,7 +131,7 @@ class Handovers:
         del self._wanted[active.order]
         self._leaving[active.request.request_id] = active.order
         media = [item.to_body() for item in active.items or ()]
-        active.export.announce(len(active.prompt) - 1, self._state_of(active), media)
+        active.export.announce(len(active.prompt) - 1, self._leaving_state(active), media)
 
     def export_over(self, request_id: str) -> None:
         """The rows of an export are held no longer."""
@@ -139,13 +139,17 @@ class Handovers:
         if order is not None:
             self._budget.release(order)
 
-    def _state_of(self, active: ActiveRequest, device: str = "cpu") -> dict[str, torch.Tensor]:
-        """What the decode engine needs beside the KV: recurrent state, to be filled, and the last input, where that is
-        no token."""
+    def _leaving_state(self, active: ActiveRequest, device: str = "cpu") -> dict[str, torch.Tensor]:
+        """Recurrent state, to be filled, and what else the decode engine needs."""
         state = {} if self._spec is None else self._spec.empty(self._dtype, device)
-        if active.media is not None and active.media_positions[-1:] == (len(active.prompt) - 1,):
-            state[LAST_INPUT] = active.media.rows[:, -1]
-        return state
+        return {**state, **_state_of(active)}
+
+
+def _state_of(active: ActiveRequest) -> dict[str, torch.Tensor]:
+    """What the decode engine needs beside the KV: the last input, where that is no token."""
+    if active.media is None or not active.media_positions or active.media_positions[-1] != len(active.prompt) - 1:
+        return {}
+    return {LAST_INPUT: active.media.rows[:, -1]}
 
 
 def _described(state: Mapping[str, torch.Tensor]) -> str:

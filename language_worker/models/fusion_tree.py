@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from kernels.activation import gelu
 from kernels.attention_mask import CAUSAL, AttentionMask
 from kernels.gates import sigmoid_blend
 from kernels.linear import linear
@@ -210,10 +211,10 @@ class FusionTreeLayer:
             aligned = (mamba + attended) / 2
         else:
             inner, direct = self.align(torch.cat((mamba, attended), dim=1)).chunk(2, dim=1)
-            aligned = self.align_out(F.gelu(inner)) + direct
+            aligned = self.align_out(gelu(inner)) + direct
         gate = self.gate_up(torch.tanh(self.gate_down(aligned)))
         fused = self.fusion(sigmoid_blend(gate, mamba, attended))
-        return self.output_norm(x + fused + self.mlp_down(F.gelu(self.mlp_up(aligned))))
+        return self.output_norm(x + fused + self.mlp_down(gelu(self.mlp_up(aligned))))
 
 
 class FusionTree(RuledModel):

@@ -106,6 +106,7 @@ class Split(RuleBasedStateMachine):
     """See the module."""
 
     reached: ClassVar[Counter[str]] = Counter()
+    has_state: ClassVar[bool] = False
 
     @initialize(
         capacity=st.tuples(st.integers(16, 50), st.integers(16, 50)),
@@ -123,7 +124,8 @@ class Split(RuleBasedStateMachine):
                 page_size=page_size[i],
                 max_num_seqs=seats,
                 max_prefill_chunk=chunk,
-                prefix_cache=cache[i],
+                prefix_cache=cache[i] and not self.has_state,
+                has_state=self.has_state,
             )
             for i in range(2)
         ]
@@ -230,7 +232,9 @@ class Split(RuleBasedStateMachine):
         for which in range(2):
             self._step(which)
         for name, (asked, media) in self.requests.items():
-            self._check(name, asked, naive(asked, [ROWS[m] for m in media], max_len=self.decode.limits.max_model_len))
+            limits, rows = self.decode.limits, [ROWS[m] for m in media]
+            expected = naive(asked, rows, max_len=limits.max_model_len, has_state=self.has_state)
+            self._check(name, asked, expected)
         left = ("kv_pages_referenced", "input_buffer_rows_reserved", "kv_buffer_rows_reserved")
         for engine in self.engines:
             stats = engine.stats()
@@ -302,8 +306,8 @@ def _forget_imports_of_preempted(patch: pytest.MonkeyPatch) -> None:
 def _mix_up_a_chunk(patch: pytest.MonkeyPatch) -> None:
     """The rows of a chunk are sent in another order."""
 
-    def advance(self: Any, kv_len: int, read: Any) -> None:
-        original(self, kv_len, lambda start, end: read(start, end).flip(0))
+    def advance(self: Any, kv_len: int, read: Any, read_state: Any) -> None:
+        original(self, kv_len, lambda start, end: read(start, end).flip(0), read_state)
 
     original = exports.KVExport.advance
     patch.setattr(exports.KVExport, "advance", advance)

@@ -85,10 +85,13 @@ class Traffic(RuleBasedStateMachine):
     """See the module."""
 
     reached: ClassVar[Counter[str]] = Counter()  # what the traffic brought about, over all runs
+    has_state: ClassVar[bool] = False
 
     @initialize(**CONFIG)
     def start(self, capacity: int, num_drafts: int, has_drafter: bool, has_keys: bool, **config: Any) -> None:
         self.has_keys = has_keys
+        if self.has_state:
+            num_drafts, config["prefix_cache"], config["has_state"] = 0, False, True
         source = OpenDrafts if has_drafter else DraftIndex
         config["strategy"] = Speculative(num_drafts, source) if num_drafts else Autoregressive()
         config["has_drafter"] = has_drafter and num_drafts > 0
@@ -199,7 +202,8 @@ class Traffic(RuleBasedStateMachine):
             raise AssertionError("it does not come to an end")
         max_len = self.engine.limits.max_model_len
         for name, (asked, media) in self.requests.items():
-            self._check(name, asked, naive(asked, [ROWS[m] for m in media], max_len=max_len))
+            rows = [ROWS[m] for m in media]
+            self._check(name, asked, naive(asked, rows, max_len=max_len, has_state=self.has_state))
         stats = self.engine.stats()
         for key in REACHED:
             self.reached[key] += int(stats[key])

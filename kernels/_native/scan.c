@@ -1,0 +1,107 @@
+/* The selective scan: every channel's state goes through a sequence's tokens in registers and cache, a block of tokens
+at a time, so that what all channels share of these (b and c) stays near.
+
+    h = 2^(step a) h + step x b        y = <h, c> + skip x
+
+`a` comes times log2(e), and is negative; steps are not: the exponent is never above zero. */
+
+#ifndef FLOAT
+
+#include "common.h"
+
+#define TOKENS 64 /* whose b and c are held at once */
+
+/* 2^x for x <= 0 to two units in the last place; 0 below the smallest normal; NaN for NaN. */
+static inline float decayed(float x) {
+    float bounded = x < -126.0f ? -126.0f : x;
+    float whole = rintf(bounded);
+    float rest = bounded - whole;
+    float series = 1.53534582e-4f;
+    series = series * rest + 1.33986441e-3f;
+    series = series * rest + 9.61843690e-3f;
+    series = series * rest + 5.55033013e-2f;
+    series = series * rest + 2.40226497e-1f;
+    series = series * rest + 6.93147182e-1f;
+    series = series * rest + 1.0f;
+    int32_t bits = ((int32_t)whole + 127) << 23;
+    float scale;
+    memcpy(&scale, &bits, sizeof scale);
+    return x < -126.0f ? 0.0f : series * scale;
+}
+
+#define FLOAT(name) name##_float32
+#define real float
+#define LOAD(value) (value)
+#define STORE(value) (value)
+#include "scan.c"
+#undef FLOAT
+#undef real
+#undef LOAD
+#undef STORE
+
+#define FLOAT(name) name##_bfloat16
+#define real bfloat16
+#define LOAD(value) widened(value)
+#define STORE(value) narrowed(value)
+#include "scan.c"
+
+#else
+
+/* One channel through `count` tokens; b and c lie `width` numbers apart. */
+static inline __attribute__((always_inline)) void FLOAT(channel)(
+    const real *x, size x_stride, const float *steps, size channels, const float *b, const float *c, const float *a,
+    float skip, float *h, real *y, size count, size width) {
+    for (size t = 0; t < count; t++) {
+        float step = steps[t * channels], value = LOAD(x[t * x_stride]), added = step * value, total = 0;
+        const float *own_b = b + t * width, *own_c = c + t * width;
+#pragma omp simd reduction(+ : total)
+        for (size n = 0; n < width; n++) {
+            h[n] = decayed(step * a[n]) * h[n] + added * own_b[n];
+            total += h[n] * own_c[n];
+        }
+        y[t * channels] = STORE(total + skip * value);
+    }
+}
+
+/* Channels [first, end) of all sequences: spans [num_spans, 3] are (first token, tokens, slot). x, b and c have rows any
+   distance apart; steps and y are [tokens, channels], a [channels, width], states [num_slots, channels, width]. Returns
+   -1, or before anything is written the first sequence that is not there. */
+size FLOAT(selective_scan)(const real *x, size x_stride, const float *steps, const real *b, size b_stride,
+                           const real *c, size c_stride, const float *a, const float *skip, float *states, real *y,
+                           const int64_t *spans, size num_spans, size num_slots, size tokens, size channels,
+                           size width, size first, size end) {
+    float shared_b[TOKENS * MAX_STATE], shared_c[TOKENS * MAX_STATE], h[MAX_STATE];
+    for (size s = 0; s < num_spans; s++) {
+        const int64_t *span = spans + 3 * s;
+        if (span[0] < 0 || span[1] < 0 || span[1] > tokens - span[0] || span[2] < 0 || span[2] >= num_slots) return s;
+    }
+    for (size s = 0; s < num_spans; s++) {
+        size begin = spans[3 * s], stop = begin + spans[3 * s + 1];
+        float *own = states + spans[3 * s + 2] * channels * width;
+        for (size block = begin; block < stop; block += TOKENS) {
+            size count = stop - block < TOKENS ? stop - block : TOKENS;
+            for (size t = 0; t < count; t++)
+                for (size n = 0; n < width; n++) {
+                    shared_b[t * width + n] = LOAD(b[(block + t) * b_stride + n]);
+                    shared_c[t * width + n] = LOAD(c[(block + t) * c_stride + n]);
+                }
+            for (size d = first; d < end; d++) {
+                float *state = own + d * width;
+                const real *values = x + block * x_stride + d;
+                const float *own_steps = steps + block * channels + d;
+                real *target = y + block * channels + d;
+                memcpy(h, state, width * sizeof(float));
+                if (width == 64) /* a constant that the compiler can unroll by */
+                    FLOAT(channel)(values, x_stride, own_steps, channels, shared_b, shared_c, a + d * width, skip[d], h,
+                                   target, count, 64);
+                else
+                    FLOAT(channel)(values, x_stride, own_steps, channels, shared_b, shared_c, a + d * width, skip[d], h,
+                                   target, count, width);
+                memcpy(state, h, width * sizeof(float));
+            }
+        }
+    }
+    return -1;
+}
+
+#endif
