@@ -11,22 +11,22 @@ at a time, so that what all channels share of these (b and c) stays near.
 
 #define TOKENS 64 /* whose b and c are held at once */
 
-/* 2^x for x <= 0 to two units in the last place; 0 below the smallest normal; NaN for NaN. */
+/* 2^x for x <= 0 to three units in the last place, and 2^-126 below; exact near 0, where a bias would add up over a
+   long sequence. NaN for NaN. */
 static inline float decayed(float x) {
     float bounded = x < -126.0f ? -126.0f : x;
     float whole = rintf(bounded);
     float rest = bounded - whole;
-    float series = 1.53534582e-4f;
-    series = series * rest + 1.33986441e-3f;
-    series = series * rest + 9.61843690e-3f;
-    series = series * rest + 5.55033013e-2f;
-    series = series * rest + 2.40226497e-1f;
-    series = series * rest + 6.93147182e-1f;
+    float series = 1.32647261e-3f;
+    series = series * rest + 9.67151299e-3f;
+    series = series * rest + 5.55073358e-2f;
+    series = series * rest + 2.40222424e-1f;
+    series = series * rest + 6.93147004e-1f;
     series = series * rest + 1.0f;
     int32_t bits = ((int32_t)whole + 127) << 23;
     float scale;
     memcpy(&scale, &bits, sizeof scale);
-    return x < -126.0f ? 0.0f : series * scale;
+    return series * scale;
 }
 
 #define FLOAT(name) name##_float32

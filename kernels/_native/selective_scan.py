@@ -61,7 +61,10 @@ def selective_scan(
     others = [_pool().submit(scan, *part) for part in itertools.pairwise(bounds[1:])]
     refused = max([scan(0, bounds[1]), *(other.result() for other in others)])
     if refused >= 0:
-        raise ValueError(f"selective_scan: sequence {spans[refused].tolist()} of {tokens} tokens, {num_slots} slots")
+        raise ValueError(
+            f"selective_scan: spans hold {spans[refused].tolist()} (first token, tokens, slot), and there are {tokens} "
+            f"tokens and {num_slots} slots"
+        )
     return y
 
 
