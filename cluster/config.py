@@ -19,6 +19,7 @@ import pydantic
 import yaml
 
 from cluster.errors import ConfigError
+from cluster.media_rules import MediaRules
 from cluster.model_info import fills_masks
 from cluster.router import WorkerKind
 from embedding_worker.config import EmbedConfig
@@ -59,6 +60,8 @@ class ModelConfig:
 class GatewayConfig:
     """The HTTP side. api_keys: empty means no key is asked for. port 0: any free one. Bytes, seconds and counts are
     upper bounds of one request; max_concurrent_requests is of the whole gateway.
+    media_hosts, media_private_networks: where images are read from by http(s) URL (`MediaRules`); by default nowhere.
+    media_timeout_s: of each, from its look-up to its last byte.
     """
 
     host: str = "127.0.0.1"
@@ -70,6 +73,13 @@ class GatewayConfig:
     max_prompt_chars: int = 4_000_000
     request_timeout_s: float = 600.0
     max_concurrent_requests: int = 1024
+    media_hosts: tuple[str, ...] = ()
+    media_private_networks: tuple[str, ...] = ()
+    media_timeout_s: float = 20.0
+
+    @property
+    def media_rules(self) -> MediaRules:
+        return MediaRules(self.media_hosts, self.media_private_networks)
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -81,6 +91,9 @@ class GatewayConfig:
             raise ConfigError(
                 "gateway.request_timeout_s and gateway.max_concurrent_requests must be positive, and finite"
             )
+        if not 0 < self.media_timeout_s < math.inf:
+            raise ConfigError(f"gateway.media_timeout_s is {self.media_timeout_s}; use a positive, finite number")
+        _ = self.media_rules  # which checks them
         if not self.host:
             raise ConfigError("gateway.host is empty, which would mean every interface; name an address")
         self._check_keys()

@@ -10,8 +10,8 @@ Tree:
         NoChatTemplate
       ClientError            the request is wrong; the client can repair it
         BadRequest  UnsupportedParameter  ContextLengthExceeded  InvalidImageUrl  MediaNotAllowed  TooManyImages
-        ImageTooLarge  ChatTemplateError  ModelNotFound  NotAuthenticated  RouteNotFound  MethodNotAllowed
-        BodyTooLarge  UnsupportedMediaType  BodyTimeout
+        MediaFetchFailed  ImageTooLarge  ChatTemplateError  ModelNotFound  NotAuthenticated  RouteNotFound
+        MethodNotAllowed  BodyTooLarge  UnsupportedMediaType  BodyTimeout
       Overloaded             no room now, try again later
       NotReady               the cluster is still starting
       NoWorker               no live worker can take the request
@@ -74,7 +74,11 @@ class InvalidImageUrl(ClientError):
 
 
 class MediaNotAllowed(ClientError):
-    """The scheme of the media URL is not one this server fetches from."""
+    """The media URL's scheme, host or address is not one this server reads from."""
+
+
+class MediaFetchFailed(ClientError):
+    """The server that the media URL names did not deliver the media."""
 
 
 class TooManyImages(ClientError):
@@ -202,6 +206,7 @@ ERROR_TABLE: dict[str, Rule] = {
     "PromptTooLong": _bad("context_length_exceeded"),
     "InvalidImageUrl": _bad("invalid_image_url"),
     "MediaNotAllowed": _bad("media_not_allowed"),
+    "MediaFetchFailed": _bad("media_fetch_failed"),
     "MediaMismatch": _bad("media_mismatch"),
     "BadImage": _bad("invalid_image"),
     "ImageTooLarge": _bad("image_too_large"),

@@ -1,7 +1,8 @@
 """Image references of a request -> encoded image bytes, within caps.
 
-Only `data:` URLs are read: strictly base64, of a raster image type, at most so many bytes. Everything that would make
-the server fetch something is refused by name. Does not decode the image; the embedding worker does, in bounded memory.
+Only `data:` URLs are read here: strictly base64, of a raster image type, at most so many bytes. Everything that would
+make the server fetch something is refused by name (`gateway.media_fetch` is for http(s) URLs of hosts that are listed).
+Does not decode the image; the embedding worker does, in bounded memory.
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ def parse_image_url(url: str, *, max_bytes: int, param: str | None = None) -> by
     if not attributes or attributes[-1] != "base64":
         raise InvalidImageUrl("the data URL is not declared as base64; use data:image/png;base64,<data>", param)
     return _decode(url, header.end(), max_bytes, param)
+
+
+def is_http_url(url: str) -> bool:
+    """Whether its scheme is http or https."""
+    return url[:8].lower().startswith(("http://", "https://"))
 
 
 def _decode(url: str, start: int, max_bytes: int, param: str | None) -> bytes:

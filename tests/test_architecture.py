@@ -31,7 +31,7 @@ THIRD_PARTIES: dict[str, tuple[str, ...]] = {
     "fastapi": ("cluster/gateway/", "cluster/gateway_server.py"),
     "starlette": ("cluster/gateway/", "cluster/gateway_server.py"),
     "uvicorn": ("cluster/gateway/", "cluster/gateway_server.py"),
-    "httpx": ("cluster/cli/", "cluster/harness/"),
+    "httpx": ("cluster/cli/", "cluster/harness/", "cluster/gateway/media_fetch.py"),
     "jinja2": ("cluster/chat.py", "cluster/template_masking.py", "cluster/template_sandbox.py"),
     "prometheus_client": ("cluster/metrics.py",),
     "ray": ("cluster/actors.py", "cluster/launch.py", "cluster/ray_connection.py"),

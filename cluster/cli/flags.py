@@ -58,6 +58,13 @@ def add_key_flags(parser: argparse.ArgumentParser) -> None:
         "--api-key", action="append", default=[], metavar="KEY", help="ask clients for this key (repeatable)"
     )
     parser.add_argument("--api-key-file", metavar="FILE", help="the same, one key per line")
+    parser.add_argument(
+        "--media-host",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="read images of http(s) URLs from this host (repeatable; .DOMAIN: all below it, *: any public one)",
+    )
 
 
 def config_from(options: argparse.Namespace, **fixed: Any) -> ClusterConfig:
@@ -77,6 +84,8 @@ def read_config(options: argparse.Namespace, **fixed: Any) -> ClusterConfig:
     keys = _api_keys(options)
     if keys:
         overrides["gateway.api_keys"] = keys
+    if hosts := getattr(options, "media_host", []):
+        overrides["gateway.media_hosts"] = hosts
     overrides.update({name.replace("__", "."): value for name, value in fixed.items()})
     return load_config(getattr(options, "config", None), overrides)
 

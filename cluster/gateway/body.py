@@ -45,6 +45,23 @@ class BodyBudget:
         self._used -= num_bytes
 
 
+class Loan:
+    """What one request has taken from the budget; `close` gives all of it back."""
+
+    def __init__(self, budget: BodyBudget) -> None:
+        self._budget = budget
+        self._taken = 0
+
+    def take(self, num_bytes: int) -> None:
+        """Raises Overloaded if the bytes do not fit now."""
+        self._budget.take(num_bytes)
+        self._taken += num_bytes
+
+    def close(self) -> None:
+        self._budget.give(self._taken)
+        self._taken = 0
+
+
 async def read_body(request: Request, *, max_bytes: int, budget: BodyBudget) -> bytes:
     """The whole body. On return the caller owes `budget` its length; on an error nothing is owed.
 

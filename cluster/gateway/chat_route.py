@@ -16,13 +16,14 @@ from cluster.gateway.context import GatewayContext
 from cluster.gateway.events import ChunkWriter
 from cluster.gateway.generation import Event
 from cluster.gateway.logprobs import chat_logprobs, prompt_logprobs
+from cluster.gateway.media_fetch import checked_url
 from cluster.gateway.messages import template_messages
 from cluster.gateway.sampling import chat_sampling, check_length, check_text
 from cluster.gateway.schema import ChatRequest, Message
 from cluster.gateway.serving import Job
 from cluster.gateway.state import GatewayState, new_id
 from cluster.gateway.usage import UsageCounter
-from cluster.media import parse_image_url
+from cluster.media import is_http_url, parse_image_url
 from cluster.served import RequestStats, ServedRequest
 from language_worker.api import TokenLogprob
 
@@ -44,8 +45,13 @@ def prepare_chat(state: GatewayState, fields: dict[str, Any]) -> Job:
         must_fit=True,
     )
     check_length(len(token_ids), sampling.max_tokens, context.max_model_len, "messages")
-    cap = context.config.max_image_bytes
-    media = tuple(parse_image_url(url, max_bytes=cap, param=f"image {i}") for i, url in enumerate(urls))
+    cap, rules = context.config.max_image_bytes, context.config.media_rules
+    remote = {i: url for i, url in enumerate(urls) if rules.hosts and is_http_url(url)}
+    for i, url in remote.items():
+        checked_url(rules, url, f"image {i}")
+    media = tuple(
+        b"" if i in remote else parse_image_url(url, max_bytes=cap, param=f"image {i}") for i, url in enumerate(urls)
+    )
     response_id = new_id("chatcmpl")
     served = ServedRequest(
         request_id=response_id,
@@ -56,7 +62,7 @@ def prepare_chat(state: GatewayState, fields: dict[str, Any]) -> Job:
     )
     messages = [ChatMessage(_splitter(context, request, token_ids)) for _ in range(request.n or 1)]
     answer = ChatAnswer(state, request, response_id, messages)
-    return Job(requests=(served,), stream=bool(request.stream), answer=answer)
+    return Job(requests=(served,), stream=bool(request.stream), answer=answer, remote_media=remote)
 
 
 def _splitter(context: GatewayContext, request: ChatRequest, prompt: Sequence[int]) -> AnswerSplitter | None:

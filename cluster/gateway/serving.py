@@ -1,24 +1,24 @@
 """One generation request, from its body to its last byte, whatever its endpoint.
 
-Owns the order of things: admit, read, prepare in a thread, start, answer; the client's disconnect cancels at every
-point; whatever was taken is given back exactly once. What a request means and how an answer looks is the `Job`'s,
-made by the chat and completion routes.
+Owns the order of things: admit, read, prepare in a thread, fetch media, start, answer; the client's disconnect cancels
+at every point; whatever was taken is given back exactly once. What a request means and how an answer looks is the
+`Job`'s, made by the chat and completion routes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from cluster.errors import ClientGone, ClusterError, rule_for
-from cluster.gateway.body import parse_json, read_body
+from cluster.gateway.body import Loan, parse_json, read_body
 from cluster.gateway.events import DONE, EventStream, error_event
 from cluster.gateway.generation import MAX_BUFFERED_CHUNKS, Event, Generation
 from cluster.gateway.state import GatewayState
@@ -44,11 +44,13 @@ class Answer(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What a route made of a request."""
+    """What a route made of a request. remote_media: URLs of those media of the first request that are still to be
+    read, by their numbers."""
 
     requests: tuple[ServedRequest, ...]
     stream: bool
     answer: Answer
+    remote_media: Mapping[int, str] = field(default_factory=dict)
 
 
 async def serve(state: GatewayState, request: Request, prepare: Callable[[dict[str, Any]], Job]) -> Response:
@@ -81,13 +83,38 @@ async def _prepared(
     body = await read_body(request, max_bytes=config.max_body_bytes, budget=state.budget)
     stack.callback(state.budget.give, len(body))
     loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(state.threads, lambda: prepare(parse_json(body)))
+    job = await loop.run_in_executor(state.threads, lambda: prepare(parse_json(body)))
+    return await _with_media(state, request, job, stack) if job.remote_media else job
+
+
+async def _with_media(state: GatewayState, request: Request, job: Job, stack: ExitStack) -> Job:
+    """The job with all its media. A client that leaves meanwhile ends the reading."""
+    loan = Loan(state.budget)
+    stack.callback(loan.close)
+    fetching = asyncio.create_task(state.fetcher.fetch_all(job.remote_media, loan))
+    leaving = asyncio.create_task(_until_gone(request))
+    try:
+        await asyncio.wait((fetching, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not fetching.done():
+            raise ClientGone("the client closed the connection")
+        fetched = fetching.result()
+    finally:
+        leaving.cancel()
+        fetching.cancel()
+        await asyncio.gather(fetching, leaving, return_exceptions=True)
+    first, *others = job.requests
+    media = tuple(fetched.get(index, item) for index, item in enumerate(first.media))
+    return replace(job, requests=(replace(first, media=media), *others), remote_media={})
+
+
+async def _until_gone(request: Request) -> None:
+    """Return when the client went; after the body that is the only message to come."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _watch(request: Request, generation: Generation) -> None:
-    """Cancel when the client goes; after the body that is the only message to come."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+    await _until_gone(request)
     generation.fail(ClientGone("the client closed the connection"))
     generation.cancel()
 

@@ -15,6 +15,7 @@ from importlib import metadata
 from cluster.errors import ModelNotFound, Overloaded
 from cluster.gateway.body import BodyBudget
 from cluster.gateway.context import GatewayContext
+from cluster.gateway.media_fetch import MediaFetcher
 from cluster.metrics import GatewayMetrics
 
 NUM_PARSE_THREADS = 4
@@ -28,6 +29,11 @@ class GatewayState:
         self.context = context
         self.metrics = GatewayMetrics()
         self.budget = BodyBudget(BODY_BUDGET_FACTOR * context.config.max_body_bytes)
+        self.fetcher = MediaFetcher(
+            context.config.media_rules,
+            max_bytes=context.config.max_image_bytes,
+            timeout_s=context.config.media_timeout_s,
+        )
         self.threads = ThreadPoolExecutor(max_workers=NUM_PARSE_THREADS, thread_name_prefix="gateway-parse")
         self.created = int(time.time())
         self.version = _version()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from typing import Any
 
 import httpx
@@ -41,22 +42,21 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayContext
     tree: dict[str, Any] = {
         "model": {"path": str(folder), "device": "cpu"}, "language": {"num_threads": 1, "kv_cache_tokens": 4096}
     }  # fmt: skip
-    workers = LocalWorkers(build_config(tree).resolve())
 
     async def no_stats() -> Mapping[str, Mapping[str, Any] | None]:
         return {}
 
-    yield GatewayContext(
-        config=GatewayConfig(),
-        model_name="nano",
-        tokenizer=workers.info.tokenizer,
-        chat_template=workers.info.chat_template,
-        handoff=workers.handoff,
-        max_model_len=workers.language.max_model_len,
-        worker_stats=no_stats,
-        ready=lambda: (True, ""),
-    )
-    workers.close()
+    with closing(LocalWorkers(build_config(tree).resolve())) as workers:
+        yield GatewayContext(
+            config=GatewayConfig(),
+            model_name="nano",
+            tokenizer=workers.info.tokenizer,
+            chat_template=workers.info.chat_template,
+            handoff=workers.handoff,
+            max_model_len=workers.engines["language-0"].max_model_len,
+            worker_stats=no_stats,
+            ready=lambda: (True, ""),
+        )
     torch.set_num_threads(before)
 
 
