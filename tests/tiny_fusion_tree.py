@@ -158,7 +158,7 @@ def logits_of(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], id
         layer = f"layers.{i}"
         window = config["window_size"]
         if config["attention_type"] == "pyramidal":
-            window = int(512 + (window - 512) * i / max(1, config["num_layers"] - 1))
+            window = int(512 + (window - 512) * (i / max(1, config["num_layers"] - 1)))
         xn = _norm(x, w, f"{layer}.ln_input", 1e-5)
         m = _mamba(xn + _code(w, f"{layer}.srte", len(ids)), w, f"{layer}.mamba")
         a = _attention(xn, w, f"{layer}.attention", config["num_heads"], config["global_heads"], window)

@@ -1,9 +1,9 @@
 /* The selective scan: every channel's state goes through a sequence's tokens in registers and cache, a block of tokens
 at a time, so that what all channels share of these (b and c) stays near.
 
-    h = 2^(step a) h + step x b        y = <h, c> + skip x
+    h = e^(step a) h + step x b        y = <h, c> + skip x
 
-`a` comes times log2(e), and is negative; steps are not: the exponent is never above zero. */
+`a` is negative and steps are not, so the exponent is never above zero. */
 
 #ifndef FLOAT
 
@@ -53,10 +53,11 @@ static inline __attribute__((always_inline)) void FLOAT(channel)(
     float skip, float *h, real *y, size count, size width) {
     for (size t = 0; t < count; t++) {
         float step = steps[t * channels], value = LOAD(x[t * x_stride]), added = step * value, total = 0;
+        float doublings = step * 1.44269504f;
         const float *own_b = b + t * width, *own_c = c + t * width;
 #pragma omp simd reduction(+ : total)
         for (size n = 0; n < width; n++) {
-            h[n] = decayed(step * a[n]) * h[n] + added * own_b[n];
+            h[n] = decayed(doublings * a[n]) * h[n] + added * own_b[n];
             total += h[n] * own_c[n];
         }
         y[t * channels] = STORE(total + skip * value);

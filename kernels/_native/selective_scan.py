@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -45,13 +44,12 @@ def selective_scan(
     fits = fits and all(part.dtype == x.dtype and part.shape == (tokens, width) for part in (b, c))
     if not fits or x.dtype not in _SCAN:
         raise misfit("selective_scan", x=x, steps=steps, b=b, c=c, a=a, skip=skip, states=states, spans=spans)
-    rates = a * math.log2(math.e)
     y = torch.empty((tokens, channels), dtype=x.dtype)
 
     def scan(first: int, end: int) -> int:
         refused: int = _SCAN[x.dtype](
             x.data_ptr(), x.stride(0), steps.data_ptr(), b.data_ptr(), b.stride(0), c.data_ptr(), c.stride(0),
-            rates.data_ptr(), skip.data_ptr(), states.data_ptr(), y.data_ptr(), spans.data_ptr(), len(spans), num_slots,
+            a.data_ptr(), skip.data_ptr(), states.data_ptr(), y.data_ptr(), spans.data_ptr(), len(spans), num_slots,
             tokens, channels, width, first, end,
         )  # fmt: skip
         return refused

@@ -154,8 +154,8 @@ def _window_sizes(config: Mapping[str, Any]) -> list[int]:
         return [largest] * layers
     if kind != "pyramidal":
         raise ModelNotSupported(f"attention_type is {kind!r}; served are 'local_global' and 'pyramidal'")
-    growth = (largest - SMALLEST_PYRAMID_WINDOW) / max(1, layers - 1)
-    return [int(SMALLEST_PYRAMID_WINDOW + growth * i) for i in range(layers)]
+    shares = [i / max(1, layers - 1) for i in range(layers)]  # in the order of the training's own rounding
+    return [int(SMALLEST_PYRAMID_WINDOW + (largest - SMALLEST_PYRAMID_WINDOW) * share) for share in shares]
 
 
 def _count(config: Mapping[str, Any], name: str) -> int:

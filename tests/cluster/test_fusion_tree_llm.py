@@ -1,4 +1,14 @@
-"""FusionTree through `LLM`: split or not, seeds, padded batches as its own code takes them, and what the CLI says."""
+"""FusionTree through `LLM`: split or not, seeds, padded batches as its own code takes them, and what the CLI says.
+
+Where its repository goes wrong, and what shows that this does not:
+    cached decoding        test_fusion_tree_invariances: splits, chunks, moves; test_split_and_together_give_the_same
+    top-p                  test_top_p_keeps_what_the_reference_keeps
+    masks' dtypes          test_masks_of_every_dtype_are_the_same_mask
+    masks in decoding      test_a_left_padded_batch_continues_each_row_as_alone
+    dtypes, pads           test_fusion_tree: test_every_layer_keeps_the_dtype; test_pads_change_nothing
+    number of heads        test_fusion_tree: VARIANTS, test_what_the_configuration_says_is_judged
+    --config, bad files    test_generate_takes_its_configuration_and_never_a_random_model
+"""
 
 from __future__ import annotations
 
@@ -10,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TopPLogitsWarper
 
 from cluster import LLM, SamplingParams
 from cluster.errors import BadRequest
@@ -71,6 +82,16 @@ def test_a_buffer_that_state_does_not_fit_is_named(folder: Path) -> None:
         pytest.raises(Exception, match="kv_buffer_tokens"),
     ):
         split.generate([list(PROMPTS[0])], VARIETY[0])
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.9])
+def test_top_p_keeps_what_the_reference_keeps(llm: LLM, top_p: float) -> None:
+    ids = list(PROMPTS[2])
+    scores = logits_of(SIZES, tensors_of(SIZES), ids)[-1:, :NUM_TOKENS]
+    kept = set(TopPLogitsWarper(top_p)(None, scores.clone())[0].isfinite().nonzero()[:, 0].tolist())
+    sampling = SamplingParams(max_tokens=1, temperature=1.0, top_p=top_p, seed=3, n=128, ignore_eos=True)
+    drawn = {sample.token_ids[0] for sample in llm.generate([ids], sampling)[0].outputs}
+    assert drawn <= kept and len(drawn) >= min(len(kept), 4)
 
 
 # -- padded batches ---------------------------------------------------------------------------------------------------
