@@ -64,7 +64,7 @@ class FusionTreeModel(FusionTree):
         cls, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device
     ) -> tuple[Self, list[Rule], tuple[str, ...]]:
         shape = read_shape(checkpoint.config())
-        foreign = (r"shared_rope\.inv_freq", r"layers\.\d+\.attention\.rope\.inv_freq")
+        foreign: tuple[str, ...] = (r"shared_rope\.inv_freq", r"layers\.\d+\.attention\.rope\.inv_freq")
         if shape.is_shared:  # every layer repeats it
             foreign += (r"layers\.\d+\.srte\..*",)
         if shape.tied:

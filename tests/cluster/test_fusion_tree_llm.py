@@ -12,8 +12,6 @@ Where its repository goes wrong, and what shows that this does not:
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ import torch
 from transformers import TopPLogitsWarper
 
 from cluster import LLM, SamplingParams
+from cluster.__main__ import main
 from cluster.errors import BadRequest
 from cluster.padded import generate_padded, padded_logits
 from tests.language_worker.helpers import prompt
@@ -161,22 +160,25 @@ def test_masks_that_make_no_sense_are_refused(llm: LLM, mask: list[list[int]], w
 # -- the command line -------------------------------------------------------------------------------------------------
 
 
-def test_generate_takes_its_configuration_and_never_a_random_model(tmp_path: Path) -> None:
+def test_generate_takes_its_configuration_and_never_a_random_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """`--config` counts: without it the weights alone are not enough; a damaged file is an error, whatever it says."""
     folder = make_fusion_tree(tmp_path / "model", layout="bare")
     (folder / "config.json").unlink()
     config = tmp_path / "serve.yaml"
-    config.write_text("language: {config_overrides: {window_size: 16, global_heads: 1}}\n", encoding="utf-8")
+    overrides = "config_overrides: {window_size: 16, global_heads: 1}"
+    config.write_text(f"language: {{num_threads: 1, {overrides}}}\n", encoding="utf-8")
 
-    def run(*options: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "cluster", "generate", "--model", str(folder), "--prompt", "Hello", *options]
-        command += ["--device", "cpu", "--max-tokens", "4", "--temperature", "0"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    def run(*options: str) -> tuple[int, Any]:
+        common = ("--prompt", "Hello", "--device", "cpu", "--max-tokens", "4", "--temperature", "0")
+        return main(["generate", "--model", str(folder), *common, *options]), capsys.readouterr()
 
-    refused, answered = run(), run("--config", str(config))
-    assert refused.returncode != 0 and "window_size" in refused.stderr
-    assert answered.returncode == 0 and answered.stdout.strip(), answered.stderr
+    code, told = run()
+    assert code == 2 and "window_size" in told.err
+    code, told = run("--config", str(config))
+    assert code == 0 and told.out.strip()
     path = folder / "checkpoint_step_40.pt"
     path.write_bytes(path.read_bytes()[:5000])
-    damaged = run("--config", str(config))
-    assert damaged.returncode != 0 and "checkpoint_step_40.pt" in damaged.stderr
+    code, told = run("--config", str(config))
+    assert code == 2 and "checkpoint_step_40.pt" in told.err and not told.out

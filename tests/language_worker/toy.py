@@ -120,13 +120,15 @@ class ToyDraft(ToyModel):
 
 
 class ToyRecurrent(ToyModel):
-    """With state. fails: so many steps of several sequences raise once their state has gone on."""
+    """With state. fails_every: of the steps of several sequences one in so many raises, when their states have gone on
+    (0: none)."""
 
     spec = replace(
         ToyModel.spec,
         state=StateSpec(num_layers=1, tensors=(StateTensor(name="sum", shape=(1,), dtype=torch.float32),)),
     )
-    fails = 0
+    fails_every = 0
+    num_joint = 0
     num_failed = 0
 
     def forward(self, inputs: StepInputs, caches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
@@ -143,8 +145,9 @@ class ToyRecurrent(ToyModel):
             for token in tokens:
                 states[slot, 0] = _recurred([int(values[token])], int(states[slot, 0]))
                 logits[token] += _NOISE[int(states[slot, 0])] * 0.5
-        if self.fails and len(spans) > 1:
-            self.fails, self.num_failed = self.fails - 1, self.num_failed + 1
+        self.num_joint += len(spans) > 1
+        if self.fails_every and len(spans) > 1 and self.num_joint % self.fails_every == 0:
+            self.num_failed += 1
             raise RuntimeError("planted")
         return logits if inputs.logit_rows is None else logits[inputs.logit_rows]
 
