@@ -190,7 +190,7 @@ def table(report: dict[str, Any]) -> Table:
     """One row per family and number of requests at once."""
     made = Table(title=f"families, float32, {report['threads']} threads, {report['prompt_tokens']} + {NUM_NEW} tokens")
     for column in ("family", "at once", "", "tandem tok/s", "x static", "x one by one", "equal"):
-        made.add_column(column, justify="left" if column in ("family", "") else "right")
+        made.add_column(column, justify="left" if column in ("family", "") else "right", no_wrap=column == "family")
     for case in report["cases"]:
         for kind in ("prefill", "decode"):
             made.add_row(

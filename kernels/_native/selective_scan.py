@@ -8,6 +8,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+import torch.nn.functional as F
 
 from kernels._native.checks import is_like, misfit
 from kernels._native.library import POINTER, SIZE, functions
@@ -29,9 +30,11 @@ def selective_scan(
     skip: torch.Tensor,
     states: torch.Tensor,
     spans: torch.Tensor,
+    gate: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x [T, D], b and c [T, N], of one dtype, their tokens any distance apart; steps [T, D], skip [D], a [D, N], states
-    [num_slots, D, N] in place, all float32; spans [S, 3] int64: first token, tokens, slot. Returns y [T, D].
+    [num_slots, D, N] in place, all float32; spans [S, 3] int64: first token, tokens, slot. Returns y [T, D], times
+    silu(gate) where there is one.
 
     Raises ValueError on other shapes and dtypes, and for tokens or a slot that are not there; nothing is written then.
     """
@@ -63,7 +66,7 @@ def selective_scan(
             f"selective_scan: spans hold {spans[refused].tolist()} (first token, tokens, slot), and there are {tokens} "
             f"tokens and {num_slots} slots"
         )
-    return y
+    return y if gate is None else y.mul_(F.silu(gate))
 
 
 @functools.cache

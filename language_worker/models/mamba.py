@@ -82,7 +82,7 @@ class MambaMixer:
         u, z = self.in_proj(x).chunk(2, dim=1)
         u = self._convolved(u, tails, step)
         size = self.shape.state_size
-        low, b, c = self.x_proj(u).split([self.shape.dt_rank, size, size], dim=1)
+        low, b, c = torch.split(self.x_proj(u), [self.shape.dt_rank, size, size], dim=1)
         dt = linear(low.contiguous(), self.dt_proj)
         return self.out_proj(self._scanned((u, dt, b, c), z, ssm, step))
 
