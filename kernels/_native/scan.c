@@ -10,11 +10,12 @@ at a time, so that what all channels share of these (b and c) stays near.
 #include "common.h"
 
 #define TOKENS 64 /* whose b and c are held at once */
+#define LANES 16
 
-/* 2^x for x <= 0 to three units in the last place, and 2^-126 below; exact near 0, where a bias would add up over a
-   long sequence. NaN for NaN. */
+/* 2^x for x <= 0 to three units in the last place, 2^-125 below and for NaN; exact near 0, where a bias would add up
+   over a long sequence. */
 static inline float decayed(float x) {
-    float bounded = x < -126.0f ? -126.0f : x;
+    float bounded = x > -125.0f ? x : -125.0f;
     float whole = rintf(bounded);
     float rest = bounded - whole;
     float series = 1.32647261e-3f;
@@ -23,10 +24,11 @@ static inline float decayed(float x) {
     series = series * rest + 2.40222424e-1f;
     series = series * rest + 6.93147004e-1f;
     series = series * rest + 1.0f;
-    int32_t bits = ((int32_t)whole + 127) << 23;
-    float scale;
-    memcpy(&scale, &bits, sizeof scale);
-    return series * scale;
+    uint32_t bits; /* the power goes into the exponent, which stays above that of denormals */
+    memcpy(&bits, &series, sizeof bits);
+    bits += (uint32_t)(int32_t)whole << 23;
+    memcpy(&series, &bits, sizeof series);
+    return series;
 }
 
 #define FLOAT(name) name##_float32
@@ -47,20 +49,32 @@ static inline float decayed(float x) {
 
 #else
 
-/* One channel through `count` tokens; b and c lie `width` numbers apart. */
+/* One channel through `count` tokens; b and c lie `width` numbers apart. Sums go on in LANES parts, which are added up
+   in halves: in order they would take as long as everything else. */
 static inline __attribute__((always_inline)) void FLOAT(channel)(
     const real *x, size x_stride, const float *steps, size channels, const float *b, const float *c, const float *a,
     float skip, float *h, real *y, size count, size width) {
     for (size t = 0; t < count; t++) {
-        float step = steps[t * channels], value = LOAD(x[t * x_stride]), added = step * value, total = 0;
-        float doublings = step * 1.44269504f;
+        float step = steps[t * channels], value = LOAD(x[t * x_stride]), added = step * value;
+        float doublings = step * 1.44269504f, sums[LANES] = {0};
         const float *own_b = b + t * width, *own_c = c + t * width;
-#pragma omp simd reduction(+ : total)
-        for (size n = 0; n < width; n++) {
-            h[n] = decayed(doublings * a[n]) * h[n] + added * own_b[n];
-            total += h[n] * own_c[n];
+        size n = 0;
+        for (; n + LANES <= width; n += LANES) {
+#pragma omp simd
+            for (size i = 0; i < LANES; i++) {
+                h[n + i] = decayed(doublings * a[n + i]) * h[n + i] + added * own_b[n + i];
+                sums[i] += h[n + i] * own_c[n + i];
+            }
         }
-        y[t * channels] = STORE(total + skip * value);
+        for (size i = 0; n + i < width; i++) {
+            h[n + i] = decayed(doublings * a[n + i]) * h[n + i] + added * own_b[n + i];
+            sums[i] += h[n + i] * own_c[n + i];
+        }
+        for (size half = LANES / 2; half; half /= 2) {
+#pragma omp simd
+            for (size i = 0; i < half; i++) sums[i] += sums[i + half];
+        }
+        y[t * channels] = STORE(sums[0] + skip * value);
     }
 }
 
