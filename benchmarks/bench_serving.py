@@ -3,7 +3,8 @@
     python -m benchmarks.bench_serving --json FILE [--quick] [--models demo,100m] [--dtypes float32,bfloat16]
 
 Per model and dtype, rounds alternate between the engines (one request each, then 16 at once each), the first of them
-discarded; medians and their ratios are reported. One-thread figures are taken for single requests only.
+discarded; medians are reported, and medians of the ratios within a round. Requests that end after two tokens give
+more figures for the first one. One-thread figures are taken for single requests only.
 """
 
 from __future__ import annotations
@@ -34,16 +35,24 @@ ENGINES = {"tandem": Ours, "transformers": Transformers}
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Rounds:
     """How often each measurement is repeated, after one round that is thrown away. serial: single requests on one
-    thread.
+    thread. first: single requests whose first token alone counts, besides.
     """
 
+    first: int
     single: int
     serial: int
     batch: int
 
 
-ROUNDS = {"demo": Rounds(single=40, serial=20, batch=7), "100m": Rounds(single=5, serial=3, batch=2)}
-QUICK_ROUNDS = {"demo": Rounds(single=5, serial=3, batch=2), "100m": Rounds(single=2, serial=1, batch=1)}
+ROUNDS = {
+    "demo": Rounds(first=0, single=40, serial=20, batch=7),
+    "100m": Rounds(first=15, single=5, serial=3, batch=2),
+}
+QUICK_ROUNDS = {
+    "demo": Rounds(first=0, single=5, serial=3, batch=2),
+    "100m": Rounds(first=1, single=2, serial=1, batch=1),
+}
+FIRST_TOKENS = 2  # that such a request asks for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,6 +126,7 @@ def measure(case: Case) -> dict[str, Any]:
     try:
         count = case.rounds.single if case.with_batch else case.rounds.serial
         single = _alternate(peers, count, [[request] for request in requests])
+        first = _alternate(peers, case.rounds.first, [[request] for request in requests], FIRST_TOKENS)
         batches = [list(requests[first : first + BATCH]) for first in range(0, len(requests), BATCH)]
         batch = _alternate(peers, case.rounds.batch, batches) if case.with_batch else {}
     finally:
@@ -129,32 +139,34 @@ def measure(case: Case) -> dict[str, Any]:
         "dtype": case.dtype,
         "threads": case.threads,
         "new_tokens": case.model.new_tokens,
-        "single": {name: _summary(runs) for name, runs in single.items()},
+        "single": {name: _summary(runs, first[name]) for name, runs in single.items()},
         "equal_answers": _equal_answers(single),
     }
     if batch:
-        result["concurrent"] = {name: _summary(runs) for name, runs in batch.items()}
-    result["ratios"] = _ratios(result)
+        result["concurrent"] = {name: _summary(runs, []) for name, runs in batch.items()}
+    result["ratios"] = _ratios(single, first, batch)
     return result
 
 
-def _alternate(peers: dict[str, Peer], rounds: int, work: Sequence[list[BenchRequest]]) -> dict[str, list[Run]]:
+def _alternate(
+    peers: dict[str, Peer], rounds: int, work: Sequence[list[BenchRequest]], new_tokens: int | None = None
+) -> dict[str, list[Run]]:
     """Every engine in turn on the same requests; who goes first changes from round to round."""
     runs: dict[str, list[Run]] = {name: [] for name in peers}
-    for i in range(rounds + 1):
+    for i in range(rounds + 1 if rounds else 0):
         requests = work[i % len(work)]
         for name in list(peers) if i % 2 else reversed(list(peers)):
             peer = peers[name]
-            run = peer.one(requests[0]) if len(requests) == 1 else peer.many(requests)
+            run = peer.one(requests[0], new_tokens) if len(requests) == 1 else peer.many(requests)
             if i:
                 runs[name].append(run)
     return runs
 
 
-def _summary(runs: Sequence[Run]) -> dict[str, Any]:
+def _summary(runs: Sequence[Run], first: Sequence[Run]) -> dict[str, Any]:
     return {
         "runs": len(runs),
-        "ttft_ms": round(median([1e3 * run.first_s for run in runs]), 2),
+        "ttft_ms": round(median([1e3 * run.first_s for run in (*runs, *first)]), 2),
         "ms_per_token": round(median([run.ms_per_token for run in runs]), 3),
         "tokens_per_s": round(median([run.tokens_per_s for run in runs]), 1),
         "tokens_per_s_all": [round(run.tokens_per_s, 1) for run in runs],
@@ -166,18 +178,22 @@ def _equal_answers(runs: dict[str, list[Run]]) -> str:
     return f"{sum(a.token_ids == b.token_ids for a, b in pairs)}/{len(pairs)}"
 
 
-def _ratios(result: dict[str, Any]) -> dict[str, float]:
-    """All of them better when larger; 1 is parity."""
-    ours, theirs = result["single"]["tandem"], result["single"]["transformers"]
+def _ratios(single: dict[str, list[Run]], first: dict[str, list[Run]], batch: dict[str, list[Run]]) -> dict[str, float]:
+    """Medians over the rounds, all of them better when larger; 1 is parity."""
+    pairs = list(zip(single["tandem"], single["transformers"], strict=True))
+    begun = [*pairs, *zip(first["tandem"], first["transformers"], strict=True)]
     ratios = {
-        "ttft_speedup": theirs["ttft_ms"] / ours["ttft_ms"],
-        "tokens_per_s": ours["tokens_per_s"] / theirs["tokens_per_s"],
-        "decode_speedup": theirs["ms_per_token"] / ours["ms_per_token"],
+        "ttft_speedup": median([theirs.first_s / ours.first_s for ours, theirs in begun]),
+        "tokens_per_s": median([ours.tokens_per_s / theirs.tokens_per_s for ours, theirs in pairs]),
+        "decode_speedup": median([theirs.ms_per_token / ours.ms_per_token for ours, theirs in pairs]),
     }
-    if "concurrent" in result:
-        together, static = result["concurrent"]["tandem"], result["concurrent"]["transformers"]
-        ratios["concurrent_over_one_by_one"] = together["tokens_per_s"] / ours["tokens_per_s"]
-        ratios["concurrent_over_static_batch"] = together["tokens_per_s"] / static["tokens_per_s"]
+    if batch:
+        alone = median([ours.tokens_per_s for ours, _ in pairs])
+        together = list(zip(batch["tandem"], batch["transformers"], strict=True))
+        ratios["concurrent_over_one_by_one"] = median([ours.tokens_per_s for ours, _ in together]) / alone
+        ratios["concurrent_over_static_batch"] = median(
+            [ours.tokens_per_s / theirs.tokens_per_s for ours, theirs in together]
+        )
     return {name: round(value, 2) for name, value in ratios.items()}
 
 

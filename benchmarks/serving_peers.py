@@ -46,8 +46,8 @@ class Run:
 class Peer(Protocol):
     """One engine with a model loaded."""
 
-    def one(self, request: BenchRequest) -> Run:
-        """Answer one request."""
+    def one(self, request: BenchRequest, new_tokens: int | None = None) -> Run:
+        """Answer one request, with the model's number of new tokens unless another one is said."""
 
     def many(self, requests: Sequence[BenchRequest]) -> Run:
         """Answer requests that arrive together."""
@@ -71,11 +71,12 @@ class Ours:
         )
         self._params = SamplingParams(max_tokens=model.new_tokens, temperature=0.0, ignore_eos=True)
 
-    def one(self, request: BenchRequest) -> Run:
+    def one(self, request: BenchRequest, new_tokens: int | None = None) -> Run:
+        params = dataclasses.replace(self._params, max_tokens=new_tokens or self._params.max_tokens)
         ids: list[int] = []
         first_s = 0.0
         started = time.perf_counter()
-        for chunk in self._llm.stream(_prompt(request), self._params):
+        for chunk in self._llm.stream(_prompt(request), params):
             first_s = first_s or time.perf_counter() - started
             ids.extend(chunk.token_ids)
         return Run(first_s=first_s, total_s=time.perf_counter() - started, token_ids=(tuple(ids),))
@@ -116,10 +117,10 @@ class Transformers:
         self._model.generation_config.eos_token_id = None
         self._image_id = self._tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
-    def one(self, request: BenchRequest) -> Run:
-        return self.many([request])
+    def one(self, request: BenchRequest, new_tokens: int | None = None) -> Run:
+        return self.many([request], new_tokens)
 
-    def many(self, requests: Sequence[BenchRequest]) -> Run:
+    def many(self, requests: Sequence[BenchRequest], new_tokens: int | None = None) -> Run:
         torch.set_num_threads(self._threads)
         arrivals: list[float] = []
         started = time.perf_counter()
@@ -132,7 +133,10 @@ class Transformers:
 
         with torch.inference_mode():
             ids = self._model.generate(
-                **inputs, max_new_tokens=self._new_tokens, do_sample=False, stopping_criteria=[note_arrival]
+                **inputs,
+                max_new_tokens=new_tokens or self._new_tokens,
+                do_sample=False,
+                stopping_criteria=[note_arrival],
             )
         answers = ids[:, inputs["input_ids"].shape[1] :].tolist()
         total_s = time.perf_counter() - started

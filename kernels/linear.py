@@ -22,13 +22,14 @@ Weight: TypeAlias = torch.Tensor | HalvedMatrix | QuantisedMatrix
 def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`x @ weight.T + bias`: x [T, K], weight [N, K], bias [N] or None, of one floating dtype. Returns [T, N].
 
-    Few rows in bfloat16 on the CPU take the C path, where torch's own costs 15 to 20 us a call whatever the size; it
-    rounds the result once, as torch does.
+    Few rows on the CPU take the C path: torch's own costs 15 to 20 us a call in bfloat16 whatever the size, and reads a
+    large matrix with one thread where the rows are fewer than four. It rounds the result once, as torch does.
     """
     if not isinstance(weight, torch.Tensor):
         return weight.linear(x, bias)
-    if x.dtype == torch.bfloat16 and x.shape[0] <= MAX_ROWS and weight.shape[0] >= MIN_COLUMNS:
-        quick = native("linear", x) if weight.numel() <= SMALL_WEIGHTS and weight.is_contiguous() else None
-        if quick is not None and x.shape[0]:
+    if 0 < x.shape[0] <= MAX_ROWS and (x.dtype == torch.bfloat16 or weight.numel() > SMALL_WEIGHTS):
+        fits = weight.shape[0] >= MIN_COLUMNS and weight.is_contiguous()
+        quick = native("linear", x, x.numel()) if fits else None
+        if quick is not None:
             return quick.linear(x, weight, bias)  # type: ignore[no-any-return]
     return F.linear(x, weight, bias)

@@ -18,7 +18,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from kernels._native.limits import MAX_GROUP, MAX_ROWS
+from kernels._native.limits import MAX_GROUP, MAX_ROWS, MIN_COLUMNS
 from kernels.dispatch import native, twin
 from kernels.quantise import quantise_rows
 
@@ -72,7 +72,7 @@ def int8_linear(
         return triton.int8_linear(x, weight, scales, bias)  # type: ignore[no-any-return]
     flat = x.reshape(-1, x.shape[-1])
     if _takes_native(flat, weight):
-        small = native("linear", flat)
+        small = native("linear", flat, flat.numel())
         if small is not None:
             few: torch.Tensor = small.int8_linear(flat, weight, scales, bias)
             return few.view(*x.shape[:-1], len(weight))
@@ -103,8 +103,8 @@ def int4_linear(
     if triton is not None:
         return triton.int4_linear(x, packed, scales, bias)  # type: ignore[no-any-return]
     flat = x.reshape(-1, columns)
-    if _takes_native(flat, packed) and columns // scales.shape[1] <= MAX_GROUP:
-        small = native("linear", flat)
+    if x.dtype == torch.float32 and _takes_native(flat, packed) and columns // scales.shape[1] <= MAX_GROUP:
+        small = native("linear", flat, flat.numel())
         if small is not None:
             total: torch.Tensor = small.int4_linear(flat, packed, scales, bias)
             return total.view(*x.shape[:-1], len(packed))
@@ -205,7 +205,7 @@ def packed_int4_linear(x: torch.Tensor, weight: PackedInt4, bias: torch.Tensor |
 
 
 def _takes_native(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    return x.dtype == torch.float32 and 0 < len(x) <= MAX_ROWS and weight.numel() > 0 and weight.is_contiguous()
+    return 0 < len(x) <= MAX_ROWS and len(weight) >= MIN_COLUMNS and weight.numel() > 0 and weight.is_contiguous()
 
 
 def _takes_packed(x: torch.Tensor, weight: torch.Tensor) -> bool:

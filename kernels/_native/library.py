@@ -33,10 +33,11 @@ SOURCES = Path(__file__).parent
 UNITS = ("pointwise.c", "attention.c", "linear.c", "scan.c")
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = (
-    "-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math",
+    "-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",
     *(f"-D{name}={number}" for name, number in IN_C.items()),
 )  # fmt: skip
 WIDE_FLAGS = ("-mprefer-vector-width=512",)  # where the processor has such registers
+THREADS, NO_THREADS = "-fopenmp", "-fopenmp-simd"  # the first with torch's own pool, which is loaded by then
 COMPILE_TIMEOUT_S = 120
 SCRATCH = "scratch-"  # what is being compiled
 
@@ -48,19 +49,23 @@ def library() -> Path | None:
     if compiler is None:
         logger.info("no C compiler is installed: on the CPU small steps take torch's operations, which is slower")
         return None
-    try:
-        return _built(compiler)
-    except (OSError, subprocess.SubprocessError) as error:
-        details = getattr(error, "stderr", None) or error
-        logger.warning(
-            "the C twins could not be compiled by %s and loaded, small steps will be slower: %s", compiler, details
-        )
-        return None
+    for threads in (THREADS, NO_THREADS):
+        try:
+            return _built(compiler, threads)
+        except (OSError, subprocess.SubprocessError) as error:
+            details = getattr(error, "stderr", None) or error
+            logger.warning(
+                "the C twins could not be compiled by %s %s and loaded, small steps will be slower: %s",
+                compiler,
+                threads,
+                details,
+            )
+    return None
 
 
-def _built(compiler: str) -> Path:
+def _built(compiler: str, threads: str) -> Path:
     """The library's file in the cache, or in a folder of this process where the cache does not serve."""
-    flags = [*FLAGS, *(WIDE_FLAGS if "avx512f" in _processor() else ())]
+    flags = [*FLAGS, threads, *(WIDE_FLAGS if "avx512f" in _processor() else ())]
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_TIMEOUT_S).stdout
     digest = hashlib.blake2b(repr((compiler, version, flags, _processor())).encode(), digest_size=16)
     for name in ("common.h", *UNITS):

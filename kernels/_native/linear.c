@@ -1,8 +1,30 @@
 /* x @ weight.T + bias for few rows: every weight is read once, and what is read serves all rows.
 
-Four rows of the weight go together, so that a number of x serves four sums. */
+The columns of the result are cut into a part per thread, and each part into four runs whose weights are read side by
+side: memory delivers several streams faster than one, and a number of x serves four sums. Weights of 8 and 4 bits are
+widened piece by piece, for all rows at once. No sum depends on where the cuts are. */
 
 #include "common.h"
+
+static inline float kept(float value) { return value; }
+
+/* four_columns_<name>: sums[4 * r + c] += row r of x . w[c], over `count` inputs; the rows of x lie `stride` apart. */
+#define FOUR_COLUMNS(name, x_type, x_load, w_type, w_load)                                                             \
+    static void four_columns_##name(const x_type *x, size stride, size rows, const w_type *const w[4], size count,     \
+                                    float *sums) {                                                                     \
+        const w_type *first = w[0], *second = w[1], *third = w[2], *fourth = w[3];                                     \
+        for (size r = 0; r < rows; r++, x += stride, sums += 4) {                                                      \
+            float a = 0, b = 0, c = 0, d = 0;                                                                          \
+            _Pragma("omp simd reduction(+ : a, b, c, d)") for (size i = 0; i < count; i++) {                           \
+                float in = x_load(x[i]);                                                                               \
+                a += in * w_load(first[i]);                                                                            \
+                b += in * w_load(second[i]);                                                                           \
+                c += in * w_load(third[i]);                                                                            \
+                d += in * w_load(fourth[i]);                                                                           \
+            }                                                                                                          \
+            sums[0] += a, sums[1] += b, sums[2] += c, sums[3] += d;                                                    \
+        }                                                                                                              \
+    }
 
 #if defined(__AVX512BF16__) && defined(__AVX512VL__)
 #include <immintrin.h>
@@ -16,152 +38,147 @@ static inline float dot_tail(const bfloat16 *a, const bfloat16 *b, size from, si
 
 #define PAIRS(pointer) ((__m512bh)_mm512_loadu_si512((const void *)(pointer)))
 
-static void four_columns(const bfloat16 *x, size rows, const bfloat16 *w, size inputs, float *sums) {
-    size whole = inputs / 32 * 32;
-    for (size r = 0; r < rows; r++) {
-        const bfloat16 *row = x + r * inputs;
+static void four_columns_bfloat16(const bfloat16 *x, size stride, size rows, const bfloat16 *const w[4], size count,
+                                  float *sums) {
+    size whole = count / 32 * 32;
+    for (size r = 0; r < rows; r++, x += stride, sums += 4) {
         __m512 a = _mm512_setzero_ps(), b = a, c = a, d = a;
         for (size i = 0; i < whole; i += 32) {
-            __m512bh in = PAIRS(row + i);
-            a = _mm512_dpbf16_ps(a, in, PAIRS(w + i));
-            b = _mm512_dpbf16_ps(b, in, PAIRS(w + inputs + i));
-            c = _mm512_dpbf16_ps(c, in, PAIRS(w + 2 * inputs + i));
-            d = _mm512_dpbf16_ps(d, in, PAIRS(w + 3 * inputs + i));
+            __m512bh in = PAIRS(x + i);
+            a = _mm512_dpbf16_ps(a, in, PAIRS(w[0] + i));
+            b = _mm512_dpbf16_ps(b, in, PAIRS(w[1] + i));
+            c = _mm512_dpbf16_ps(c, in, PAIRS(w[2] + i));
+            d = _mm512_dpbf16_ps(d, in, PAIRS(w[3] + i));
         }
-        sums[4 * r] = _mm512_reduce_add_ps(a) + dot_tail(row, w, whole, inputs);
-        sums[4 * r + 1] = _mm512_reduce_add_ps(b) + dot_tail(row, w + inputs, whole, inputs);
-        sums[4 * r + 2] = _mm512_reduce_add_ps(c) + dot_tail(row, w + 2 * inputs, whole, inputs);
-        sums[4 * r + 3] = _mm512_reduce_add_ps(d) + dot_tail(row, w + 3 * inputs, whole, inputs);
+        sums[0] += _mm512_reduce_add_ps(a) + dot_tail(x, w[0], whole, count);
+        sums[1] += _mm512_reduce_add_ps(b) + dot_tail(x, w[1], whole, count);
+        sums[2] += _mm512_reduce_add_ps(c) + dot_tail(x, w[2], whole, count);
+        sums[3] += _mm512_reduce_add_ps(d) + dot_tail(x, w[3], whole, count);
     }
 }
-
 #else
-
-static void four_columns(const bfloat16 *x, size rows, const bfloat16 *w, size inputs, float *sums) {
-    for (size r = 0; r < rows; r++) {
-        const bfloat16 *row = x + r * inputs;
-        float a = 0, b = 0, c = 0, d = 0;
-#pragma omp simd reduction(+ : a, b, c, d)
-        for (size i = 0; i < inputs; i++) {
-            float in = widened(row[i]);
-            a += in * widened(w[i]);
-            b += in * widened(w[inputs + i]);
-            c += in * widened(w[2 * inputs + i]);
-            d += in * widened(w[3 * inputs + i]);
-        }
-        sums[4 * r] = a, sums[4 * r + 1] = b, sums[4 * r + 2] = c, sums[4 * r + 3] = d;
-    }
-}
-
+FOUR_COLUMNS(bfloat16, bfloat16, widened, bfloat16, widened)
 #endif
+FOUR_COLUMNS(float32, float, kept, float, kept)
+FOUR_COLUMNS(mixed, float, kept, bfloat16, widened)
 
-/* rows <= MAX_ROWS; bias may be null. The last columns are done again where their number is no multiple of four. */
-void linear_bfloat16(const bfloat16 *x, const bfloat16 *weight, const bfloat16 *bias, bfloat16 *out, size rows,
-                     size inputs, size columns) {
-    float sums[4 * MAX_ROWS];
-    for (size n = 0; n < columns; n += 4) {
-        size first = n + 4 <= columns ? n : columns - 4;
-        four_columns(x, rows, weight + first * inputs, inputs, sums);
-        for (size r = 0; r < rows; r++)
-            for (size c = 0; c < 4; c++) {
-                float value = sums[4 * r + c] + (bias ? widened(bias[first + c]) : 0);
-                out[r * columns + first + c] = narrowed(value);
-            }
+/* Which columns go together as number n of a part, and how many such fours it has: the last columns are done again
+where their number is no multiple of four. */
+static inline size fours(size start, size end) { return (end - start + 3) / 4; }
+
+static inline void columns_of(size n, size start, size end, size column[4]) {
+    size run = (end - start) / 4;
+    for (size c = 0; c < 4; c++) column[c] = n < run ? start + c * run + n : end - 4 + c;
+}
+
+/* `function`: rows <= MAX_ROWS, columns >= 4; bias may be null. */
+#define LINEAR(function, name, x_type, x_load, x_store, w_type)                                                        \
+    void function(const x_type *x, const w_type *weight, const x_type *bias, x_type *out, size rows, size inputs,      \
+                  size columns, size threads) {                                                                        \
+        size parts = threads < columns / 4 ? threads : columns / 4;                                                    \
+        _Pragma("omp parallel for num_threads(parts) if (parts > 1)") for (size part = 0; part < parts; part++) {      \
+            size start = columns * part / parts, end = columns * (part + 1) / parts;                                   \
+            for (size n = 0; n < fours(start, end); n++) {                                                             \
+                size column[4];                                                                                        \
+                columns_of(n, start, end, column);                                                                     \
+                const w_type *const w[4] = {weight + column[0] * inputs, weight + column[1] * inputs,                  \
+                                            weight + column[2] * inputs, weight + column[3] * inputs};                 \
+                float sums[4 * MAX_ROWS] = {0};                                                                        \
+                four_columns_##name(x, inputs, rows, w, inputs, sums);                                                 \
+                for (size r = 0; r < rows; r++)                                                                        \
+                    for (size c = 0; c < 4; c++)                                                                       \
+                        out[r * columns + column[c]] = x_store(sums[4 * r + c] + (bias ? x_load(bias[column[c]]) : 0));\
+            }                                                                                                          \
+        }                                                                                                              \
+    }
+
+LINEAR(linear_bfloat16, bfloat16, bfloat16, widened, narrowed, bfloat16)
+LINEAR(linear_float32, float32, float, kept, kept, float)
+LINEAR(mixed_linear_float32, mixed, float, kept, kept, bfloat16)
+
+/* Whole numbers of 8 bits are exact in either type; those of 4 bits are multiplied with the scale of their group. */
+static inline void int8_to_float32(const int8_t *weight, size count, float *wide) {
+#pragma omp simd
+    for (size i = 0; i < count; i++) wide[i] = (float)weight[i];
+}
+
+static inline void int8_to_bfloat16(const int8_t *weight, size count, bfloat16 *wide) {
+#pragma omp simd
+    for (size i = 0; i < count; i++) {
+        float value = (float)weight[i];
+        uint32_t bits;
+        memcpy(&bits, &value, sizeof bits);
+        wide[i] = (bfloat16)(bits >> 16);
     }
 }
 
-/* Rows in float32 times a matrix in bfloat16. The last columns are done again, as above. */
-void mixed_linear_float32(const float *x, const bfloat16 *weight, const float *bias, float *out, size rows, size inputs,
-                          size columns) {
-    for (size n = 0; n < columns; n += 4) {
-        size first = n + 4 <= columns ? n : columns - 4;
-        const bfloat16 *w = weight + first * inputs;
-        for (size r = 0; r < rows; r++) {
-            const float *row = x + r * inputs;
-            float a = 0, b = 0, c = 0, d = 0;
-#pragma omp simd reduction(+ : a, b, c, d)
-            for (size i = 0; i < inputs; i++) {
-                a += row[i] * widened(w[i]);
-                b += row[i] * widened(w[inputs + i]);
-                c += row[i] * widened(w[2 * inputs + i]);
-                d += row[i] * widened(w[3 * inputs + i]);
-            }
-            float *target = out + r * columns + first;
-            target[0] = a + (bias ? bias[first] : 0);
-            target[1] = b + (bias ? bias[first + 1] : 0);
-            target[2] = c + (bias ? bias[first + 2] : 0);
-            target[3] = d + (bias ? bias[first + 3] : 0);
+static inline void int4_to_float32(const uint8_t *packed, const float *scales, size groups, size width, float *wide) {
+    for (size g = 0; g < groups; g++, packed += width / 2, wide += width) {
+        float scale = scales[g];
+#pragma omp simd
+        for (size i = 0; i < width / 2; i++) {
+            wide[i] = (float)((packed[i] & 15) - 8) * scale;
+            wide[i + width / 2] = (float)((packed[i] >> 4) - 8) * scale;
         }
     }
 }
 
-/* sums[r] += row r of x . weights, over `count` inputs; the rows of x lie `stride` numbers apart. */
-static inline void add_products(const float *x, size stride, size rows, const float *weights, size count, float *sums) {
-    size r = 0;
-    for (; r + 4 <= rows; r += 4) {
-        const float *first = x + r * stride, *second = first + stride, *third = second + stride;
-        const float *fourth = third + stride;
-        float a = 0, b = 0, c = 0, d = 0;
-#pragma omp simd reduction(+ : a, b, c, d)
-        for (size i = 0; i < count; i++) {
-            a += first[i] * weights[i];
-            b += second[i] * weights[i];
-            c += third[i] * weights[i];
-            d += fourth[i] * weights[i];
-        }
-        sums[r] += a, sums[r + 1] += b, sums[r + 2] += c, sums[r + 3] += d;
-    }
-    for (; r < rows; r++) {
-        const float *row = x + r * stride;
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (size i = 0; i < count; i++) sum += row[i] * weights[i];
-        sums[r] += sum;
-    }
-}
-
-static inline void finish(const float *sums, float scale, const float *bias, float *out, size rows, size columns,
-                          size n) {
-    for (size r = 0; r < rows; r++) out[r * columns + n] = sums[r] * scale + (bias ? bias[n] : 0);
-}
+enum { PIECE = 512 }; /* inputs that are widened at once */
 
 /* weight [columns, inputs] int8 with a scale per row. */
-void int8_linear_float32(const float *x, const int8_t *weight, const float *scales, const float *bias, float *out,
-                         size rows, size inputs, size columns) {
-    float wide[MAX_GROUP];
-    for (size n = 0; n < columns; n++) {
-        float sums[MAX_ROWS] = {0};
-        for (size start = 0; start < inputs; start += MAX_GROUP) {
-            size count = inputs - start < MAX_GROUP ? inputs - start : MAX_GROUP;
-            const int8_t *part = weight + n * inputs + start;
-#pragma omp simd
-            for (size i = 0; i < count; i++) wide[i] = (float)part[i];
-            add_products(x + start, inputs, rows, wide, count, sums);
-        }
-        finish(sums, scales[n], bias, out, rows, columns, n);
+#define INT8_LINEAR(name, type, load, store)                                                                           \
+    void int8_linear_##name(const type *x, const int8_t *weight, const float *scales, const type *bias, type *out,     \
+                            size rows, size inputs, size columns, size threads) {                                      \
+        size parts = threads < columns / 4 ? threads : columns / 4;                                                    \
+        _Pragma("omp parallel for num_threads(parts) if (parts > 1)") for (size part = 0; part < parts; part++) {      \
+            size start = columns * part / parts, end = columns * (part + 1) / parts;                                   \
+            for (size n = 0; n < fours(start, end); n++) {                                                             \
+                type wide[4][PIECE];                                                                                   \
+                const type *const w[4] = {wide[0], wide[1], wide[2], wide[3]};                                         \
+                float sums[4 * MAX_ROWS] = {0};                                                                        \
+                size column[4];                                                                                        \
+                columns_of(n, start, end, column);                                                                     \
+                for (size from = 0; from < inputs; from += PIECE) {                                                    \
+                    size count = inputs - from < PIECE ? inputs - from : PIECE;                                        \
+                    for (size c = 0; c < 4; c++) int8_to_##name(weight + column[c] * inputs + from, count, wide[c]);   \
+                    four_columns_##name(x + from, inputs, rows, w, count, sums);                                       \
+                }                                                                                                      \
+                for (size r = 0; r < rows; r++)                                                                        \
+                    for (size c = 0; c < 4; c++) {                                                                     \
+                        float value = fmaf(sums[4 * r + c], scales[column[c]], bias ? load(bias[column[c]]) : 0);          \
+                        out[r * columns + column[c]] = store(value);                                                   \
+                    }                                                                                                  \
+            }                                                                                                          \
+        }                                                                                                              \
     }
-}
+
+INT8_LINEAR(bfloat16, bfloat16, widened, narrowed)
+INT8_LINEAR(float32, float, kept, kept)
 
 /* packed [columns, inputs / 2]: in each group of inputs the low halves of its bytes, then the high ones, 8 added. */
 void int4_linear_float32(const float *x, const uint8_t *packed, const float *scales, const float *bias, float *out,
-                         size rows, size inputs, size columns, size groups) {
-    size width = inputs / groups, half = width / 2, most = MAX_GROUP / width;
-    float wide[MAX_GROUP];
-    for (size n = 0; n < columns; n++) {
-        float sums[MAX_ROWS] = {0};
-        for (size start = 0; start < groups; start += most) {
-            size count = groups - start < most ? groups - start : most;
-            for (size g = 0; g < count; g++) {
-                const uint8_t *part = packed + (n * groups + start + g) * half;
-                float scale = scales[n * groups + start + g], *low = wide + g * width, *high = low + half;
-#pragma omp simd
-                for (size i = 0; i < half; i++) {
-                    low[i] = (float)((part[i] & 15) - 8) * scale;
-                    high[i] = (float)((part[i] >> 4) - 8) * scale;
+                         size rows, size inputs, size columns, size threads, size groups) {
+    size width = inputs / groups, most = PIECE > width ? PIECE / width : 1;
+    size parts = threads < columns / 4 ? threads : columns / 4;
+#pragma omp parallel for num_threads(parts) if (parts > 1)
+    for (size part = 0; part < parts; part++) {
+        size start = columns * part / parts, end = columns * (part + 1) / parts;
+        for (size n = 0; n < fours(start, end); n++) {
+            float wide[4][MAX_GROUP], sums[4 * MAX_ROWS] = {0};
+            const float *const w[4] = {wide[0], wide[1], wide[2], wide[3]};
+            size column[4];
+            columns_of(n, start, end, column);
+            for (size from = 0; from < groups; from += most) {
+                size count = groups - from < most ? groups - from : most;
+                for (size c = 0; c < 4; c++) {
+                    size group = column[c] * groups + from;
+                    int4_to_float32(packed + group * width / 2, scales + group, count, width, wide[c]);
                 }
+                four_columns_float32(x + from * width, inputs, rows, w, count * width, sums);
             }
-            add_products(x + start * width, inputs, rows, wide, count * width, sums);
+            for (size r = 0; r < rows; r++)
+                for (size c = 0; c < 4; c++)
+                    out[r * columns + column[c]] = sums[4 * r + c] + (bias ? bias[column[c]] : 0);
         }
-        finish(sums, 1.0f, bias, out, rows, columns, n);
     }
 }

@@ -78,18 +78,11 @@ static inline __attribute__((always_inline)) void FLOAT(channel)(
     }
 }
 
-/* Channels [first, end) of all sequences: spans [num_spans, 3] are (first token, tokens, slot). x, b and c have rows any
-   distance apart; steps and y are [tokens, channels], a [channels, width], states [num_slots, channels, width]. Returns
-   -1, or before anything is written the first sequence that is not there. */
-size FLOAT(selective_scan)(const real *x, size x_stride, const float *steps, const real *b, size b_stride,
-                           const real *c, size c_stride, const float *a, const float *skip, float *states, real *y,
-                           const int64_t *spans, size num_spans, size num_slots, size tokens, size channels,
-                           size width, size first, size end) {
+/* All sequences' channels [first, end); see below. */
+static void FLOAT(part)(const real *x, size x_stride, const float *steps, const real *b, size b_stride, const real *c,
+                        size c_stride, const float *a, const float *skip, float *states, real *y, const int64_t *spans,
+                        size num_spans, size channels, size width, size first, size end) {
     float shared_b[TOKENS * MAX_STATE], shared_c[TOKENS * MAX_STATE], h[MAX_STATE];
-    for (size s = 0; s < num_spans; s++) {
-        const int64_t *span = spans + 3 * s;
-        if (span[0] < 0 || span[1] < 0 || span[1] > tokens - span[0] || span[2] < 0 || span[2] >= num_slots) return s;
-    }
     for (size s = 0; s < num_spans; s++) {
         size begin = spans[3 * s], stop = begin + spans[3 * s + 1];
         float *own = states + spans[3 * s + 2] * channels * width;
@@ -116,6 +109,25 @@ size FLOAT(selective_scan)(const real *x, size x_stride, const float *steps, con
             }
         }
     }
+}
+
+/* Every channel of all sequences: spans [num_spans, 3] are (first token, tokens, slot). x, b and c have rows any distance
+   apart; steps and y are [tokens, channels], a [channels, width], states [num_slots, channels, width]. Channels are
+   shared out among `threads`. Returns -1, or before anything is written the first sequence that is not there. */
+size FLOAT(selective_scan)(const real *x, size x_stride, const float *steps, const real *b, size b_stride,
+                           const real *c, size c_stride, const float *a, const float *skip, float *states, real *y,
+                           const int64_t *spans, size num_spans, size num_slots, size tokens, size channels,
+                           size width, size threads) {
+    for (size s = 0; s < num_spans; s++) {
+        const int64_t *span = spans + 3 * s;
+        if (span[0] < 0 || span[1] < 0 || span[1] > tokens - span[0] || span[2] < 0 || span[2] >= num_slots) return s;
+    }
+    size parts = threads < channels ? threads : channels;
+    if (parts < 1) parts = 1;
+#pragma omp parallel for num_threads(parts) if (parts > 1)
+    for (size part = 0; part < parts; part++)
+        FLOAT(part)(x, x_stride, steps, b, b_stride, c, c_stride, a, skip, states, y, spans, num_spans, channels, width,
+                    channels * part / parts, channels * (part + 1) / parts);
     return -1;
 }
 

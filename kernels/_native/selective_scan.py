@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
-import os
-from concurrent.futures import ThreadPoolExecutor
-
 import torch
 import torch.nn.functional as F
 
@@ -16,7 +11,7 @@ from kernels._native.limits import MAX_STATE
 
 _SCAN = functions(
     "selective_scan", POINTER, SIZE, POINTER, POINTER, SIZE, POINTER, SIZE, POINTER, POINTER, POINTER, POINTER, POINTER,
-    SIZE, SIZE, SIZE, SIZE, SIZE, SIZE, SIZE, returns=SIZE, takes_long=True,
+    SIZE, SIZE, SIZE, SIZE, SIZE, SIZE, returns=SIZE, takes_long=True,
 )  # fmt: skip
 SHARED_WORK = 1 << 19  # state numbers times tokens, from where on another thread is worth waking
 
@@ -48,27 +43,15 @@ def selective_scan(
     if not fits or x.dtype not in _SCAN:
         raise misfit("selective_scan", x=x, steps=steps, b=b, c=c, a=a, skip=skip, states=states, spans=spans)
     y = torch.empty((tokens, channels), dtype=x.dtype)
-
-    def scan(first: int, end: int) -> int:
-        refused: int = _SCAN[x.dtype](
-            x.data_ptr(), x.stride(0), steps.data_ptr(), b.data_ptr(), b.stride(0), c.data_ptr(), c.stride(0),
-            a.data_ptr(), skip.data_ptr(), states.data_ptr(), y.data_ptr(), spans.data_ptr(), len(spans), num_slots,
-            tokens, channels, width, first, end,
-        )  # fmt: skip
-        return refused
-
-    num_threads = min(torch.get_num_threads(), channels) if tokens * channels * width >= SHARED_WORK else 1
-    bounds = [channels * i // num_threads for i in range(num_threads + 1)]
-    others = [_pool().submit(scan, *part) for part in itertools.pairwise(bounds[1:])]
-    refused = max([scan(0, bounds[1]), *(other.result() for other in others)])
+    threads = torch.get_num_threads() if tokens * channels * width >= SHARED_WORK else 1
+    refused = _SCAN[x.dtype](
+        x.data_ptr(), x.stride(0), steps.data_ptr(), b.data_ptr(), b.stride(0), c.data_ptr(), c.stride(0), a.data_ptr(),
+        skip.data_ptr(), states.data_ptr(), y.data_ptr(), spans.data_ptr(), len(spans), num_slots, tokens, channels,
+        width, threads,
+    )  # fmt: skip
     if refused >= 0:
         raise ValueError(
             f"selective_scan: spans hold {spans[refused].tolist()} (first token, tokens, slot), and there are {tokens} "
             f"tokens and {num_slots} slots"
         )
     return y if gate is None else y.mul_(F.silu(gate))
-
-
-@functools.cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="selective-scan")

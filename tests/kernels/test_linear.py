@@ -6,18 +6,28 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kernels._native.linear
+import kernels.linear
 from kernels._native.limits import MAX_ROWS
 from kernels.dispatch import Path, forced, has_native
 from kernels.halved_matrix import HalvedMatrix, halved
 from kernels.linear import linear
-from kernels.quantised_linear import int8_dynamic_linear, quantise_weight_int8, sums_bytes_exactly, unpack_int4
+from kernels.quantised_linear import (
+    int4_linear,
+    int8_dynamic_linear,
+    int8_linear,
+    quantise_weight_int4,
+    quantise_weight_int8,
+    sums_bytes_exactly,
+    unpack_int4,
+)
 from kernels.quantised_matrix import Int4Matrix, Int8DynamicMatrix, QuantisedMatrix, Quantization, new_matrix
 from tests.kernels.paths import WITH_NATIVE
 from tests.tolerances import assert_matches
@@ -52,6 +62,54 @@ def test_plain_weights(rows: int, columns: int, inputs: int, has_bias: bool, dty
         actual = linear(x, weight, bias)
     oracle = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     assert_matches(actual, oracle, reduced=inputs)
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """As many threads of torch's as the parameter says; every matrix counts as large."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    for module in (kernels.linear, kernels._native.linear):
+        monkeypatch.setattr(module, "SMALL_WEIGHTS", 0)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [5, 27, 261])
+def test_a_large_matrix_is_read_by_all_threads(columns: int, dtype: torch.dtype, threads: int) -> None:
+    """Also where a thread would have fewer than four columns; a sum does not depend on which thread had it."""
+    x, bias = _draw(0, MAX_ROWS, 700, dtype=dtype), _draw(1, columns, dtype=dtype)
+    weight = _draw(2, columns, 700, dtype=dtype)
+    numbers, scales = quantise_weight_int8(weight.float())
+    exact = numbers.double() * scales.double()[:, None]
+    for num_rows in (1, 2, MAX_ROWS):
+        rows = x[:num_rows]
+        for own in (None, bias):
+            offset = 0 if own is None else own.double()
+            with forced("native"):
+                plain, bytewise = linear(rows, weight, own), int8_linear(rows, numbers, scales, own)
+                assert_matches(plain, rows.double() @ weight.double().T + offset, reduced=700)
+                assert_matches(bytewise, rows.double() @ exact.T + offset, reduced=700)
+                torch.set_num_threads(1)
+                assert torch.equal(plain, linear(rows, weight, own))
+                assert torch.equal(bytewise, int8_linear(rows, numbers, scales, own))
+                torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("threads", [1, 3], indirect=True)
+def test_a_large_matrix_of_4_bits_is_read_by_all_threads(threads: int) -> None:
+    columns, inputs = 261, 1088
+    weight, x = _draw(0, columns, inputs), _draw(1, 5, inputs)
+    packed, scales = quantise_weight_int4(weight, 64)
+    exact = unpack_int4(packed, scales, torch.float32).double()
+    with forced("native"):
+        actual = int4_linear(x, packed, scales)
+        torch.set_num_threads(1)
+        alone = torch.cat([int4_linear(row[None], packed, scales) for row in x])
+    assert_matches(actual, x.double() @ exact.T, reduced=inputs)
+    assert torch.equal(actual, alone)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 9])

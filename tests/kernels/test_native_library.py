@@ -78,6 +78,23 @@ def test_each_limit_stands_in_one_place(home: Path, monkeypatch: pytest.MonkeyPa
             assert library.library() is None
 
 
+def test_a_compiler_without_threads_serves_with_one(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(library, "THREADS", "-fopenmp=there-is-none")
+    made = library.library()
+    assert made is not None and "there-is-none" in caplog.text
+    assert "GOMP_parallel" not in made.read_bytes().decode("latin-1")
+
+
+def test_there_is_one_pool_of_threads() -> None:
+    """Torch's, and not a second one whose waiting threads would take the processors from it."""
+    assert dispatch.has_native()
+    library.functions("linear", library.POINTER)
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    assert len({line.split()[-1] for line in lines if "gomp" in line}) == 1
+
+
 def test_a_folder_that_others_may_write_to_is_not_used(home: Path) -> None:
     shared = home / ".cache" / "tandem"
     shared.mkdir(parents=True)
