@@ -1,22 +1,23 @@
 """Accuracy against tokens per forward on the shipped diffusion model, for every schedule and KV policy.
 
-    python -m benchmarks.diffusion_quality --json FILE [--questions 500]
+    python -m benchmarks.diffusion_quality --json FILE [--questions 500] [--plot FILE.svg] [--markdown FILE.md]
 
 The questions are sums that training never saw; an answer counts when it is exact. Tokens are those of the answer, the
-end of the turn included, forwards those of its canvas.
+end of the turn included, forwards those of its canvas. Each schedule runs with several settings of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.quality_plot import quality_plot
 from benchmarks.report import machine, write_json
 from cluster.demo import DIFFUSION_MODEL_DIR
 from cluster.llm import LLM
@@ -25,15 +26,15 @@ from language_worker.api import SamplingParams
 from language_worker.diffusion_params import DiffusionParams
 
 RESULTS = Path(__file__).resolve().parent / "results"
-SCHEDULES: dict[str, dict[str, Any]] = {
-    "static, 1 a step": {"schedule": "static"},
-    "static, 2 a step": {"schedule": "static", "steps": GENERATION_LENGTH // 2},
-    "static, 4 a step": {"schedule": "static", "steps": GENERATION_LENGTH // 4},
-    "threshold 0.9": {"schedule": "threshold", "threshold": 0.9},
-    "threshold 0.7": {"schedule": "threshold", "threshold": 0.7},
-    "factor 1": {"schedule": "factor", "factor": 1.0},
-    "entropy 0.1": {"schedule": "entropy", "entropy_bound": 0.1},
-    "hierarchical 0.9, 0.5": {"schedule": "hierarchical", "threshold": 0.9, "low_threshold": 0.5},
+SCHEDULES: dict[str, dict[str, Any]] = {  # the first word is the family
+    **{f"static, {n} a step": {"schedule": "static", "steps": GENERATION_LENGTH // n} for n in (1, 2, 4, 8)},
+    **{f"threshold {t}": {"schedule": "threshold", "threshold": t} for t in (0.95, 0.9, 0.7, 0.5, 0.3)},
+    **{f"factor {f:g}": {"schedule": "factor", "factor": f} for f in (0.25, 1.0, 1.5)},
+    **{f"entropy {e:g}": {"schedule": "entropy", "entropy_bound": e} for e in (0.1, 0.5, 2.0)},
+    **{
+        f"hierarchical {high:g}, {low:g}": {"schedule": "hierarchical", "threshold": high, "low_threshold": low}
+        for high, low in ((0.9, 0.5), (0.9, 0.2), (0.6, 0.2))
+    },
 }
 POLICIES: dict[str, dict[str, Any]] = {
     "none": {"kv_policy": "none"},
@@ -49,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, default=RESULTS / "diffusion_quality.json", help="where the JSON goes")
     parser.add_argument("--questions", type=int, default=500)
     parser.add_argument("--block-length", type=int, default=8)
+    parser.add_argument("--plot", type=Path, help="where the plot goes, an SVG")
+    parser.add_argument("--markdown", type=Path, help="where the table goes once more, for a page")
     options = parser.parse_args(arguments)
     questions = [draw_question(rng, held_out=True) for rng in [random.Random(7)] for _ in range(options.questions)]
     cases, console = [], Console()
@@ -58,14 +61,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for policy, more in POLICIES.items():
                 params = DiffusionParams(block_length=options.block_length, **fields, **more)
                 case = measure(llm, questions, params)
-                cases.append({"schedule": schedule, "kv_policy": policy, **case})
+                family = schedule.replace(",", "").split()[0]
+                cases.append({"schedule": schedule, "family": family, "kv_policy": policy, **case})
                 figures = (case["exact"], case["tokens_per_forward"], case["forwarded_per_token"])
                 row = (schedule, policy, f"{figures[0]:.1%}", f"{figures[1]:.2f}", f"{figures[2]:.1f}")
                 table.add_row(*row)
                 print(*row, sep=", ", flush=True)  # long work shows how far it is
     console.print(table)
     write_json(options.json, {"machine": machine(), "questions": options.questions, "cases": cases})
+    if options.plot is not None:
+        options.plot.write_text(quality_plot(cases), encoding="utf-8")
+    if options.markdown is not None:
+        options.markdown.write_text(markdown(cases), encoding="utf-8")
     return 0
+
+
+def markdown(cases: Sequence[Mapping[str, Any]]) -> str:
+    """A row for each schedule; of each policy what is exact, tokens per forward, forwarded positions per token."""
+    lines = ["| Schedule | " + " | ".join(POLICIES) + " |", "|---" * (len(POLICIES) + 1) + "|"]
+    for schedule in SCHEDULES:
+        own = {case["kv_policy"]: case for case in cases if case["schedule"] == schedule}
+        cells = [
+            f"{own[policy]['exact']:.1%}, {own[policy]['tokens_per_forward']:.2f}, "
+            f"{own[policy]['forwarded_per_token']:.1f}"
+            for policy in POLICIES
+        ]
+        lines.append(f"| {schedule} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def measure(llm: LLM, questions: Sequence[str], params: DiffusionParams) -> dict[str, float]:

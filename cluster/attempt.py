@@ -80,6 +80,7 @@ class Attempt:
         self._calls: dict[str, OutgoingCall] = {}
         self._is_cancelled = False
         self._is_abandoned = False
+        self._is_over = False
         self._ends: dict[str, dict[str, Any]] = {}
         self._failures: dict[str, RemoteFailure] = {}
         self._num_prompt_tokens = 0
@@ -242,9 +243,10 @@ class Attempt:
     # -- the end ----------------------------------------------------------------------------------------------------
 
     def _maybe_end(self) -> None:
-        """Tell the owner once all legs are over."""
-        if self._is_abandoned or len(self._ends) + len(self._failures) < len(self._names):
+        """Tell the owner once all legs are over; a leg may end another at once, while it still says why it ends."""
+        if self._is_abandoned or self._is_over or len(self._ends) + len(self._failures) < len(self._names):
             return
+        self._is_over = True
         if self._grace is not None:
             self._grace.cancel()
         if "generate" in self._ends and not (self._needs_prefill and "prefill" in self._failures):

@@ -39,6 +39,7 @@ class ChatTemplate:
     special_literals: every text that the tokenizer would turn into one special id. max_chars: bound of a rendering.
     takes_tools: it tells the model of tools. has_reasoning: it tells reasoning from answers.
     placeholder: what stands for an image in a template that takes text only; "": such a template takes no images.
+    system_prompt: what a conversation without a system message begins with; "": nothing.
     Raises ConfigError if the source does not compile.
     """
 
@@ -50,10 +51,12 @@ class ChatTemplate:
         special_literals: Collection[str] = (),
         max_chars: int = 4_000_000,
         placeholder: str = "",
+        system_prompt: str = "",
     ) -> None:
         self._special_tokens = dict(special_tokens or {})
         self._max_chars = max_chars
         self._placeholder = placeholder
+        self._system_prompt = system_prompt
         try:
             environment = create_environment()
             self._template = environment.from_string(source)
@@ -87,10 +90,16 @@ class ChatTemplate:
         media: list[Any] = []
         if any(IMAGE_MARK in text for text in strings_in([list(messages), tools, kwargs])):
             raise ChatTemplateError("the messages hold U+FDD0, which is no character; remove it", "messages")
-        plain_messages = [self._message(message, media) for message in messages]
+        plain_messages = [self._message(message, media) for message in self._with_system(messages)]
         client = {"messages": plain_messages, "tools": tools, "kwargs": kwargs}
         text = self._render(client, add_generation_prompt)
         return self._with_images(self._pieces(text, client, add_generation_prompt)), media
+
+    def _with_system(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """With the model's own system message in front, unless there is one."""
+        if not self._system_prompt or any(message.get("role") in ("system", "developer") for message in messages):
+            return messages
+        return [{"role": "system", "content": self._system_prompt}, *messages]
 
     def _with_images(self, pieces: Pieces) -> Pieces:
         """With the placeholder, as the template's own word, where an image stood in text."""
@@ -162,11 +171,13 @@ class ChatTemplate:
             return None
 
 
-def load_chat_template(model_dir: str | Path, *, max_chars: int = 4_000_000, placeholder: str = "") -> ChatTemplate:
+def load_chat_template(
+    model_dir: str | Path, *, max_chars: int = 4_000_000, placeholder: str = "", system_prompt: str = ""
+) -> ChatTemplate:
     """The template of a Hugging Face model folder: `chat_template.jinja`, else `chat_template.json`, else the
     `chat_template` of tokenizer_config.json (a string, or a list of named ones, of which `default` is taken).
 
-    placeholder: see `ChatTemplate`. Raises ConfigError if there is none or it cannot be used.
+    placeholder, system_prompt: see `ChatTemplate`. Raises ConfigError if there is none or it cannot be used.
     """
     folder = Path(model_dir)
     config = _read_json(folder / "tokenizer_config.json")
@@ -182,6 +193,7 @@ def load_chat_template(model_dir: str | Path, *, max_chars: int = 4_000_000, pla
         special_literals=_special_literals(folder, config),
         max_chars=max_chars,
         placeholder=placeholder,
+        system_prompt=system_prompt,
     )
 
 

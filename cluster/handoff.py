@@ -1,19 +1,22 @@
 """Handoff: one request's path through the workers, embed -> prefill -> decode, with another try when a worker dies.
 
 A lost embedding worker is replaced within the attempt, and who takes its rows keeps what it has; any other lost worker
-costs the attempt, and the request begins anew.
+costs the attempt, and the request begins anew from the same seed.
 
 Tickets are issued here and given to both ends at the same moment; embeddings and KV then flow from worker to worker and
-never pass through this process. Tokens reach the client exactly once: a request is tried again only while none has been
-delivered. Every callback comes from the service's I/O thread. Knows nothing of HTTP, Ray and models.
+never pass through this process. Tokens reach the client exactly once: of an answer that is computed anew, those that
+were delivered are compared and dropped (`replay.py`). Every callback comes from the service's I/O thread. Knows nothing
+of HTTP, Ray and models.
 """
 
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import xxhash
 
@@ -21,6 +24,7 @@ from cluster.attempt import LINK_CODES, LOST_CODES, Attempt
 from cluster.directory import WorkerDirectory
 from cluster.errors import NoWorker, RequestTimeout, WorkerLost
 from cluster.legs import Route
+from cluster.replay import AnswerDiffers, Delivered
 from cluster.router import choose_embedding, choose_language, is_split
 from cluster.served import RequestStats, RunningRequest, ServedRequest, Sink
 from language_worker.api import TokenChunk
@@ -54,7 +58,7 @@ class _Run:
     def __init__(self, service: Service, directory: WorkerDirectory, request: ServedRequest, sink: Sink) -> None:
         self._service = service
         self._directory = directory
-        self._request = request
+        self._request = _seeded(request)
         self._sink = sink
         self._media_key = _digest(request.media) if request.media else ""
         self._deadline = time.monotonic() + request.timeout_s
@@ -62,7 +66,8 @@ class _Run:
         self._attempt: Attempt | None = None
         self._num_attempts = 0
         self._excluded: set[str] = set()
-        self._delivered = False
+        self._delivered = Delivered(request.sampling.n)
+        self._differs = False
         self._cancelled = False
 
     def start(self) -> None:
@@ -81,6 +86,7 @@ class _Run:
         name = request.request_id if number == 1 else f"{request.request_id}.{number}"
         route = Route(language=language, prefill=prefill, embedding=embedding)
         attempt = Attempt(self._service, self._directory, request, name, route, self._media_key, left_s, self)
+        self._delivered.begin_again()
         with self._lock:
             self._num_attempts = number
             self._attempt = attempt
@@ -99,10 +105,25 @@ class _Run:
     # -- for the attempt, on the I/O thread -------------------------------------------------------------------------
 
     def on_chunk(self, chunk: TokenChunk) -> None:
-        self._delivered = True
-        self._sink.on_chunk(chunk)
+        if self._differs:
+            return
+        try:
+            fresh = self._delivered.add(chunk)
+        except AnswerDiffers as error:
+            logger.error("request %s: the worker that took over says another answer: %s", chunk.request_id, error)
+            self._differs = True  # it ends as cancelled, and then fails
+            if self._attempt is not None:
+                self._attempt.cancel()
+            return
+        if fresh is not None:
+            self._sink.on_chunk(fresh)
 
     def on_end(self, stats: RequestStats) -> None:
+        if self._differs:
+            self._sink.on_error(_differing())
+            return
+        if self._num_attempts > 1:
+            stats = replace(stats, hops={**stats.hops, "attempts": self._num_attempts})
         self._sink.on_end(stats)
 
     def next_embedding(self, lost: str) -> str | None:
@@ -113,22 +134,26 @@ class _Run:
             return None
 
     def on_failure(self, worker: str, failure: RemoteFailure) -> None:
-        """The attempt is over; another worker may take the request while no token has left."""
+        """The attempt is over; where a worker was lost, another one may take the request."""
+        if self._differs:
+            self._sink.on_error(_differing())
+            return
         if failure.code not in LOST_CODES:
             self._sink.on_error(failure)
             return
         if self._cancelled:
             self._sink.on_error(RemoteFailure("Cancelled", "the caller cancelled the request"))
             return
-        if self._delivered or self._num_attempts >= MAX_ATTEMPTS:
-            self._sink.on_error(_lost(worker, failure, self._delivered))
+        if self._num_attempts >= MAX_ATTEMPTS:
+            self._sink.on_error(_lost(worker, failure, f"and {MAX_ATTEMPTS - 1} others before it"))
             return
         logger.warning("request %s: worker %s was lost, trying another", self._request.request_id, worker)
         self._excluded.add(worker)
         try:
             self._start_again(worker, failure)
         except NoWorker:
-            self._sink.on_error(_lost(worker, failure, False))
+            when = "while it was answering" if self._delivered.is_begun else "before the first token"
+            self._sink.on_error(_lost(worker, failure, f"{when}, and no other could take over"))
         except (TransferError, RequestTimeout) as error:
             self._sink.on_error(error)
 
@@ -146,9 +171,21 @@ class _Run:
             self.start()
 
 
-def _lost(worker: str, failure: RemoteFailure, was_answering: bool) -> WorkerLost:
-    when = "while it was answering" if was_answering else "before the first token, and no other could take over"
+def _lost(worker: str, failure: RemoteFailure, when: str) -> WorkerLost:
     return WorkerLost(f"worker {worker} was lost {when} ({failure.code})")
+
+
+def _differing() -> WorkerLost:
+    return WorkerLost(
+        "a worker was lost while it was answering, and the one that took over would have answered otherwise"
+    )
+
+
+def _seeded(request: ServedRequest) -> ServedRequest:
+    """With a seed: any worker then says the same answer."""
+    if request.sampling.seed is not None or request.sampling.temperature == 0:
+        return request
+    return replace(request, sampling=replace(request.sampling, seed=secrets.randbits(63)))
 
 
 def _digest(media: Sequence[bytes]) -> str:

@@ -39,13 +39,15 @@ class ModelInfo:
         config = _read_config(folder)
         is_multimodal = _names_vision(config)
         image_token_id = config.get("image_token_id", tokenizer.special_tokens.get("<|image_pad|>"))
+        system_prompt = ""
         if is_multimodal and "vision_config" not in config:
-            image_token_id = resolve_model(config).read_spec(config).media_token_id
+            spec = resolve_model(config).read_spec(config)
+            image_token_id, system_prompt = spec.media_token_id, spec.system_prompt
         if is_multimodal and not isinstance(image_token_id, int):
             raise ConfigError(f"{folder}/config.json has a vision_config but names no image_token_id")
         try:
             placeholder = tokenizer.token_text(image_token_id) if is_multimodal and image_token_id is not None else ""
-            chat_template = load_chat_template(folder, placeholder=placeholder)
+            chat_template = load_chat_template(folder, placeholder=placeholder, system_prompt=system_prompt)
         except NoChatTemplate:
             chat_template = None  # a base model: completions only
         return cls(

@@ -2,7 +2,7 @@
 
 Everything that can be refused is refused from the header, before any pixel is decoded. Orientation from EXIF is
 applied, any mode becomes RGB (of an animation, the first frame), bicubic resize to multiples of the merged patch,
-normalise, cut into patches. The only file that imports PIL. Knows nothing of models beyond `ImageSettings`.
+normalise, cut into patches. Knows nothing of models beyond `ImageSettings`.
 """
 
 from __future__ import annotations
@@ -12,23 +12,19 @@ import errno
 import hashlib
 import io
 import math
-import struct
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 
 from embedding_worker.errors import BadImage, ImageAspect, ImageTooLarge, OutOfResources
+from embedding_worker.orientation import is_turned
+from embedding_worker.tiles import Tiling
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_ASPECT = 200
-MAX_PNG_CHUNKS = 65536  # walked in search of the orientation; an image within the byte limits has a few thousand
-
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_PNG_METADATA = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")  # where EXIF or XMP may say how to turn the image
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -40,6 +36,7 @@ class ImageSettings:
 
     side: pixels along both sides of every image, whatever its own; 0: what the area and the aspect ask for. crop: such
     a square is the middle of the image, resized by its shorter side; else the whole image is squeezed into it.
+    tiling: the squares into which the image is cut besides; its grid is then its own size in pixels.
     """
 
     patch_size: int = 14
@@ -53,6 +50,7 @@ class ImageSettings:
     resample: int = int(Image.Resampling.BICUBIC)
     side: int = 0
     crop: bool = False
+    tiling: Tiling | None = None
 
     @classmethod
     def from_config(
@@ -118,9 +116,17 @@ class ImageSettings:
         """(1, rows, columns) of patches after resizing. Raises ValueError beyond the aspect limit."""
         if self.side:
             _check_aspect(height, width)
+            if self.tiling is not None:
+                return 1, height, width
             return 1, self.side // self.patch_size, self.side // self.patch_size
         resized = smart_resize(height, width, self.patch_size * self.merge_size, self.min_pixels, self.max_pixels)
         return 1, resized[0] // self.patch_size, resized[1] // self.patch_size
+
+    def num_patches(self, grid: tuple[int, int, int]) -> int:
+        """Patches that an image of this grid is cut into."""
+        if self.tiling is None:
+            return math.prod(grid)
+        return self.tiling.num_squares(*grid[1:]) * (self.side // self.patch_size) ** 2
 
     def digest(self) -> str:
         """Stable text of all settings, for content keys."""
@@ -176,7 +182,7 @@ def inspect_image(
     """
     image = _open_checked(media, index, limits)
     try:
-        width, height = (image.height, image.width) if _is_turned(image, media) else (image.width, image.height)
+        width, height = (image.height, image.width) if is_turned(image, media) else (image.width, image.height)
         return settings.grid(height, width)
     except ValueError as error:
         raise ImageAspect(index, str(error)) from error
@@ -194,11 +200,11 @@ def prepare_image(media: bytes | memoryview, index: int, settings: ImageSettings
         colour = image if image.mode == "RGB" else image.convert("RGB")
         if settings.grid(colour.height, colour.width) != grid:
             raise ValueError("the pixels do not have the size that the header says")
-        pixels = np.asarray(_resized(colour, grid, settings))
+        patches = [_cut(np.asarray(view), settings) for view in _views(colour, grid, settings)]
     except Exception as error:  # decoders raise anything at all on hostile bytes
         _raise_if_out_of_resources(error)
         raise BadImage(index, "the image data are truncated or corrupt") from error
-    return PreparedImage(patches=_cut(pixels, settings), grid=grid)
+    return PreparedImage(patches=patches[0] if len(patches) == 1 else torch.cat(patches), grid=grid)
 
 
 def content_key(media: bytes | memoryview, settings: ImageSettings, fingerprint: str, dtype: str) -> str:
@@ -235,71 +241,44 @@ def _open_checked(media: bytes | memoryview, index: int, limits: ImageLimits) ->
     return image
 
 
-def _is_turned(image: Image.Image, media: bytes | memoryview) -> bool:
-    """Whether EXIF orientation swaps width and height. Of TIFF, PIL gives the turned size at once."""
-    if image.format == "TIFF":
-        return False
-    try:
-        if image.format == "PNG":
-            image = _png_without_pixels(memoryview(media), bool(getattr(image, "is_animated", False)))
-            image.load()
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # unreadable metadata: the pixels may be fine, and decoding will tell
-        return False
-    return orientation in (5, 6, 7, 8)
-
-
-def _png_without_pixels(media: memoryview, is_animated: bool) -> Image.Image:
-    """The metadata of a PNG around a single pixel, where PIL reads them as it would in `media`.
-
-    PNG may carry them behind the pixels, and PIL decodes all of those to get there. What a reader of the first frame
-    does not see (behind IEND, or in the next frame of an animation) is left out, and so is all beyond MAX_PNG_CHUNKS.
-    """
-    before: list[bytes] = [_PIXEL_HEADER]
-    behind: list[bytes] = []
-    position, pixels_seen = len(_PNG_SIGNATURE), False
-    for _ in range(MAX_PNG_CHUNKS):
-        if position + 12 > len(media):
-            break
-        length, kind = struct.unpack_from(">I4s", media, position)
-        end = position + 12 + length
-        if kind == b"IEND" or (kind == b"fcTL" and pixels_seen and is_animated) or end > len(media):
-            break
-        if kind in _PNG_METADATA:
-            (behind if pixels_seen else before).append(bytes(media[position:end]))
-        pixels_seen = pixels_seen or kind == b"IDAT"
-        position = end
-    parts = [_PNG_SIGNATURE, *before, _PIXEL_DATA, *behind, _png_chunk(b"IEND", b"")]
-    return Image.open(io.BytesIO(b"".join(parts)), formats=("PNG",))
-
-
-def _png_chunk(kind: bytes, payload: bytes) -> bytes:
-    return struct.pack(">I", len(payload)) + kind + payload + struct.pack(">I", zlib.crc32(kind + payload))
-
-
-_PIXEL_HEADER = _png_chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))  # 1 x 1, 8 bit, grey
-_PIXEL_DATA = _png_chunk(b"IDAT", zlib.compress(b"\0\0"))
-
-
-def _resized(image: Image.Image, grid: tuple[int, int, int], settings: ImageSettings) -> Image.Image:
-    """The pixels that are cut into the grid's patches."""
+def _views(image: Image.Image, grid: tuple[int, int, int], settings: ImageSettings) -> list[Image.Image]:
+    """What is cut into patches, one after the other."""
     how, side = Image.Resampling(settings.resample), settings.side
+    if settings.tiling is not None:
+        return [image.resize((side, side), resample=how), *_squares(image, settings.tiling, how)]
     if not settings.crop:
-        return image.resize((grid[2] * settings.patch_size, grid[1] * settings.patch_size), resample=how)
+        size = (side, side) if side else (grid[2] * settings.patch_size, grid[1] * settings.patch_size)
+        return [image.resize(size, resample=how)]
     short = min(image.size)
     width, height = (int(side * length / short) for length in image.size)
     left, top = (width - side) // 2, (height - side) // 2
-    return image.resize((width, height), resample=how).crop((left, top, left + side, top + side))
+    return [image.resize((width, height), resample=how).crop((left, top, left + side, top + side))]
+
+
+def _squares(image: Image.Image, tiling: Tiling, how: Image.Resampling) -> list[Image.Image]:
+    """The squares of the image on its canvas, row by row."""
+    down, across = tiling.canvas(image.height, image.width)
+    height, width = tiling.fitted(image.height, image.width)
+    side = tiling.side
+    canvas = Image.new("RGB", (across * side, down * side))
+    canvas.paste(
+        image.resize((width, height), resample=how), ((canvas.width - width) // 2, (canvas.height - height) // 2)
+    )
+    corners = [(x, y) for y in range(0, canvas.height, side) for x in range(0, canvas.width, side)]
+    return [canvas.crop((x, y, x + side, y + side)) for x, y in corners]
 
 
 def _cut(pixels: np.ndarray[Any, np.dtype[np.uint8]], settings: ImageSettings) -> torch.Tensor:
     """[H, W, 3] bytes to [patches, 3 * temporal * patch^2] float32, patches of one merged token side by side.
 
     A byte has 256 values, so rescaling and normalising is a table per channel, computed as the reference computes it.
+    Pixels on the right and below that fill no patch are left out.
     """
     patch, merge = settings.patch_size, settings.merge_size
     rows, columns = pixels.shape[0] // patch, pixels.shape[1] // patch
-    blocks = pixels.reshape(rows // merge, merge, patch, columns // merge, merge, patch, 3)
+    blocks = pixels[: rows * patch, : columns * patch].reshape(
+        rows // merge, merge, patch, columns // merge, merge, patch, 3
+    )
     blocks = blocks.transpose(6, 0, 3, 1, 4, 2, 5).reshape(3, rows * columns, 1, patch, patch)
     scaled = (np.arange(256, dtype=np.float64) * settings.rescale_factor).astype(np.float32)
     out = np.empty((rows * columns, 3, settings.temporal_patch_size, patch, patch), dtype=np.float32)

@@ -97,8 +97,9 @@ class VisionRunner:
     def warm_up(self) -> None:
         """Encode the smallest image there is: the first pass of a thread or a device sets much up."""
         settings = self.settings
-        side = settings.side // settings.patch_size or settings.merge_size
-        self.encode([PreparedImage(patches=torch.zeros(side * side, self._model.patch_dim), grid=(1, side, side))])
+        grid = settings.grid(1, 1) if settings.side else (1, settings.merge_size, settings.merge_size)
+        patches = torch.zeros(settings.num_patches(grid), self._model.patch_dim)
+        self.encode([PreparedImage(patches=patches, grid=grid)])
 
     def encode(self, images: Sequence[PreparedImage]) -> list[torch.Tensor]:
         """Encode images in one pass. Returns per image [num_rows, embedding_dim], on the CPU, contiguous; with several

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.dispatch import fused, twin
+from kernels.invariance import in_tiles, is_batch_invariant
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
@@ -19,6 +20,10 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     quick = fused("activation", gate_up)
     if quick is not None:
         return quick.swiglu(gate_up)  # type: ignore[no-any-return]
+    return in_tiles(_swiglu, gate_up) if is_batch_invariant() else _swiglu(gate_up)
+
+
+def _swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 

@@ -19,6 +19,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from kernels.errors import NativeUnavailable, TritonUnavailable
+from kernels.invariance import is_batch_invariant
 
 Path: TypeAlias = Literal["torch", "triton", "native"]
 
@@ -72,13 +73,15 @@ def fused(module: str, tensor: torch.Tensor) -> ModuleType | None:
 
 
 def native(module: str, tensor: torch.Tensor, most: int = NATIVE_NUMBERS) -> ModuleType | None:
-    """`kernels._native.<module>` when an op on `tensor` (of at most `most` numbers) is to take the C path, else None.
+    """`kernels._native.<module>` when an op on `tensor` (of at most `most` numbers, or where ops are batch-invariant of
+    any) is to take the C path, else None.
 
     Raises NativeUnavailable when that path is forced and cannot be taken; other dtypes take torch's even then.
     """
     path = _forced.get()
     if path is None:
-        takes = tensor.dtype in _NATIVE_FLOATS and not tensor.is_cuda and tensor.numel() <= most
+        is_small = tensor.numel() <= most or is_batch_invariant()
+        takes = tensor.dtype in _NATIVE_FLOATS and not tensor.is_cuda and is_small
     else:
         takes = path == "native" and tensor.dtype in _NATIVE_FLOATS
     if not takes or tensor.device.type != "cpu" or (tensor.requires_grad and torch.is_grad_enabled()):

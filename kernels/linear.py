@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from kernels._native.limits import MAX_ROWS, MIN_COLUMNS, SMALL_WEIGHTS
 from kernels.dispatch import native
 from kernels.halved_matrix import HalvedMatrix
+from kernels.invariance import in_tiles, is_batch_invariant
 from kernels.quantised_matrix import QuantisedMatrix
 
 Weight: TypeAlias = torch.Tensor | HalvedMatrix | QuantisedMatrix
@@ -25,6 +26,12 @@ def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) ->
     Few rows on the CPU take the C path: torch's own costs 15 to 20 us a call in bfloat16 whatever the size, and reads a
     large matrix with one thread where the rows are fewer than four. It rounds the result once, as torch does.
     """
+    if is_batch_invariant():
+        return in_tiles(lambda rows: _linear(rows, weight, bias), x)
+    return _linear(x, weight, bias)
+
+
+def _linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
     if not isinstance(weight, torch.Tensor):
         return weight.linear(x, bias)
     if 0 < x.shape[0] <= MAX_ROWS and (x.dtype == torch.bfloat16 or weight.numel() > SMALL_WEIGHTS):

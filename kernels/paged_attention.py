@@ -22,7 +22,9 @@ import torch.nn.functional as F
 from kernels._native.limits import MAX_HEAD_DIM
 from kernels.attention_mask import BIDIRECTIONAL, CAUSAL, AttentionMask
 from kernels.dispatch import attention_twin, native
+from kernels.invariance import is_batch_invariant
 from kernels.pages import kv_slots
+from kernels.quantised_pages import KVPages, LivePages, QuantisedPages
 
 SHORT_WINDOW = 16  # longest window that is answered in a padded group
 PADDING_RATIO = 2  # in a group, no key length exceeds the shortest by more than this factor...
@@ -42,41 +44,45 @@ class AttentionBatch:
     query_lens: Sequence[int]
     kv_lens: Sequence[int]
     query_start: Sequence[int]
-    _plan: tuple[_Group, ...] | None = None
-    _small: _SmallWindows | None = None
-    _slides: dict[int, tuple[_Group, ...]] = dataclasses.field(default_factory=dict)  # by size of a sliding window
+    _plans: dict[int, _Plan] = dataclasses.field(default_factory=dict)  # by how many keys a query sees
     _slots: list[slice | torch.Tensor] | None = None  # of each sequence's keys, where all of them are seen
     _tiles: Any = None  # what the Triton path prepared
+    _each: AttentionBatch | None = None  # the same queries, one by one
+    _are_alone: bool = False
+    _live: tuple[LivePages, AttentionBatch] | None = None  # over quantised pages: those in use, and the batch on them
 
     def prepare(
-        self, *, page_size: int, heads_per_key: int, dtype: torch.dtype, device: torch.device, small_width: int = 0
-    ) -> tuple[tuple[_Group, ...], _SmallWindows | None]:
-        """Compute gather indices and masks for all layers. `heads_per_key`: query heads per key head. small_width:
-        numbers of all heads of a token, where the C path may answer the short windows; 0 where it may not.
+        self,
+        window: int = 0,
+        *,
+        page_size: int,
+        heads_per_key: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        small_width: int = 0,
+    ) -> _Plan:
+        """Compute gather indices and masks for all layers whose queries see `window` keys, their own the last (0: all);
+        keys that no query sees are not gathered. `heads_per_key`: query heads per key head. small_width: numbers of all
+        heads of a token, where the C path may answer the short windows; 0 where it may not.
 
         Raises ValueError when the lengths contradict each other or the page table.
         """
-        if self._plan is None:
+        if window not in self._plans:
             self.check(page_size)
-            self._small = _SmallWindows.build(self, small_width) if small_width else None
-            groups = _group(self.query_lens, self.kv_lens, with_short=self._small is None)
-            self._plan = tuple(
-                _Group.build(self, members, page_size, heads_per_key, dtype, device) for members in groups
+            small = _SmallWindows.build(self, small_width) if small_width else None
+            seen = list(self.kv_lens)
+            if window:
+                seen = [min(kv, asked + window - 1) for asked, kv in zip(self.query_lens, self.kv_lens, strict=True)]
+            groups = _group(self.query_lens, seen, with_short=small is None)
+            if self._are_alone:
+                groups = [[i] for group in groups for i in group]
+            self._plans[window] = _Plan(
+                groups=tuple(
+                    _Group.build(self, members, page_size, heads_per_key, dtype, device, window) for members in groups
+                ),
+                small=small,
             )
-        return self._plan, self._small
-
-    def slide(
-        self, window: int, *, page_size: int, heads_per_key: int, dtype: torch.dtype, device: torch.device
-    ) -> tuple[_Group, ...]:
-        """As `prepare`, for layers whose queries see `window` keys, their own the last: older keys are not gathered."""
-        if window not in self._slides:
-            self.check(page_size)
-            seen = [min(kv, queries + window - 1) for queries, kv in zip(self.query_lens, self.kv_lens, strict=True)]
-            self._slides[window] = tuple(
-                _Group.build(self, members, page_size, heads_per_key, dtype, device, window)
-                for members in _group(self.query_lens, seen, with_short=True)
-            )
-        return self._slides[window]
+        return self._plans[window]
 
     def tiles(self, triton: ModuleType, q: torch.Tensor, page_size: int, heads_per_key: int) -> tuple[Any, Any]:
         """(tiles, shape) of the Triton path for all layers. Raises ValueError as `prepare` does."""
@@ -89,6 +95,37 @@ class AttentionBatch:
             self._tiles = tiles, shape
         return self._tiles  # type: ignore[no-any-return]
 
+    def live(self, page_size: int, device: torch.device) -> tuple[LivePages, AttentionBatch]:
+        """The pages in use, and this batch over a cache of nothing else. Raises ValueError as `prepare` does."""
+        if self._live is None:
+            self.check(page_size)
+            pages = LivePages.of(self.page_table, self.kv_lens, page_size, device)
+            self._live = (
+                pages,
+                AttentionBatch(
+                    page_table=pages.page_table,
+                    query_lens=self.query_lens,
+                    kv_lens=self.kv_lens,
+                    query_start=self.query_start,
+                ),
+            )
+        return self._live
+
+    def each(self, page_size: int) -> AttentionBatch:
+        """The same queries, each answered alone: so its answer depends on its own keys and on nothing else. Raises
+        ValueError as `prepare` does."""
+        if self._each is None:
+            self.check(page_size)
+            asked = list(zip(self.query_lens, self.kv_lens, self.query_start, strict=True))
+            self._each = AttentionBatch(
+                page_table=self.page_table.repeat_interleave(torch.tensor(list(self.query_lens)), dim=0),
+                query_lens=[1] * sum(self.query_lens),
+                kv_lens=[kv - length + 1 + i for length, kv, _ in asked for i in range(length)],
+                query_start=[start + i for length, _, start in asked for i in range(length)],
+                _are_alone=True,
+            )
+        return self._each
+
     def check(self, page_size: int) -> None:
         """Raise ValueError when the lengths contradict each other or the page table."""
         room = self.page_table.shape[1] * page_size
@@ -99,6 +136,14 @@ class AttentionBatch:
                 raise ValueError(
                     f"attention batch: sequence {i} asks {queries} positions of {kv}, its page table row holds {room}"
                 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Plan:
+    """How a batch is answered: its windows in groups, but for those that the C path takes."""
+
+    groups: tuple[_Group, ...]
+    small: _SmallWindows | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,7 +206,8 @@ class _SmallWindows:
     def build(cls, batch: AttentionBatch, width: int) -> _SmallWindows | None:
         """None when there are none, or they are so much work that more threads should share it."""
         short = [i for i, length in enumerate(batch.query_lens) if length <= SHORT_WINDOW]
-        if not short or width * sum(batch.query_lens[i] * batch.kv_lens[i] for i in short) > NATIVE_PRODUCTS:
+        work = width * sum(batch.query_lens[i] * batch.kv_lens[i] for i in short)
+        if not short or (work > NATIVE_PRODUCTS and not batch._are_alone):
             return None
         columns = (batch.query_lens, batch.kv_lens, batch.query_start)
         if len(short) < len(batch.query_lens):
@@ -174,8 +220,8 @@ class _SmallWindows:
 
 def paged_attention(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: KVPages,
+    v_cache: KVPages,
     batch: AttentionBatch,
     scale: float | None = None,
     *,
@@ -185,14 +231,23 @@ def paged_attention(
 ) -> torch.Tensor:
     """Attention of every window over its sequence's pages.
 
-    q: [T, H, D]; k_cache, v_cache: [num_pages, page_size, Hk, D] contiguous, H a multiple of Hk; this step's keys and
-    values are already written. scale: default `1 / sqrt(D)`. softcap: scores become `softcap * tanh(score / softcap)`.
-    lse: [T, H] float32, filled with each query's log-sum-exp of scores (-inf where it sees nothing).
+    q: [T, H, D]; k_cache, v_cache: [num_pages, page_size, Hk, D] contiguous, both plain or both quantised, H a multiple
+    of Hk; this step's keys and values are already written. scale: default `1 / sqrt(D)`. softcap: scores become
+    `softcap * tanh(score / softcap)`. lse: [T, H] float32, filled with each query's log-sum-exp of scores (-inf where
+    it sees nothing).
     Returns [T, H, D] like `q`; a query that sees nothing gives zeros.
     Raises ValueError when the batch is inconsistent (first layer only).
     """
+    if isinstance(k_cache, QuantisedPages) and isinstance(v_cache, QuantisedPages):
+        live, batch = batch.live(k_cache.shape[1], q.device)
+        k_cache, v_cache = k_cache.read(live, q.dtype), v_cache.read(live, q.dtype)
+    assert isinstance(k_cache, torch.Tensor) and isinstance(v_cache, torch.Tensor)
     num_pages, page_size, num_kv_heads, head_dim = k_cache.shape
+    if is_batch_invariant() and mask.block_length == 1:
+        batch = batch.each(page_size)
     heads_per_key = q.shape[1] // num_kv_heads
+    if mask.window and mask.window >= max(batch.kv_lens, default=0):  # it hides nothing: as layers without one
+        mask = AttentionMask(block_length=mask.block_length)
     triton = attention_twin("paged_attention", q)
     if triton is not None:
         tiles, shape = batch.tiles(triton, q, page_size, heads_per_key)
@@ -207,20 +262,22 @@ def paged_attention(
     if mask.block_length != 1 or softcap is not None or lse is not None:
         batch.check(page_size)
         return _by_definition(q, k_flat, v_flat, batch, page_size, scale, mask, softcap, lse)
-    sizes: dict[str, Any] = {"page_size": page_size, "heads_per_key": heads_per_key, "dtype": q.dtype}
-    quick, small = None, None
-    if mask.window:
-        groups = batch.slide(mask.window, **sizes, device=q.device)
-    else:
-        quick = native("paged_attention", q, q.numel()) if head_dim <= MAX_HEAD_DIM else None
-        width = 0 if quick is None else q.shape[1] * head_dim
-        groups, small = batch.prepare(**sizes, device=q.device, small_width=width)
+    quick = native("paged_attention", q, q.numel()) if head_dim <= MAX_HEAD_DIM else None
+    plan = batch.prepare(
+        mask.window,
+        page_size=page_size,
+        heads_per_key=heads_per_key,
+        dtype=q.dtype,
+        device=q.device,
+        small_width=0 if quick is None else q.shape[1] * head_dim,
+    )
+    groups, small = plan.groups, plan.small
     if small is None and len(groups) == 1 and isinstance(groups[0].rows, slice):
         return _answer(q, k_flat, v_flat, groups[0], scale)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if quick is not None and small is not None:
         scale = 1 / math.sqrt(head_dim) if scale is None else scale
-        quick.paged_attention(q, k_cache, v_cache, small.page_table, small.windows, scale, out)
+        quick.paged_attention(q, k_cache, v_cache, small.page_table, small.windows, scale, out, mask.window)
     for group in groups:
         out[group.rows] = _answer(q[group.rows], k_flat, v_flat, group, scale)
     return out

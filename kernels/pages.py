@@ -9,15 +9,19 @@ from __future__ import annotations
 import torch
 
 from kernels.dispatch import fused
+from kernels.quantised_pages import KVPages, QuantisedPages
 
 
-def write_pages(
-    k_cache: torch.Tensor, v_cache: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor
-) -> None:
+def write_pages(k_cache: KVPages, v_cache: KVPages, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
     """Store keys and values [T, Hk, D] at `slots` [T] int64 of both caches [num_pages, page_size, Hk, D], in place.
 
-    Caches must be contiguous; slots must be distinct and on the cache's device.
+    Caches must be contiguous, both plain or both quantised; slots must be distinct and on the cache's device.
     """
+    if isinstance(k_cache, QuantisedPages) and isinstance(v_cache, QuantisedPages):
+        k_cache.write(k, slots)
+        v_cache.write(v, slots)
+        return
+    assert isinstance(k_cache, torch.Tensor) and isinstance(v_cache, torch.Tensor)
     quick = fused("pages", k)
     if quick is not None:
         quick.write_pages(k_cache, v_cache, k, v, slots)

@@ -232,6 +232,7 @@ class ActiveRequest:
             wants_prompt_logits=self.wants_prompt_logits and index == 0,
             has_siblings=params.num_samples > 1 and mask_id is None,
             imported=self.imported,
+            is_exported=self.export is not None,
             canvas=None if mask_id is None else self._canvas(index, max_tokens, mask_id, eos_ids),
         )
         state = SamplingState(

@@ -13,6 +13,8 @@ from language_worker.errors import InvalidRequest
 
 StrategyName = Literal["auto", "autoregressive", "speculative"]
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+KVDTypeName = Literal["auto", "int8", "fp8"]
+Preemption = Literal["recompute", "swap"]
 
 MAX_DRAFT_TOKENS = 15  # with the token before them they make a window that attention answers in a batch
 
@@ -25,10 +27,17 @@ class EngineConfig:
     quantization: how the matrices of the model's layers are stored. "none": in dtype; "int8", "int4": in a half and a
     quarter of bfloat16's bytes, which bound a decode step; "int8_dynamic": as int8, with activations of 8 bits as well.
     num_threads: torch threads of the engine, 0 leaves torch's default.
+    kv_cache_dtype: how keys and values are stored. "auto": in dtype; "int8", "fp8" (e4m3): in 8 bits with a scale for
+    each head of each position, at a little more than half of bfloat16's bytes.
+    batch_invariant: a token's logits have the same bits whatever shares its steps, also in bfloat16 and with
+    quantisation; dense decoders on the CPU. Steps take longer.
     page_size: tokens per KV page. kv_cache_tokens: capacity in tokens; 0 derives it from kv_cache_bytes,
     which itself is 0 for "512 MiB on CPU, gpu_memory_fraction of the free memory on a GPU".
     kv_buffer_tokens: positions whose KV is held in host memory between two engines: on a prefill worker until it is
     sent, on a decode worker until its request ends (a preempted one starts from it again); 0: as many as the cache.
+    preemption: what becomes of the KV of a sequence that gives way when pages are lacking. "recompute": it is computed
+    again; "swap": it waits in host memory, swap_tokens positions of all sequences at most (0: as many as the cache);
+    what finds no room there is computed again.
     prefix_cache: keep the KV of ended sequences while pages are free, and let requests that begin alike start from it.
     max_model_len: prompt + generated tokens of one sequence; 0 takes the checkpoint's limit capped by the cache.
     max_step_tokens: query tokens in one step; max_prefill_chunk: of one sequence in one step (0: max_step_tokens).
@@ -47,10 +56,14 @@ class EngineConfig:
     device: str = "auto"
     quantization: Quantization = "none"
     num_threads: int = 0
+    kv_cache_dtype: KVDTypeName = "auto"
+    batch_invariant: bool = False
     page_size: int = 32
     kv_cache_tokens: int = 0
     kv_cache_bytes: int = 0
     kv_buffer_tokens: int = 0
+    preemption: Preemption = "recompute"
+    swap_tokens: int = 0
     gpu_memory_fraction: float = 0.85
     prefix_cache: bool = True
     max_model_len: int = 0
@@ -76,7 +89,15 @@ class EngineConfig:
             raise InvalidRequest(f"decode_strategy is {self.decode_strategy!r}; use one of {known}")
         for name in ("num_threads", "kv_cache_tokens", "kv_cache_bytes", "max_model_len", "max_prefill_chunk"):
             self._require_int(name, 0)
+        if self.kv_cache_dtype not in get_args(KVDTypeName):
+            known = ", ".join(get_args(KVDTypeName))
+            raise InvalidRequest(f"kv_cache_dtype is {self.kv_cache_dtype!r}; use one of {known}")
+        if self.preemption not in get_args(Preemption):
+            raise InvalidRequest(f"preemption is {self.preemption!r}; use one of {', '.join(get_args(Preemption))}")
+        if self.swap_tokens and self.preemption != "swap":
+            raise InvalidRequest("swap_tokens is set and preemption is 'recompute'; set preemption to 'swap'")
         self._require_int("kv_buffer_tokens", 0)
+        self._require_int("swap_tokens", 0)
         for name in (
             "page_size",
             "max_num_seqs",

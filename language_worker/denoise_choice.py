@@ -1,8 +1,9 @@
 """For every mask of a step: the token that would replace it, and how sure that is.
 
-Order: ids that may not be chosen (the mask itself, padding of the vocabulary, the request's own rules) to -inf; the
-draw (temperature 0: the best, ties to the lowest id; else Gumbel noise, exact for softmax(logits / temperature));
-confidence is the token's probability without temperature, entropy that of the same distribution.
+Order: ids that may not be chosen (the mask itself, padding of the vocabulary, what the model never writes, the
+request's own rules) to -inf; the draw (temperature 0: the best, ties to the lowest id; else Gumbel noise, exact for
+softmax(logits / temperature)); confidence is the token's probability without temperature, entropy that of the same
+distribution.
 """
 
 from __future__ import annotations
@@ -38,12 +39,14 @@ def choose_tokens(
     *,
     eos_ids: Sequence[int],
     num_token_ids: int,
+    never_ids: Sequence[int] = (),
 ) -> Candidates:
     """logits [R, V], consumed: a row for every open position of every canvas, in order."""
     ranges = _row_ranges(canvases)
     if any(state.rules is not None for state in states):
         logits = logits.float()
     logits[:, num_token_ids:] = -torch.inf
+    logits[:, list(never_ids)] = -torch.inf
     for canvas, state, rows in zip(canvases, states, ranges, strict=True):
         logits[rows, canvas.mask_id] = -torch.inf
         if canvas.params.suppress_eos:

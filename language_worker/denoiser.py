@@ -31,8 +31,10 @@ StateOf = Callable[[TokenSequence], SamplingState]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Span:
-    """Queries [start, start + len(token_ids)) of one copy of a canvas, and which of its rows need logits."""
+    """Queries [start, start + len(token_ids)) of one copy of a canvas, and which of its rows need logits. window: whose
+    media are seen; None in the copy without the prompt."""
 
+    window: Window | None
     token_ids: list[int]
     start: int
     num_keys: int
@@ -42,11 +44,14 @@ class _Span:
 
 class Denoiser:
     """runner: the model and its cache. eos_ids: what `suppress_eos` and `defer_eos` mean. num_token_ids: ids from there
-    on stand for no token."""
+    on stand for no token. never_ids: what the model never writes."""
 
-    def __init__(self, runner: ModelRunner, *, eos_ids: Sequence[int], num_token_ids: int) -> None:
+    def __init__(
+        self, runner: ModelRunner, *, eos_ids: Sequence[int], num_token_ids: int, never_ids: Sequence[int] = ()
+    ) -> None:
         self._runner = runner
         self._eos_ids = tuple(eos_ids)
+        self._never_ids = tuple(never_ids)
         self._num_token_ids = min(num_token_ids, runner.model.spec.vocab_size)
 
     def run(self, plan: StepPlan, state_of: StateOf) -> tuple[StepPlan, StepLogits, list[list[list[Choice]]]]:
@@ -92,7 +97,14 @@ class Denoiser:
                 num_hidden = max(0, min(window.end, canvas.prompt_len) - window.start)
                 ids[:num_hidden] = [canvas.mask_id] * num_hidden
             held = pages[copy * own : (copy + 1) * own]
-            yield _Span(token_ids=ids, start=window.start, num_keys=canvas.visible_end, pages=held, logit_rows=rows)
+            yield _Span(
+                window=None if copy else window,
+                token_ids=ids,
+                start=window.start,
+                num_keys=canvas.visible_end,
+                pages=held,
+                logit_rows=rows,
+            )
 
     def _logits(self, spans: Sequence[_Span]) -> torch.Tensor:
         """Rows asked for, span after span."""
@@ -120,7 +132,9 @@ class Denoiser:
             positions=torch.cat(positions).to(device),
             slots=torch.cat(slots).to(device),
             attention=attention,
-            media=(),
+            media=self._runner.media_spans(
+                [(span.window, first) for span, first in zip(spans, starts, strict=True) if span.window is not None]
+            ),
             logit_rows=None if len(rows) == total else torch.tensor(rows, dtype=torch.int64).to(device),
         )
         return self._runner.forward(inputs)
@@ -131,7 +145,14 @@ class Denoiser:
         canvases = [_canvas(window) for window in windows]
         states = [state_of(window.seq) for window in windows]
         logits = parts[0] if len(parts) == 1 else torch.cat([part.float() for part in parts])
-        candidates = choose_tokens(logits, canvases, states, eos_ids=self._eos_ids, num_token_ids=self._num_token_ids)
+        candidates = choose_tokens(
+            logits,
+            canvases,
+            states,
+            eos_ids=self._eos_ids,
+            num_token_ids=self._num_token_ids,
+            never_ids=self._never_ids,
+        )
         chosen = choose_positions(canvases, candidates.confidence, candidates.entropy)
         fills, first = [], 0
         for canvas, state, taken in zip(canvases, states, chosen, strict=True):

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from language_worker.plan import StepPlan, Window
+from language_worker.plan import StepPlan, SwapMoves, Window
 from language_worker.request import Sequence as TokenSequence
 from language_worker.runner import ModelRunner
 from language_worker.sampler import sample
@@ -29,6 +29,10 @@ class Drafter:
         self._runner = runner
         self._vocab_size = vocab_size
         self._num_token_ids = num_token_ids
+
+    def swap_pages(self, moves: SwapMoves) -> None:
+        """As the large model's cache does."""
+        self._runner.swap_pages(moves)
 
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """As the large model's cache does."""
@@ -66,7 +70,7 @@ class Drafter:
 def _view(seq: TokenSequence) -> TokenSequence:
     """The sequence as text at plain positions: same tokens and pages, nothing else."""
     view = TokenSequence(key=seq.key, prompt=(), max_len=seq.max_len)
-    view.tokens, view.pages = seq.tokens, seq.pages
+    view.tokens, view.pages, view.first_page = seq.tokens, seq.pages, seq.first_page
     return view
 
 

@@ -22,6 +22,7 @@ from language_worker.denoiser import Denoiser
 from language_worker.drafter import Drafter
 from language_worker.errors import Cancelled, EngineError, StepFailed
 from language_worker.handover.exports import KVExport
+from language_worker.handover.rows import kv_plane
 from language_worker.media import MediaRows
 from language_worker.outputs import Output, PromptLogits, StepReport
 from language_worker.plan import StepPlan, Window
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 STATS_COUNTERS = (
     "prompt_tokens_total", "generation_tokens_total", "request_success_total", "request_failure_total",
-    "num_preemptions_total", "computed_tokens_total",
+    "num_preemptions_total", "computed_tokens_total", "kv_pages_swapped_out_total", "kv_pages_swapped_in_total",
     "kv_tokens_imported_total", "spec_decode_num_draft_tokens_total", "spec_decode_num_accepted_tokens_total",
 )  # fmt: skip
 
@@ -71,6 +72,7 @@ class Engine:
         self.spec = runner.model.spec
         self.dtype = dtype
         self.kv_of = kv_of
+        self.kv_plane = kv_plane(runner.cache.row_dtype, runner.cache.row_elements)
         self._clock = clock
         self._roster = Roster(
             model=runner.model,
@@ -81,6 +83,7 @@ class Engine:
             device=runner.device,
             clock=clock,
             new_seed=new_seed,
+            kv_plane=self.kv_plane,
             kv_of=kv_of,
         )
         self._inbox: deque[Callable[[], None]] = deque()
@@ -151,20 +154,30 @@ class Engine:
         self._roster.expire()
         self._roster.grant_media()
         plan = self.scheduler.plan()
-        self._roster.counters["num_preemptions_total"] += len(plan.preempted)
-        if plan.imports:
-            self.runner.import_rows(plan.imports)
-            self._roster.counters["kv_tokens_imported_total"] += sum(due.end - due.start for due in plan.imports)
-        if plan.copies:
-            self.runner.copy_pages(plan.copies)
-            if self.drafter is not None:
-                self.drafter.copy_pages(plan.copies)
+        self._move_pages(plan)
         if plan.starts:
             self.runner.start_states(plan.starts)
         if plan.windows:
             self._run(plan)
         self._stats = self._read_stats()
         return StepReport(outputs=self._roster.drain(), did_run=bool(plan.windows or plan.preempted))
+
+    def _move_pages(self, plan: StepPlan) -> None:
+        """Everything that a plan wants in pages before it runs, in this order."""
+        movers: list[ModelRunner | Drafter] = [self.runner]
+        if self.drafter is not None:
+            movers.append(self.drafter)
+        counters = self._roster.counters
+        counters["num_preemptions_total"] += len(plan.preempted)
+        counters["kv_pages_swapped_out_total"] += len(plan.swaps.outs)
+        counters["kv_pages_swapped_in_total"] += len(plan.swaps.ins)
+        for mover in movers if plan.swaps.outs or plan.swaps.ins else ():
+            mover.swap_pages(plan.swaps)
+        if plan.imports:
+            self.runner.import_rows(plan.imports)
+            counters["kv_tokens_imported_total"] += sum(due.end - due.start for due in plan.imports)
+        for mover in movers if plan.copies else ():
+            mover.copy_pages(plan.copies)
 
     def close(self) -> tuple[Output, ...]:
         """Fail everything that is left, and whatever is submitted later; returns the last outputs."""
@@ -295,16 +308,18 @@ class Engine:
 
     def _read_stats(self) -> dict[str, float]:
         pool, cache, roster = self.scheduler.pool, self.scheduler.pages.cache, self._roster
+        swap = self.scheduler.pages.swap
         return {
             "num_requests_running": roster.num_running,
             "num_requests_waiting": roster.num_waiting,
             "kv_cache_usage_perc": pool.num_in_use / pool.num_pages,
             "kv_pages_referenced": pool.num_in_use,
             "kv_pages_cached": pool.num_idle,
+            "kv_pages_swapped": 0 if swap is None else swap.num_in_use,
             "prefix_cache_queries_total": 0 if cache is None else cache.num_queried,
             "prefix_cache_hits_total": 0 if cache is None else cache.num_hit,
             "input_buffer_rows_reserved": roster.num_rows_reserved,
-            "kv_row_bytes": self.spec.kv.bytes_per_token(self.dtype),
+            "kv_row_bytes": self.kv_plane.row_bytes,
             "kv_buffer_rows_reserved": roster.handovers.num_rows_reserved,
             **{name: roster.counters[name] for name in STATS_COUNTERS},
         }

@@ -6,7 +6,7 @@ The only place of this half that resolves "auto". Knows no transport.
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -23,6 +23,7 @@ from language_worker.drafter import Drafter
 from language_worker.engine import Engine
 from language_worker.errors import ModelNotSupported
 from language_worker.handover.identity import kv_identity
+from language_worker.handover.rows import state_rows
 from language_worker.kv_cache import KVCache
 from language_worker.lora import AdaptedCheckpoint
 from language_worker.models import open_model, resolve_model
@@ -34,6 +35,7 @@ from language_worker.roster import EngineLimits
 from language_worker.runner import ModelRunner
 from language_worker.scheduler import Scheduler
 from language_worker.state_store import StateStore
+from language_worker.swap_space import SwapSpace
 from language_worker.tokenizer import Tokenizer
 from transfer.checkpoint import Checkpoint
 from transfer.checkpoint_dtype import checkpoint_dtype
@@ -42,15 +44,18 @@ logger = logging.getLogger(__name__)
 
 CPU_CACHE_BYTES = 512 << 20
 BY_DEVICE = "by device"  # what a layout says whose tensors are of several dtypes
+KV_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheSize:
-    """num_pages of the KV cache, and the longest sequence that is served with it."""
+    """num_pages of the KV cache, the longest sequence that is served with it, and pages in host memory for the KV of
+    preempted sequences."""
 
     num_pages: int
     max_model_len: int
+    num_swap_pages: int = 0
 
 
 def build_engine(
@@ -74,18 +79,32 @@ def build_engine(
     model = _load_model(checkpoint, config.quantization, dtype, device)
     tokenizer = Tokenizer(model_path)
     draft_model = _load_draft_model(config, tokenizer, dtype, device) if config.draft_model else None
-    size = resolve_cache(config, model.spec, dtype, device, None if draft_model is None else draft_model.spec)
+    kv_dtype = resolve_kv_dtype(config, model.spec, dtype)
+    size = resolve_cache(config, model.spec, kv_dtype, device, None if draft_model is None else draft_model.spec)
 
-    def runner_of(model: LanguageModel) -> ModelRunner:
+    def runner_of(model: LanguageModel, tile_rows: int = 0) -> ModelRunner:
         model.reserve_positions(size.max_model_len)
-        cache = KVCache(model.spec.kv, num_pages=size.num_pages, page_size=config.page_size, dtype=dtype, device=device)
-        return ModelRunner(model, cache, device, config.num_threads, _states(model.spec, config, dtype, device))
 
-    runner = runner_of(model)
-    scheduler = _scheduler(config, model.spec, size, _cache_root(checkpoint, dtype, config.page_size))
+        def cache(num_pages: int, device: torch.device) -> KVCache:
+            return KVCache(
+                model.spec.kv, num_pages=num_pages, page_size=config.page_size, dtype=kv_dtype, device=device
+            )
+
+        host = cache(size.num_swap_pages, torch.device("cpu")) if size.num_swap_pages else None
+        states = StateStore.of(model.spec.state, num_slots=config.max_num_seqs, dtype=dtype, device=device)
+        return ModelRunner(model, cache(size.num_pages, device), device, config.num_threads, host, tile_rows, states)
+
+    runner = runner_of(model, _tile_rows(model, device) if config.batch_invariant else 0)
+    kv_window = _kv_window([model, *([] if draft_model is None else [draft_model])])
+    scheduler = _scheduler(config, model.spec, size, _cache_root(checkpoint, dtype, config.page_size), kv_window)
     return Engine(
         runner=runner,
-        denoiser=Denoiser(runner, eos_ids=tokenizer.eos_token_ids, num_token_ids=tokenizer.vocab_size)
+        denoiser=Denoiser(
+            runner,
+            eos_ids=tokenizer.eos_token_ids,
+            num_token_ids=tokenizer.vocab_size,
+            never_ids=tokenizer.special_ids(model.spec.unspoken),
+        )
         if scheduler.strategy.is_whole
         else None,
         drafter=None
@@ -98,11 +117,12 @@ def build_engine(
             max_waiting=config.max_waiting,
             input_buffer_tokens=input_buffer_tokens,
             max_logits_bytes=config.max_logits_bytes,
-            kv_buffer_tokens=config.kv_buffer_tokens or _handover_rows(config, model.spec, size, dtype),
+            kv_buffer_tokens=config.kv_buffer_tokens
+            or size.num_pages * config.page_size + config.max_num_seqs * state_rows(model.spec, kv_dtype),
         ),
         dtype=dtype,
         clock=clock,
-        kv_of=kv_identity(checkpoint, model, quantization=config.quantization, dtype=dtype),
+        kv_of=kv_identity(checkpoint, model, quantization=config.quantization, dtype=dtype, kv_dtype=kv_dtype),
     )
 
 
@@ -139,7 +159,23 @@ def _refuse_quantised(config: Mapping[str, Any]) -> None:
         )
 
 
-def _scheduler(config: EngineConfig, spec: ModelSpec, size: CacheSize, root: bytes) -> Scheduler:
+def _tile_rows(model: LanguageModel, device: torch.device) -> int:
+    """Of batch-invariant steps. ModelNotSupported where those are not served."""
+    if not isinstance(model, Decoder) or device.type != "cpu":
+        raise ModelNotSupported(
+            f"batch_invariant is served for dense decoders on the CPU, not for {type(model).__name__} on {device.type}"
+        )
+    return model.tile_rows()
+
+
+def _kv_window(models: Sequence[LanguageModel]) -> int:
+    """How many of its last keys a query sees in whichever layer of all models over the same pages; 0 where one sees
+    all."""
+    windows = [model.spec.kv.window for model in models]
+    return max(windows) if all(windows) else 0
+
+
+def _scheduler(config: EngineConfig, spec: ModelSpec, size: CacheSize, root: bytes, kv_window: int) -> Scheduler:
     """Over a pool of its own. What is computed whole needs steps that hold it, and has no KV that others could use."""
     pool, strategy = PagePool(size.num_pages), _strategy(config, spec)
     has_prefixes = config.prefix_cache and not strategy.is_whole and spec.state is None
@@ -155,22 +191,8 @@ def _scheduler(config: EngineConfig, spec: ModelSpec, size: CacheSize, root: byt
         prefix_cache=PrefixCache(pool, config.page_size, root) if has_prefixes else None,
         min_partial_chunk=config.min_partial_chunk,
         has_state=spec.state is not None,
-    )
-
-
-def _handover_rows(config: EngineConfig, spec: ModelSpec, size: CacheSize, dtype: torch.dtype) -> int:
-    """As many as the cache has, and every seat's recurrent state besides."""
-    state_bytes = 0 if spec.state is None else spec.state.num_bytes(dtype)
-    per_state = -(-state_bytes // spec.kv.bytes_per_token(dtype))
-    return size.num_pages * config.page_size + config.max_num_seqs * per_state
-
-
-def _states(spec: ModelSpec, config: EngineConfig, dtype: torch.dtype, device: torch.device) -> StateStore | None:
-    """Room for the recurrent state of every seat, None where there is none."""
-    return (
-        None
-        if spec.state is None
-        else StateStore(spec.state, num_slots=config.max_num_seqs, dtype=dtype, device=device)
+        kv_window=kv_window,
+        swap=SwapSpace(size.num_swap_pages) if size.num_swap_pages else None,
     )
 
 
@@ -225,9 +247,11 @@ def _strategy(config: EngineConfig, spec: ModelSpec) -> DecodeStrategy:
 def check_model(model_path: str | Path, config: EngineConfig) -> int:
     """What `build_engine` would say of the tensors, from their headers and the adapter; returns how many it reads."""
     checkpoint = open_model(model_path, config.config_overrides)
-    resolve_dtype(config.dtype, checkpoint)
+    dtype = resolve_dtype(config.dtype, checkpoint)
     _refuse_quantised(checkpoint.config())
-    num_tensors = _resolve_served(checkpoint, config.quantization).check(checkpoint)
+    kind = _resolve_served(checkpoint, config.quantization)
+    num_tensors = kind.check(checkpoint)
+    resolve_kv_dtype(config, kind.read_spec(checkpoint.config()), dtype)
     if config.lora:
         AdaptedCheckpoint.of(checkpoint, config.lora)
     return num_tensors
@@ -257,8 +281,22 @@ def resolve_dtype(name: str, checkpoint: Checkpoint, device: torch.device | None
     return DTYPES[name]
 
 
+def resolve_kv_dtype(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype) -> torch.dtype:
+    """What keys and values are stored in. ModelNotSupported for a model whose KV is not kept in 8 bits."""
+    if config.kv_cache_dtype != "auto" and spec.decode_strategy == "block_diffusion":
+        raise ModelNotSupported(
+            f"kv_cache_dtype {config.kv_cache_dtype!r} is not served for models that fill in masks, whose KV is "
+            "computed again and again; use 'auto'"
+        )
+    if spec.state is not None and (config.kv_cache_dtype != "auto" or config.preemption == "swap"):
+        raise ModelNotSupported(
+            "this model keeps recurrent state: set kv_cache_dtype to 'auto' and preemption to 'recompute'"
+        )
+    return KV_DTYPES.get(config.kv_cache_dtype, dtype)
+
+
 def resolve_cache(
-    config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device, draft: ModelSpec | None = None
+    config: EngineConfig, spec: ModelSpec, kv_dtype: torch.dtype, device: torch.device, draft: ModelSpec | None = None
 ) -> CacheSize:
     """Pages of the cache: what was asked for, or what the memory budget gives, at most what all seats could use.
 
@@ -274,9 +312,9 @@ def resolve_cache(
     if not tokens:
         num_bytes = config.kv_cache_bytes or _default_bytes(config, device)
         if spec.state is not None and device.type == "cuda" and not config.kv_cache_bytes:
-            num_bytes -= config.max_num_seqs * spec.state.num_bytes(dtype)
+            num_bytes -= config.max_num_seqs * spec.state.num_bytes(kv_dtype)
         seats = config.max_num_seqs * (wanted_len + config.page_size)
-        per_token = spec.kv.bytes_per_token(dtype) + (0 if draft is None else draft.kv.bytes_per_token(dtype))
+        per_token = spec.kv.bytes_per_token(kv_dtype) + (0 if draft is None else draft.kv.bytes_per_token(kv_dtype))
         tokens = min(num_bytes // per_token, seats)
     num_pages = tokens // config.page_size if not config.kv_cache_tokens else -(-tokens // config.page_size)
     if num_pages * config.page_size < 2:
@@ -289,7 +327,10 @@ def resolve_cache(
             f"max_model_len {config.max_model_len} does not fit the KV cache of {num_pages * config.page_size} tokens; "
             "raise kv_cache_tokens or kv_cache_bytes, or lower max_model_len"
         )
-    return CacheSize(num_pages=num_pages, max_model_len=max_model_len)
+    num_swap_pages = 0
+    if config.preemption == "swap" and spec.decode_strategy != "block_diffusion":  # those are never preempted
+        num_swap_pages = -(-config.swap_tokens // config.page_size) or num_pages
+    return CacheSize(num_pages=num_pages, max_model_len=max_model_len, num_swap_pages=num_swap_pages)
 
 
 def _cache_root(checkpoint: Checkpoint, dtype: torch.dtype, page_size: int) -> bytes:

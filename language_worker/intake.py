@@ -20,10 +20,12 @@ def check_request(
     *,
     eos_ids: Sequence[int] = (),
     num_token_ids: int | None = None,
+    never_ids: Sequence[int] = (),
 ) -> None:
     """Token ids within the vocabulary, one of them choosable, placeholders equal to media, a prompt that could fit.
 
-    num_token_ids: ids from there on only pad the vocabulary and cannot be chosen; None: all can.
+    num_token_ids: ids from there on only pad the vocabulary and cannot be chosen; None: all can. never_ids: what the
+    model does not write.
     """
     vocab = spec.vocab_size
     for name, ids in (
@@ -37,19 +39,18 @@ def check_request(
             raise InvalidRequest(f"{name} holds token id {max(ids)}; the model's ids are 0..{vocab - 1}")
     check_diffusion(request, spec, max_model_len)
     num_choosable = vocab if num_token_ids is None else min(vocab, num_token_ids)
-    check_choosable(request.sampling, eos_ids, num_choosable, mask_token_id=spec.mask_token_id)
+    never = (*never_ids, *(() if spec.mask_token_id is None else (spec.mask_token_id,)))
+    check_choosable(request.sampling, eos_ids, num_choosable, never_ids=never)
     count_placeholders(request.prompt_token_ids, spec.media_token_id, request.num_media)
     check_prompt_length(len(request.prompt_token_ids), max_model_len)
 
 
 def check_choosable(
-    params: SamplingParams, eos_ids: Sequence[int], num_token_ids: int, *, mask_token_id: int | None = None
+    params: SamplingParams, eos_ids: Sequence[int], num_token_ids: int, *, never_ids: Sequence[int] = ()
 ) -> None:
     """InvalidRequest when none of the first `num_token_ids` ids is left to choose by the token lists, min_tokens and,
-    in a model that fills in masks, the mask itself and suppress_eos."""
-    excluded = set(params.banned_token_ids)
-    if mask_token_id is not None:
-        excluded.add(mask_token_id)
+    in a model that fills in masks, suppress_eos and what is never written (the mask for one)."""
+    excluded = {*params.banned_token_ids, *never_ids}
     if params.diffusion is not None and params.diffusion.suppress_eos:
         excluded.update(eos_ids)
     if params.min_tokens:
@@ -58,7 +59,8 @@ def check_choosable(
     if all(token_id in excluded or token_id >= num_token_ids for token_id in allowed):
         raise InvalidRequest(
             "allowed_token_ids, banned_token_ids and what is held back (by min_tokens EOS and stop_token_ids, by "
-            "diffusion.suppress_eos EOS, and the mask token always) leave no token to choose; allow more"
+            "diffusion.suppress_eos EOS, always the mask and what the model never writes) leave no token to choose; "
+            "allow more"
         )
 
 
@@ -95,7 +97,7 @@ def check_items(items: tuple[MediaItem, ...], num_media: int, total_rows: int, m
         raise MediaMismatch(f"{len(items)} media items were announced for a request of {num_media}")
     for i, item in enumerate(items):
         expected = model.media_rows(item.grid)
-        if item.rows != expected:
+        if expected is not None and item.rows != expected:
             raise MediaMismatch(f"media item {i} announces {item.rows} rows; grid {item.grid} makes {expected}")
     if sum(item.rows for item in items) != total_rows:
         raise MediaMismatch(f"{total_rows} rows were announced and the items add up to {sum(i.rows for i in items)}")

@@ -18,7 +18,7 @@ import torch
 
 from language_worker.engine import Engine
 from language_worker.errors import EngineError, KVStreamFailed, MediaFailed
-from language_worker.handover.rows import kv_plane, kv_transfer
+from language_worker.handover.rows import kv_transfer
 from transfer.config import TransferConfig
 from transfer.errors import EndpointClosed, TransferError, error_code
 from transfer.memory.buffers import dtype_name
@@ -41,8 +41,7 @@ def embedding_streams(service: Service, engine: Engine, config: TransferConfig) 
 
 def kv_streams(service: Service, engine: Engine, config: TransferConfig) -> InputStreams:
     """Streams from prefill workers."""
-    plane = kv_plane(engine.dtype, engine.spec.kv.row_elements)
-    return InputStreams(service, engine, kv_transfer(config, plane), (plane,), KVStreamFailed, 0.0)
+    return InputStreams(service, engine, kv_transfer(config, engine.kv_plane), (engine.kv_plane,), KVStreamFailed, 0.0)
 
 
 class InputStreams:

@@ -106,6 +106,17 @@ class PagePool:
             freed += self._drop(page)
         return freed
 
+    def release_first(self, owner: Owner, count: int) -> None:
+        """Give back the `count` pages that `owner` got first; PageNotOwned when it holds fewer."""
+        held = self._held.get(owner, [])
+        if count > len(held):
+            raise PageNotOwned(f"{owner!r} holds {len(held)} pages and cannot give {count} back")
+        for page in reversed(held[:count]):
+            self._drop(page)
+        del held[:count]
+        if not held:
+            self._held.pop(owner, None)
+
     def _drop(self, page: int) -> int:
         self._refcount[page] -= 1
         if self._refcount[page]:

@@ -32,6 +32,14 @@ class StateStart:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SwapMoves:
+    """Pages to copy between the cache and host memory: outs (cache, host) first, then ins (host, cache)."""
+
+    outs: tuple[tuple[int, int], ...] = ()
+    ins: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Window:
     """Query positions [start, start + length) of one sequence.
 
@@ -65,14 +73,15 @@ class StepPlan:
     """Windows of one step (decodes first, then prefill chunks) and who was preempted to make it possible.
 
     copies: (source, target) pages whose content must be copied, all sources read before any target is written, before
-    the windows run. Each target occurs once. imports: what must be in the pages before that. starts: of recurrent
-    states, under the rules of `copies`.
+    the windows run. Each target occurs once. imports: what must be in the pages before that. swaps: pages that leave
+    for host memory or come back from it, before all else. starts: of recurrent states, under the rules of `copies`.
     """
 
     windows: tuple[Window, ...]
     preempted: tuple[Sequence, ...] = ()
     copies: tuple[tuple[int, int], ...] = ()
     imports: tuple[KVImport, ...] = ()
+    swaps: SwapMoves = SwapMoves()
     starts: tuple[StateStart, ...] = ()
 
     @property

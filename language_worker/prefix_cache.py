@@ -42,6 +42,21 @@ class PrefixCache:
             pages.append(page)
         return tuple(pages)
 
+    def find_tail(self, seq: Sequence, window: int) -> tuple[int, tuple[int, ...]]:
+        """As `find` where a query sees `window` keys, and one more is wanted: only the last pages of the prefix need be
+        here. Returns which page of the sequence the first of them is, and the pages."""
+        names = self._name_pages(seq, (len(seq.tokens) - 1) // self._page_size)
+        pages = [self._pages.get(name) for name in names]
+        gap, first, end = -1, 0, 0
+        for i, page in enumerate(pages):
+            if page is None:
+                gap = i
+                continue
+            needed = first_seen_page((i + 1) * self._page_size, window, self._page_size)
+            if gap < needed:
+                first, end = needed, i + 1
+        return first, tuple(page for page in pages[first:end] if page is not None)
+
     def count(self, seq: Sequence, num_hit: int) -> None:
         """`seq` was admitted with `num_hit` of its tokens found here."""
         self.num_queried += len(seq.tokens)
@@ -52,7 +67,7 @@ class PrefixCache:
         names = self._name_pages(seq, end)
         for i in range(first, len(names)):
             if names[i] not in self._pages:
-                page = seq.pages[i]
+                page = seq.pages[i - seq.first_page]
                 self._pool.keep(page)
                 self._pages[names[i]] = page
                 self._names[page] = names[i]
@@ -75,6 +90,11 @@ class PrefixCache:
         """Assert that the two tables agree and name only pages with content (tests; our own bugs only)."""
         assert {page: name for name, page in self._pages.items()} == self._names, "names and pages disagree"
         assert all(self._pool.is_kept(page) for page in self._names), "a named page may be given away unnoticed"
+
+
+def first_seen_page(num_tokens: int, window: int, page_size: int) -> int:
+    """The first page that a query at `num_tokens`, or one before it, still sees through a window (0: of everything)."""
+    return max(0, num_tokens - window) // page_size if window else 0
 
 
 def _digest(parent: bytes, tokens: bytes, start: int, media: list[MediaSpan]) -> bytes:

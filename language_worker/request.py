@@ -74,6 +74,9 @@ class Sequence:
     state_slot: where it keeps recurrent state while it runs (-1: nowhere).
     draft_source: what a speculative strategy knows of it. canvas: its text with masks, where it is decoded by filling
     them in.
+    pages: those it holds, the first of them for positions from `first_page` pages on: where every layer of a model
+    slides, pages that no query sees any more are given back while it runs. is_exported: every position's KV is for
+    another engine, so none may be lacking from the start.
     num_cached: prompt tokens whose KV the prefix cache had at the first admission. page_names: names of the first full
     pages, for the prefix cache.
     """
@@ -81,8 +84,10 @@ class Sequence:
     __slots__ = (
         "canvas",
         "draft_source",
+        "first_page",
         "has_siblings",
         "imported",
+        "is_exported",
         "key",
         "kv_len",
         "max_len",
@@ -115,6 +120,7 @@ class Sequence:
         wants_prompt_logits: bool = False,
         has_siblings: bool = False,
         imported: ImportedKV | None = None,
+        is_exported: bool = False,
         canvas: Canvas | None = None,
     ) -> None:
         self.key = key
@@ -128,10 +134,12 @@ class Sequence:
         self.wants_prompt_logits = wants_prompt_logits
         self.has_siblings = has_siblings
         self.imported = imported
+        self.is_exported = is_exported
         self.canvas = canvas
         self.kv_len = 0
         self.status = Status.NEW
         self.pages: list[int] = []
+        self.first_page = 0
         self.page_names: list[bytes] = []
         self.num_preemptions = 0
         self.num_cached = 0
@@ -179,5 +187,6 @@ class Sequence:
         if target is not Status.RUNNING:
             self.kv_len = 0
             self.pages = []
+            self.first_page = 0
         if event is Event.PREEMPTED:
             self.num_preemptions += 1

@@ -35,6 +35,7 @@ from language_worker.outputs import MediaAdmitted, Output
 from language_worker.scheduler import Scheduler
 from language_worker.tokenizer import Tokenizer
 from language_worker.tools.machine import find_toolbox
+from transfer.tensors import PlaneSpec
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class Roster:
         device: torch.device,
         clock: Callable[[], float],
         new_seed: Callable[[], int],
+        kv_plane: PlaneSpec,
         kv_of: str,
     ) -> None:
         self._model = model
@@ -78,7 +80,7 @@ class Roster:
         self._clock = clock
         self._new_seed = new_seed
         self._budget = InputBudget(limits.input_buffer_tokens)
-        self.handovers = Handovers(limits.kv_buffer_tokens, kv_of, spec=model.spec.state, dtype=dtype)
+        self.handovers = Handovers(limits.kv_buffer_tokens, kv_plane, kv_of, spec=model.spec.state, dtype=dtype)
         self._requests: dict[str, ActiveRequest] = {}
         self._by_order: dict[int, ActiveRequest] = {}
         self._next_order = 0
@@ -145,6 +147,7 @@ class Roster:
                 self._limits.max_model_len,
                 eos_ids=self._tokenizer.eos_token_ids,
                 num_token_ids=self._tokenizer.vocab_size,
+                never_ids=self._tokenizer.special_ids(self._spec.unspoken),
             )
             seed = request.sampling.seed
             active = ActiveRequest(
@@ -232,7 +235,7 @@ class Roster:
     def _admit_kv(self, active: ActiveRequest) -> None:
         """There is room for the request's KV: its rows may come, or its prompt may be computed for another engine."""
         if active.imports_kv:
-            total_rows = self.handovers.expect(active, self._spec.kv.row_elements, self._dtype)
+            total_rows = self.handovers.expect(active)
             self.outputs.append(MediaAdmitted(request_id=active.request.request_id, num_rows=total_rows))
         else:
             self.handovers.begin(active)

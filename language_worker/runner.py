@@ -12,13 +12,14 @@ from itertools import accumulate
 import torch
 
 from kernels.cpu_turn import cpu_turn
+from kernels.invariance import batch_invariant
 from kernels.paged_attention import AttentionBatch
 from kernels.state_batch import StateBatch
 from language_worker.handover.rows import ImportedRows
 from language_worker.kv_cache import KVCache
 from language_worker.media import MediaRows
 from language_worker.models.base import LanguageModel, MediaSpan, PromptPositions, StateStep, StepInputs
-from language_worker.plan import KVImport, StateStart, StepPlan, Window
+from language_worker.plan import KVImport, StateStart, StepPlan, SwapMoves, Window
 from language_worker.request import Sequence as TokenSequence
 from language_worker.state_store import StateStore
 
@@ -65,14 +66,27 @@ class ModelRunner:
         cache: KVCache,
         device: torch.device,
         num_threads: int = 0,
+        host: KVCache | None = None,
+        tile_rows: int = 0,
         states: StateStore | None = None,
     ) -> None:
-        """`num_threads`: torch threads of a step on the CPU, 0 for as many as the calling thread has."""
+        """`num_threads`: torch threads of a step on the CPU, 0 for as many as the calling thread has. host: where pages
+        of preempted sequences are kept. tile_rows: of batch-invariant steps; 0: steps are as quick as they can be."""
         self.model = model
         self.cache = cache
+        self.host = host
         self.states = states
         self.device = device
         self._num_threads = num_threads
+        self._tile_rows = tile_rows
+
+    @torch.inference_mode()
+    def swap_pages(self, moves: SwapMoves) -> None:
+        """Carry out what a plan says of host memory; before its imports, copies and windows."""
+        if self.host is not None and moves.outs:
+            self.cache.copy_pages_to(self.host, moves.outs)
+        if self.host is not None and moves.ins:
+            self.host.copy_pages_to(self.cache, moves.ins)
 
     @torch.inference_mode()
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
@@ -136,7 +150,7 @@ class ModelRunner:
             positions=self._positions(windows).to(self.device),
             slots=torch.tensor([s for w in windows for s in self._slots(w.seq, w.start, w.end)]).to(self.device),
             attention=self._attention([(w, w.length) for w in windows]),
-            media=self._media(windows),
+            media=self.media_spans(list(zip(windows, _offsets(windows), strict=True))),
             logit_rows=None if rows is None else torch.tensor(rows, dtype=torch.int64).to(self.device),
             last_attention=self._attention(asking) if rows else None,
             previous_ids=torch.tensor(_previous_ids(windows)).to(self.device) if needs_previous else None,
@@ -172,32 +186,36 @@ class ModelRunner:
             before = torch.get_num_threads()
             weights = self.model.spec.hidden_size**2
             is_small = weights <= SERIAL_WEIGHTS and inputs.token_ids.shape[0] * weights <= SERIAL_WORK
-            torch.set_num_threads(1 if is_small else self._num_threads or before)  # takes 0.1 us
+            is_serial = is_small and not self._tile_rows  # threads may share out a sum
+            torch.set_num_threads(1 if is_serial else self._num_threads or before)  # takes 0.1 us
             try:
-                return self.model.forward(inputs, self.cache.layers)
+                with batch_invariant(self._tile_rows):
+                    return self.model.forward(inputs, self.cache.layers)
             finally:
                 torch.set_num_threads(before)  # threads yet to come would take it over
 
     def _slots(self, seq: TokenSequence, position: int, end: int) -> list[int]:
-        size, pages = self.cache.page_size, seq.pages
+        size, pages, gone = self.cache.page_size, seq.pages, seq.first_page
+        assert position >= gone * size, f"{seq} was asked for positions that it gave back"
         slots: list[int] = []
         while position < end:  # page by page: [position, stop) lies in one page
             stop = min(end, (position // size + 1) * size)
-            first = pages[position // size] * size + position % size
+            first = pages[position // size - gone] * size + position % size
             slots.extend(range(first, first + stop - position))
             position = stop
         return slots
 
     def _attention(self, asking: Sequence[tuple[Window, int]]) -> AttentionBatch:
-        """Of the last so many positions of each window, which lie one after the other."""
+        """Of the last so many positions of each window, which lie one after the other. What a sequence has given back
+        no query sees, and masks know distances only: its keys are counted from those that it still has."""
         size = self.cache.page_size
-        tables = [w.seq.pages[: -(-w.end // size)] for w, _ in asking]
+        tables = [w.seq.pages[: -(-w.end // size) - w.seq.first_page] for w, _ in asking]
         width = max(map(len, tables))
         query_lens = [count for _, count in asking]
         return AttentionBatch(
             page_table=torch.tensor([table + [0] * (width - len(table)) for table in tables]),
             query_lens=query_lens,
-            kv_lens=[w.end for w, _ in asking],
+            kv_lens=[w.end - w.seq.first_page * size for w, _ in asking],
             query_start=[0, *accumulate(query_lens)][:-1],
         )
 
@@ -219,10 +237,10 @@ class ModelRunner:
             return torch.tensor([p for w in windows for p in range(w.start + _delta(w), w.end + _delta(w))])
         return torch.cat([_window_positions(w) for w in windows], dim=1)
 
-    def _media(self, windows: tuple[Window, ...]) -> tuple[MediaSpan, ...]:
+    def media_spans(self, windows: Sequence[tuple[Window, int]]) -> tuple[MediaSpan, ...]:
+        """Media of each window, whose queries begin at the step's index that comes with it."""
         spans: list[MediaSpan] = []
-        offset = 0
-        for w in windows:
+        for w, offset in windows:
             media = w.seq.media
             if isinstance(media, MediaRows) and w.start < w.seq.prompt_len:
                 first, last = w.seq.media_rows(w.start, w.end)
@@ -230,8 +248,12 @@ class ModelRunner:
                     targets = torch.tensor(w.seq.media_positions[first:last]) + (offset - w.start)
                     rows, *deeper = media.rows[:, first:last]
                     spans.append(MediaSpan(targets=targets.to(self.device), rows=rows, deeper=tuple(deeper)))
-            offset += w.length
         return tuple(spans)
+
+
+def _offsets(windows: tuple[Window, ...]) -> list[int]:
+    """Where each window's queries begin in the step."""
+    return [0, *accumulate(window.length for window in windows)][:-1]
 
 
 def _token_ids(windows: tuple[Window, ...]) -> list[int]:

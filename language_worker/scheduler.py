@@ -5,8 +5,8 @@ Pure: sequences in, a StepPlan out; no tensors, clock or threads. Owns the waiti
 Rules, in order
  1. Age decides. A request's age is fixed at submission and survives preemption.
  2. Every running sequence that misses one token gets it (decodes), oldest first; when a page is lacking, the youngest
-    of those that can only wait for media rows is preempted, else the youngest of all: it loses its KV (`kv_len = 0`)
-    and waits again under its old age.
+    of those that can only wait for media rows is preempted, else the youngest of all: it loses its KV (`kv_len = 0`),
+    or leaves it in host memory where there is room (`SwapSpace`), and waits again under its old age.
  3. What is left of `max_step_tokens` goes to running prefills, oldest first, in chunks. One whose media rows have not
     all arrived waits until `min_partial_chunk` tokens can be computed: a step reads all the weights for however few.
  4. Waiting sequences are admitted oldest first while there are seats, budget, and pages for all known tokens plus one.
@@ -31,6 +31,7 @@ from language_worker.plan import StepPlan, Window
 from language_worker.prefix_cache import PrefixCache
 from language_worker.request import Event, Sequence, Status
 from language_worker.state_slots import StateSlots
+from language_worker.swap_space import SwapSpace
 
 
 def _age(seq: Sequence) -> tuple[int, int]:
@@ -52,10 +53,15 @@ class Scheduler:
         max_prefill_chunk: int = 0,
         prefix_cache: PrefixCache | None = None,
         min_partial_chunk: int = 1,
+        kv_window: int = 0,
+        swap: SwapSpace | None = None,
         has_state: bool = False,
     ) -> None:
+        """kv_window: how many of its last keys a query sees in whichever layer; older pages are given back (0: all).
+        swap: where preempted sequences leave their KV (None: nowhere)."""
         self.pool = pool
-        self.pages = PageKeeper(pool, page_size, prefix_cache, StateSlots(max_num_seqs) if has_state else None)
+        slots = StateSlots(max_num_seqs) if has_state else None
+        self.pages = PageKeeper(pool, page_size, prefix_cache, window=kv_window, swap=swap, states=slots)
         self.strategy = strategy
         self.page_size = page_size
         self.max_num_seqs = max_num_seqs
@@ -99,6 +105,8 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """Choose the next step's windows; preempts and admits as a side effect. Empty when nothing can run now."""
+        for seq in self.running:
+            self.pages.trim(seq)
         preempted: list[Sequence] = []
         windows = self._plan_decodes(preempted)
         budget = self.max_step_tokens - sum(window.length for window in windows)
@@ -110,6 +118,7 @@ class Scheduler:
             preempted=tuple(preempted),
             copies=self.pages.take_copies(),
             imports=self.pages.take_imports(),
+            swaps=self.pages.take_swaps(),
             starts=() if self.pages.states is None else self.pages.states.take_starts(),
         )
 
@@ -238,7 +247,7 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)
-        self.pages.release(seq)
+        self.pages.put_aside(seq)
         seq.apply(Event.PREEMPTED)
         insort(self.waiting, seq, key=_age)
 
@@ -247,6 +256,8 @@ class Scheduler:
         self.pool.check_invariants()
         if self.pages.cache is not None:
             self.pages.cache.check_invariants()
+        if self.pages.swap is not None:
+            self.pages.swap.check_invariants([s.key for s in self.waiting])
         if self.pages.states is not None:
             self.pages.states.check_invariants(self.running, self.max_num_seqs)
         for queue, status in ((self.waiting, Status.WAITING), (self.running, Status.RUNNING)):
@@ -257,7 +268,8 @@ class Scheduler:
         for seq in self.running:
             assert list(self.pool.held_by(seq.key)) == seq.pages, "pages differ from the ledger"
             assert 0 <= seq.kv_len <= len(seq.tokens) <= seq.max_len, "lengths out of order"
-            assert seq.kv_len <= len(seq.pages) * self.page_size, "KV beyond the pages"
-            num_sealed = seq.kv_len // self.page_size
+            assert seq.kv_len <= (seq.first_page + len(seq.pages)) * self.page_size, "KV beyond the pages"
+            assert seq.first_page <= self.pages.first_seen_page(seq.kv_len), "a page is lacking that is still seen"
+            num_sealed = seq.kv_len // self.page_size - seq.first_page
             assert all(self.pool.num_holders(page) == 1 for page in seq.pages[num_sealed:]), "a page to write is shared"
         assert self.pool.num_in_use == len({page for s in self.running for page in s.pages}), "pages leaked"

@@ -3,6 +3,8 @@
 A sequence's state leaves and enters as named tensors [num_layers, *shape], in host memory.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -20,6 +22,13 @@ class StateStore:
             tuple(mapped_zeros((num_slots, *t.shape), t.dtype or dtype, device) for t in spec.tensors)
             for _ in range(spec.num_layers)
         ]
+
+    @classmethod
+    def of(
+        cls, spec: StateSpec | None, *, num_slots: int, dtype: torch.dtype, device: torch.device
+    ) -> StateStore | None:
+        """For a model with this spec; None where it keeps no state."""
+        return None if spec is None else cls(spec, num_slots=num_slots, dtype=dtype, device=device)
 
     def clear(self, slots: Sequence[int]) -> None:
         """Zeros at these slots."""

@@ -74,6 +74,10 @@ class Tokenizer:
         """Whether every token has the same id here as in `other`."""
         return bool(self._parsing.get_vocab(with_added_tokens=True) == other._parsing.get_vocab(with_added_tokens=True))
 
+    def special_ids(self, literals: Sequence[str]) -> tuple[int, ...]:
+        """Ids of those literals that are special tokens here."""
+        return tuple(self.special_tokens[literal] for literal in literals if literal in self.special_tokens)
+
     def encode(self, text: str, allow_special: bool = False, *, add_special_tokens: bool = False) -> list[int]:
         """Ids of `text`; special-token literals become special ids only with `allow_special`.
 

@@ -48,7 +48,7 @@ THIRD_PARTIES: dict[str, tuple[str, ...]] = {
         "transfer/endpoints/zmq_sockets.py",
     ),
     "safetensors": ("transfer/checkpoint.py",),
-    "PIL": ("embedding_worker/preprocess.py",),
+    "PIL": ("embedding_worker/orientation.py", "embedding_worker/preprocess.py"),
     "tokenizers": ("language_worker/tokenizer.py",),
     "triton": ("kernels/_triton/",),
     "numpy": (

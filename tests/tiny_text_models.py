@@ -19,6 +19,8 @@ from tests.tiny_tokenizer import NUM_TOKENS, TOKEN_IDS, save_tokenizer
 ARCHITECTURES = {
     "dots1": "Dots1ForCausalLM",
     "llama": "LlamaForCausalLM",
+    "ministral": "MinistralForCausalLM",
+    "mistral": "MistralForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
@@ -68,7 +70,7 @@ def make_text_model(folder: Path, family: str, *, seed: int = 0, **overrides: An
         "model_type": family,
     }
     config |= {"bos_token_id": TOKEN_IDS["<|endoftext|>"], "eos_token_id": TOKEN_IDS["<|im_end|>"]}
-    if family.startswith(("qwen3", "dots1")):  # its format names the size of a head
+    if family.startswith(("qwen3", "dots1", "ministral")):  # its format names the size of a head
         config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
     if family.startswith("qwen2"):
         del config["attention_bias"]  # the format has none: query, key and value always have a bias

@@ -13,6 +13,7 @@ from embedding_worker.models.base import VisionModel
 from transfer.checkpoint import Checkpoint
 
 VISION_MODELS = {
+    "LlavaLLaDAModelLM": "embedding_worker.models.llada_v:LladaVision",
     "MiniMindVLM": "embedding_worker.models.minimind_v:MiniMindVision",
     "Qwen2_5_VLForConditionalGeneration": "embedding_worker.models.qwen2_5_vl:Qwen2_5_VLVision",
     "Qwen3VLForConditionalGeneration": "embedding_worker.models.qwen3_vl:Qwen3VLVision",

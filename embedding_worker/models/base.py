@@ -12,7 +12,7 @@ from transfer.checkpoint import Checkpoint
 
 PLANE = "embeddings"
 Grid = tuple[int, int, int]
-"""Patches of one medium: frames (already merged in time), rows, columns."""
+"""Patches of one medium: frames (already merged in time), rows, columns; or what else of its size a model goes by."""
 
 
 class VisionModel(Protocol):

@@ -18,13 +18,12 @@ import torch.nn.functional as F
 
 from embedding_worker.models.base import PLANE, Grid
 from embedding_worker.models.vit import (
-    KINDS,
-    UNUSED,
-    UNUSED_OF_CLIP,
     Encoder,
     EncoderConfig,
+    encoder_folders,
     encoder_rules,
     encoder_shapes,
+    unused_names,
 )
 from embedding_worker.preprocess import ImageSettings
 from kernels.activation import gelu
@@ -74,7 +73,7 @@ class Parts:
         """(checkpoint, shapes to fill, rules, names of others) of each file to read."""
         projector = projector_shapes(self.checkpoint, self.config.hidden_size)
         shapes, rules = encoder_shapes(self.config), encoder_rules(self.config)
-        unused = UNUSED_OF_CLIP if self.config.is_clip else UNUSED
+        unused = unused_names(self.config)
         of_projector = Rule(pattern=r"vision_proj\.(\w+)\.(\d+)\.(weight|bias)", target=r"\1.\2.\3")
         if self.own:
             return [(self.checkpoint, projector | shapes, [of_projector, *rules], TEXT + unused)]
@@ -84,11 +83,7 @@ class Parts:
 def _find_encoder(checkpoint: Checkpoint) -> Checkpoint:
     """The one folder within the model's folder that holds a vision encoder. Raises ValueError or CheckpointError."""
     folder = checkpoint.folder
-    found = []
-    for path in sorted({*folder.glob("*/config.json"), *folder.glob("*/*/config.json")}):
-        opened = Checkpoint(folder=path.parent, tensors={})
-        if opened.config().get("model_type") in KINDS:
-            found.append(path.parent)
+    found = encoder_folders(folder)
     if len(found) != 1:
         raise ValueError(
             f"{folder} holds {len(found)} folders with a vision encoder; put there the one that the model was made "

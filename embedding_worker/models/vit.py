@@ -2,14 +2,15 @@
 
     patches + positions -> layers of (norm, attention, norm, MLP) -> features of every patch
 
-SigLIP's features are behind its last norm; CLIP has a norm in front, and its features are those of the last layer,
-without the class token's. Knows no model that it is a part of.
+SigLIP's features are behind its last norm, or, for models that were made so, in front of it; CLIP has a norm in front,
+and its features are those of the last layer, without the class token's. Knows no model that it is a part of.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,13 +19,10 @@ import torch.nn.functional as F
 from kernels.activation import gelu, gelu_sigmoid, gelu_tanh
 from kernels.norm import layer_norm
 from kernels.varlen_attention import Segments, varlen_attention
+from transfer.checkpoint import Checkpoint
 from transfer.checkpoint_rules import Rule
 
-UNUSED = (
-    r"(?:vision_encoder\.)?(?:vision_model\.)?(?:head\..*|embeddings\.position_ids)",
-    r"(?:vision_encoder\.)?(?:text_model\..*|logit_scale|logit_bias|visual_projection\.weight|text_projection\.weight)",
-)  # parts of the published files that features do not depend on
-UNUSED_OF_CLIP = (*UNUSED, r"(?:vision_encoder\.)?(?:vision_model\.)?post_layernorm\..*")
+IN_MINIMIND = r"(?:vision_encoder\.)?"  # before an encoder's names, where it is part of MiniMind-V's own file
 ACTIVATIONS = {"gelu_pytorch_tanh": gelu_tanh, "quick_gelu": gelu_sigmoid, "gelu": gelu}
 CLIP_DEFAULTS = {"patch_size": 32, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu"}
 SIGLIP_DEFAULTS = {"patch_size": 16, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"}
@@ -33,7 +31,8 @@ KINDS = {"siglip_vision_model": False, "siglip": False, "clip_vision_model": Tru
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EncoderConfig:
-    """The config.json of the encoder's folder. is_clip: with a class token, a norm in front, and none used behind."""
+    """The config.json of the encoder's folder. is_clip: with a class token, a norm in front, and none used behind.
+    has_last_norm: features are those behind it."""
 
     is_clip: bool
     depth: int
@@ -44,6 +43,7 @@ class EncoderConfig:
     patch_size: int
     eps: float
     activation: str
+    has_last_norm: bool
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> EncoderConfig:
@@ -65,10 +65,10 @@ class EncoderConfig:
                 f"the vision encoder has {vision.get('num_channels', 3)} channels and hidden_act "
                 f"{vision['hidden_act']!r}; served are 3 and {', '.join(ACTIVATIONS)}"
             )
-        if values["hidden_size"] % values["num_heads"] or values["image_size"] % values["patch_size"]:
-            raise ValueError(f"the vision encoder's sizes do not divide: {values}")
-        eps = float(vision["layer_norm_eps"])
-        return cls(is_clip=KINDS[kind], eps=eps, activation=vision["hidden_act"], **values)
+        if values["hidden_size"] % values["num_heads"] or values["image_size"] < values["patch_size"]:
+            raise ValueError(f"the vision encoder's sizes do not fit each other: {values}")
+        eps, is_clip = float(vision["layer_norm_eps"]), KINDS[kind]
+        return cls(is_clip=is_clip, has_last_norm=not is_clip, eps=eps, activation=vision["hidden_act"], **values)
 
     @property
     def side(self) -> int:
@@ -80,9 +80,24 @@ class EncoderConfig:
         return 3 * self.patch_size**2
 
 
-def encoder_rules(config: EncoderConfig) -> list[Rule]:
-    """Where the encoder's published tensors go; `vision_model.` in front of them is optional."""
-    prefix, width = r"(?:vision_encoder\.)?(?:vision_model\.)?", config.hidden_size
+def encoder_folders(folder: Path) -> list[Path]:
+    """Folders within a model's folder that hold a vision encoder. Raises CheckpointError on an unreadable one."""
+    places = sorted({*folder.glob("*/config.json"), *folder.glob("*/*/config.json")})
+    opened = [Checkpoint(folder=path.parent, tensors={}) for path in places]
+    return [checkpoint.folder for checkpoint in opened if checkpoint.config().get("model_type") in KINDS]
+
+
+def unused_names(config: EncoderConfig, place: str = IN_MINIMIND) -> tuple[str, ...]:
+    """Patterns of what published files hold besides, and features do not depend on."""
+    prefix = place + r"(?:vision_model\.)?"
+    both_halves = r"(?:text_model\..*|logit_scale|logit_bias|visual_projection\.weight|text_projection\.weight)"
+    unused = (prefix + r"(?:head\..*|embeddings\.position_ids)", place + both_halves)
+    return unused if config.has_last_norm else (*unused, prefix + r"post_layernorm\..*")
+
+
+def encoder_rules(config: EncoderConfig, place: str = IN_MINIMIND) -> list[Rule]:
+    """Where the encoder's published tensors go; `vision_model.` in front of them is optional. place: what else is."""
+    prefix, width = place + r"(?:vision_model\.)?", config.hidden_size
     layer = prefix + r"encoder\.layers\.(\d+)\."
     rules = [
         Rule(
@@ -106,6 +121,7 @@ def encoder_rules(config: EncoderConfig) -> list[Rule]:
         rules.append(Rule(pattern=prefix + r"pre_layrnorm\.(weight|bias)", target=r"first_norm.\1"))
     else:
         rules.append(Rule(pattern=prefix + r"embeddings\.patch_embedding\.bias", target="patch_embed.bias"))
+    if config.has_last_norm:
         rules.append(Rule(pattern=prefix + r"post_layernorm\.(weight|bias)", target=r"last_norm.\1"))
     return rules
 
@@ -118,7 +134,7 @@ def encoder_shapes(config: EncoderConfig) -> dict[str, tuple[int, ...]]:
         "positions": (config.side**2 + config.is_clip, width),
     }
     shapes |= {"class_token": (width,)} if config.is_clip else {"patch_embed.bias": (width,)}
-    norms = ["first_norm" if config.is_clip else "last_norm"]
+    norms = ["first_norm"] * config.is_clip + ["last_norm"] * config.has_last_norm
     for i in range(config.depth):
         norms += [f"layers.{i}.norm1", f"layers.{i}.norm2"]
         linears = {"qkv": (3 * width, width), "out": (width, width), "fc1": (inner, width), "fc2": (width, inner)}
@@ -151,7 +167,7 @@ class Encoder:
             self._layer(f"layers.{i}.", stream, segments)
         if config.is_clip:
             return stream.view(num_images, num_patches + 1, -1)[:, 1:].flatten(0, 1)
-        return self._norm("last_norm", stream)
+        return self._norm("last_norm", stream) if config.has_last_norm else stream
 
     def _layer(self, name: str, stream: torch.Tensor, segments: Segments) -> None:
         """One layer, added into `stream` [N, width] in place."""

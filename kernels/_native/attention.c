@@ -79,12 +79,12 @@ static inline void FLOAT(mix)(const float *weights, const real *values, size str
 }
 
 static void FLOAT(one_head)(const float *q, const real *keys, const real *values, const int64_t *pages,
-                            size page_size, size stride, size dim, size num_keys, real *out) {
+                            size page_size, size stride, size dim, size first_key, size num_keys, real *out) {
     float scores[BLOCK], sums[MAX_HEAD_DIM];
     float highest = -INFINITY, total = 0;
     memset(sums, 0, sizeof(float) * dim);
-    for (size page = 0, start = 0; start < num_keys; page++)
-        for (size in_page = 0; in_page < page_size && start < num_keys;) {
+    for (size page = first_key / page_size, start = first_key; start < num_keys; page++)
+        for (size in_page = start % page_size; in_page < page_size && start < num_keys;) {
             size count = num_keys - start < page_size - in_page ? num_keys - start : page_size - in_page;
             count = count < BLOCK ? count : BLOCK;
             size place = (pages[page] * page_size + in_page) * stride;
@@ -108,12 +108,12 @@ static void FLOAT(one_head)(const float *q, const real *keys, const real *values
     for (size i = 0; i < dim; i++) out[i] = STORE(sums[i] * inverse);
 }
 
-/* windows: query lengths, key lengths and first rows of all sequences. Returns -1, or before anything is read the first
-   sequence whose rows, lengths or pages are not there. */
+/* windows: query lengths, key lengths and first rows of all sequences. reach: how many of its last keys a query sees, 0
+   for all. Returns -1, or before anything is read the first sequence whose rows, lengths or pages are not there. */
 size FLOAT(paged_attention)(const real *q, size q_stride, size tokens, const real *k_cache, const real *v_cache,
                             size num_pages, const int64_t *page_table, size table_stride, const int64_t *windows,
-                            size sequences, size heads, size kv_heads, size dim, size page_size, float scale,
-                            real *out) {
+                            size sequences, size heads, size kv_heads, size dim, size page_size, size reach,
+                            float scale, real *out) {
     const int64_t *query_lens = windows, *kv_lens = windows + sequences, *query_start = kv_lens + sequences;
     size share = heads / kv_heads;
     float scaled[MAX_HEAD_DIM];
@@ -124,11 +124,12 @@ size FLOAT(paged_attention)(const real *q, size q_stride, size tokens, const rea
     for (size s = 0; s < sequences; s++)
         for (size n = 0; n < query_lens[s]; n++) {
             size row = query_start[s] + n, num_keys = kv_lens[s] - query_lens[s] + n + 1;
+            size first_key = reach && reach < num_keys ? num_keys - reach : 0;
             for (size h = 0; h < heads; h++) {
                 const real *query = q + row * q_stride + h * dim;
                 for (size i = 0; i < dim; i++) scaled[i] = LOAD(query[i]) * scale;
                 FLOAT(one_head)(scaled, k_cache + h / share * dim, v_cache + h / share * dim,
-                                page_table + s * table_stride, page_size, kv_heads * dim, dim, num_keys,
+                                page_table + s * table_stride, page_size, kv_heads * dim, dim, first_key, num_keys,
                                 out + (row * heads + h) * dim);
             }
         }

@@ -10,17 +10,19 @@ from kernels._native.limits import MAX_HEAD_DIM
 
 _PAGED_ATTENTION = functions(
     "paged_attention",
-    POINTER, SIZE, SIZE, POINTER, POINTER, SIZE, POINTER, SIZE, POINTER, SIZE, SIZE, SIZE, SIZE, SIZE, REAL, POINTER,
+    POINTER, SIZE, SIZE, POINTER, POINTER, SIZE, POINTER, SIZE, POINTER, SIZE, SIZE, SIZE, SIZE, SIZE, SIZE, REAL,
+    POINTER,
     returns=SIZE, takes_long=True,
 )  # fmt: skip
 
 
 def paged_attention(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, page_table: torch.Tensor, windows: torch.Tensor,
-    scale: float, out: torch.Tensor,
+    scale: float, out: torch.Tensor, reach: int = 0,
 ) -> None:  # fmt: skip
     """Answer some windows into `out` [T, H, D]. page_table [S, P] int64, windows [3, S] int64 (query lengths, key
-    lengths, first rows), both contiguous. Raises ValueError on others, and where a window or its pages are not there.
+    lengths, first rows), both contiguous. reach: how many of its last keys a query sees (0: all). Raises ValueError on
+    others, and where a window or its pages are not there.
     """
     num_pages, page_size, kv_heads, dim = k_cache.shape
     tokens, heads, _ = q.shape
@@ -36,8 +38,8 @@ def paged_attention(
         q = q.contiguous()
     refused = _PAGED_ATTENTION[q.dtype](
         q.data_ptr(), q.stride(0), tokens, k_cache.data_ptr(), v_cache.data_ptr(), num_pages, page_table.data_ptr(),
-        page_table.shape[1], windows.data_ptr(), len(page_table), heads, kv_heads, dim, page_size, scale,
-        out.data_ptr(),
+        page_table.shape[1], windows.data_ptr(), len(page_table), heads, kv_heads, dim, page_size, reach,
+        scale, out.data_ptr(),
     )  # fmt: skip
     if refused >= 0:
         raise ValueError(

@@ -19,11 +19,11 @@ class BlockDiffusion:
     is_whole = True
 
     def window(self, seq: Sequence, budget: int, max_drafts: int = 0) -> Window | None:
-        """The canvas' next query positions; None when they exceed the budget."""
+        """The canvas' next query positions; None when they exceed the budget, or a row of the prompt's media lacks."""
         canvas = seq.canvas
         assert canvas is not None
         start, end = canvas.query_range()
-        if (end - start) * canvas.num_copies > budget:
+        if not seq.is_ready or (end - start) * canvas.num_copies > budget:
             return None
         return Window(
             seq=seq,

@@ -15,23 +15,26 @@ import torch
 from language_worker import intake
 from language_worker.active import ActiveRequest
 from language_worker.errors import KVMismatch, MediaTooLarge, PromptTooLong
-from language_worker.handover.rows import LAST_INPUT, ImportedRows, KVHeader, unpack_state
+from language_worker.handover.rows import DTYPES, LAST_INPUT, ImportedRows, KVHeader, unpack_state
 from language_worker.media import InputBudget, MediaItem, MediaRows
 from language_worker.models.base import LanguageModel, StateSpec
+from transfer.tensors import PlaneSpec
 
 
 class Handovers:
-    """`capacity` in rows. kv_of: what computes this engine's own KV; that of anything else is refused. spec: what a
-    sequence keeps beside its pages, `dtype` the model's."""
+    """`capacity` in rows of `plane`. kv_of: what computes this engine's own KV; that of anything else is refused.
+    spec: what a sequence keeps beside its pages, `dtype` the model's."""
 
     def __init__(
         self,
         capacity: int,
+        plane: PlaneSpec,
         kv_of: str = "",
         *,
         spec: StateSpec | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        self._plane = plane
         self._kv_of = kv_of
         self._spec = spec
         self._dtype = dtype
@@ -83,14 +86,15 @@ class Handovers:
         if header.kv_of != self._kv_of:
             raise KVMismatch(
                 f"the prefill worker's KV is that of {header.kv_of!r} and this worker's of {self._kv_of!r}: give both "
-                "the same model folder, config_overrides, lora, quantization and dtype, and the same max_model_len "
-                "where the model's rotary scaling is 'dynamic'"
+                "the same model folder, config_overrides, lora, quantization, dtype and kv_cache_dtype, and the same "
+                "max_model_len where the model's rotary scaling is 'dynamic'"
             )
         self.request(active, total_rows)
 
-    def expect(self, active: ActiveRequest, row_elements: int, dtype: torch.dtype) -> int:
+    def expect(self, active: ActiveRequest) -> int:
         """Make the buffer for rows that may come now; returns how many."""
         _, num_rows = self._wanted.pop(active.order)
+        (row_elements,), dtype = self._plane.row_shape, DTYPES[self._plane.dtype]
         active.arriving = MediaRows(num_rows, row_elements, dtype=dtype, device=torch.device("cpu"))
         self._arriving[active.order] = active
         return num_rows

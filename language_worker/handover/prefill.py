@@ -12,7 +12,6 @@ from typing import Any
 from language_worker.engine import Engine
 from language_worker.errors import InvalidRequest, KVStreamFailed
 from language_worker.handover.exports import KVExport
-from language_worker.handover.rows import kv_plane
 from transfer.config import TransferConfig
 from transfer.protocol.ticket import Ticket
 from transfer.service.service import Service
@@ -26,7 +25,7 @@ class PrefillSide:
 
     def __init__(self, service: Service, engine: Engine, config: TransferConfig) -> None:
         self._engine = engine
-        self._plane = kv_plane(engine.dtype, engine.spec.kv.row_elements)
+        self._plane = engine.kv_plane
         self._sender = StreamSender(service, config)
         self._num_open = 0
 

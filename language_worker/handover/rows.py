@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from language_worker.errors import KVMismatch
+from language_worker.models.base import ModelSpec
 from transfer.config import MIB, TransferConfig
 from transfer.errors import TransferError
 from transfer.memory.buffers import plane_of
@@ -42,6 +43,12 @@ def kv_transfer(transfer: TransferConfig, plane: PlaneSpec) -> TransferConfig:
     return replace(
         transfer, pool_tokens=min(transfer.pool_tokens, most), segment_tokens=min(transfer.segment_tokens, most)
     )
+
+
+def state_rows(spec: ModelSpec, kv_dtype: torch.dtype) -> int:
+    """Rows that the recurrent state of one sequence takes at most."""
+    num_bytes = 0 if spec.state is None else spec.state.num_bytes(torch.float32)
+    return -(-num_bytes // spec.kv.bytes_per_token(kv_dtype))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from kernels.paged_attention import AttentionBatch
+from kernels.quantise import LARGEST
+from kernels.quantised_pages import LayerCache
 from kernels.state_batch import StateBatch
 from transfer.checkpoint import Checkpoint
 
@@ -24,11 +26,14 @@ class KVSpec:
 
     head_groups: how many of a layer's key heads each of its caches holds, where those of different reach have theirs
     apart (empty: a layer has one cache for all).
+    window: how many of its last keys a query sees at most, its own among them, in whichever layer; older ones are never
+    read again (0: some layer sees all).
     """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
+    window: int = 0
     head_groups: tuple[int, ...] = ()
 
     @property
@@ -37,7 +42,9 @@ class KVSpec:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
     def bytes_per_token(self, dtype: torch.dtype) -> int:
-        return self.row_elements * dtype.itemsize
+        """Stored as `dtype`; in 8 bits each head of keys and values has a scale besides."""
+        num_scales = self.row_elements // self.head_dim if dtype in LARGEST else 0
+        return self.row_elements * dtype.itemsize + num_scales * torch.float32.itemsize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +90,8 @@ class ModelSpec:
     token before each query too. That is state which a sequence's own tokens give: it survives chunks, forks, prefix
     hits and preemption, and whoever moves a sequence's pages elsewhere moves its tokens with them and nothing else.
     mask_token_id: what stands where a token is yet to be chosen, in models that are decoded by filling in (None).
+    unspoken: special tokens that such a model's answers never hold. system_prompt: what a conversation begins with that
+    brings no such message of its own.
     state: what a sequence keeps beside its pages (None: nothing).
     """
 
@@ -97,6 +106,8 @@ class ModelSpec:
     needs_previous_ids: bool = False
     tool_machine: str | None = None
     mask_token_id: int | None = None
+    unspoken: tuple[str, ...] = ()
+    system_prompt: str = ""
     state: StateSpec | None = None
 
 
@@ -186,9 +197,9 @@ class LanguageModel(ABC):
         (temporal, height, width in patches); None when they are just 0, 1, 2, ..."""
 
     @abstractmethod
-    def media_rows(self, grid: tuple[int, int, int]) -> int:
-        """Tokens that one media item of this grid takes."""
+    def media_rows(self, grid: tuple[int, int, int]) -> int | None:
+        """Tokens that one media item of this grid takes; None where only its sender can tell."""
 
     @abstractmethod
-    def forward(self, inputs: StepInputs, caches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    def forward(self, inputs: StepInputs, caches: Sequence[LayerCache]) -> torch.Tensor:
         """Write this step's keys and values, return logits [R, vocab] in the model's dtype."""

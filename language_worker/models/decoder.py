@@ -7,15 +7,20 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 
+from kernels.activation import swiglu
+from kernels.invariance import tile_rows
 from kernels.linear import Weight, linear
 from kernels.quantised_matrix import Quantization
+from kernels.quantised_pages import LayerCache
 from language_worker.errors import MediaMismatch, ModelNotSupported
 from language_worker.models.base import LanguageModel, ModelSpec, PromptPositions, StepInputs
+from language_worker.models.feed_forward import ExpertMLP
 from language_worker.models.layers import BlockShape, DecoderBlock, RotaryPositions, run_blocks
 from transfer.checkpoint import Checkpoint, check_checkpoint, load_checkpoint
 from transfer.checkpoint_rules import Rule
@@ -54,7 +59,7 @@ class RuledModel(LanguageModel):
     def described_positions(self) -> str:
         return self.rotary.described()
 
-    def media_rows(self, grid: tuple[int, int, int]) -> int:
+    def media_rows(self, grid: tuple[int, int, int]) -> int | None:
         raise MediaMismatch("this model takes text only")
 
     def prompt_positions(
@@ -111,6 +116,22 @@ class Decoder(RuledModel):
         except ValueError as error:
             raise ModelNotSupported(f"quantization {method!r} does not serve this model: {error}") from error
 
+    def tile_rows(self) -> int:
+        """Rows of a tile in which this machine's ops treat all rows alike, for batch-invariant steps. ModelNotSupported
+        where those are not served."""
+        if self.spec.mask_token_id is not None or any(isinstance(block.mlp, ExpertMLP) for block in self.blocks):
+            raise ModelNotSupported(
+                "batch_invariant is not served for mixtures of experts and models that fill in masks"
+            )
+        generator = torch.Generator().manual_seed(0)
+
+        def row(size: int) -> torch.Tensor:
+            return torch.randn(1, size, generator=generator).to(self.final_norm)
+
+        matrices = {(type(w), tuple(w.shape)): w for w in self.parameters().values() if len(w.shape) == 2}
+        products = [(partial(linear, weight=w), row(w.shape[1])) for w in matrices.values()]
+        return tile_rows([*products, (swiglu, row(2 * self.blocks[0].shape.intermediate_size))])
+
     def parameters(self) -> dict[str, Weight]:
         """Every tensor to fill, by name; a tied head is not listed twice."""
         named: dict[str, Weight] = {"embedding.weight": self.embedding, "final_norm.weight": self.final_norm}
@@ -120,7 +141,7 @@ class Decoder(RuledModel):
             named |= block.parameters(f"layers.{i}")
         return named
 
-    def forward(self, inputs: StepInputs, caches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    def forward(self, inputs: StepInputs, caches: Sequence[LayerCache]) -> torch.Tensor:
         hidden = F.embedding(inputs.token_ids, self.embedding)
         for span in inputs.media:
             hidden.index_copy_(0, span.targets, span.rows)
@@ -139,8 +160,6 @@ def read_size(text: Mapping[str, Any], name: str) -> int:
 
 def refuse_unserved(text: Mapping[str, Any]) -> None:
     """ModelNotSupported for options that would change the numbers and are not served."""
-    if text.get("use_sliding_window") or "sliding_attention" in (text.get("layer_types") or ()):
-        raise ModelNotSupported("config.json asks for sliding-window attention, which is not served")
     if text.get("hidden_act", "silu") != "silu":
         raise ModelNotSupported(f"hidden_act {text.get('hidden_act')!r} is not served; only 'silu' is")
     if text.get("mlp_bias"):

@@ -27,6 +27,7 @@ from kernels.gates import sigmoid_blend
 from kernels.linear import linear
 from kernels.paged_attention import paged_attention
 from kernels.pages import write_pages
+from kernels.quantised_pages import LayerCache
 from kernels.rotary import RotaryTable, rotate
 from language_worker.models.affine import Affine, Norm
 from language_worker.models.base import KVSpec, ModelSpec, StepInputs
@@ -36,7 +37,6 @@ from language_worker.models.mamba import MambaMixer, MambaShape
 from language_worker.models.rope import Rope
 
 CodeKind = Literal["table", "lowrank", "sincos"]
-Cache = tuple[torch.Tensor, torch.Tensor]
 BLOCK_EPS = 1e-5  # of the norms of layers, whatever the last one's is
 STATE_SIZE, CONV_WIDTH, STEP_DIVISOR = 64, 4, 16  # of the state space branch: the same in every checkpoint
 ROPE_BASE = 10_000.0
@@ -171,7 +171,7 @@ class FusionTreeLayer:
         x: torch.Tensor,
         code: torch.Tensor | None,
         rotary: RotaryTable,
-        caches: Sequence[Cache],
+        caches: Sequence[LayerCache],
         state: tuple[torch.Tensor, ...],
         inputs: StepInputs,
         rows: torch.Tensor | None = None,
@@ -188,7 +188,7 @@ class FusionTreeLayer:
         return self._fuse(x, mamba, self.attention_out(attended))
 
     def _attend(
-        self, normed: torch.Tensor, rotary: RotaryTable, caches: Sequence[Cache], inputs: StepInputs
+        self, normed: torch.Tensor, rotary: RotaryTable, caches: Sequence[LayerCache], inputs: StepInputs
     ) -> torch.Tensor:
         """[T, hidden] -> what all heads saw [T, hidden]."""
         shape = self.shape
@@ -240,7 +240,7 @@ class FusionTree(RuledModel):
             named |= layer.parameters(f"layers.{i}")
         return named
 
-    def forward(self, inputs: StepInputs, caches: Sequence[Cache]) -> torch.Tensor:
+    def forward(self, inputs: StepInputs, caches: Sequence[LayerCache]) -> torch.Tensor:
         assert inputs.states is not None, "the step lacks its sequences' recurrent state"
         x = F.embedding(inputs.token_ids, self.embedding)
         code = None if self.code is None else self.code.rows(inputs.positions, x.dtype)

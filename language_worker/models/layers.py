@@ -18,6 +18,7 @@ from kernels.norm import add_rms_norm, rms_norm, rms_norm_heads
 from kernels.paged_attention import AttentionBatch, paged_attention
 from kernels.pages import write_pages
 from kernels.quantised_matrix import Quantization
+from kernels.quantised_pages import LayerCache
 from kernels.rotary import (
     RotaryTable,
     mrope_cos_sin,
@@ -37,7 +38,8 @@ _FIRST_BIAS = r"layers\.0\.self_attn\.([qo])_proj\.bias"
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockShape:
     """Sizes and options of one decoder block. has_qk_norm: every query and key head is normalised before rotation.
-    experts: of the layers that have a mixture of experts for an MLP. mask: which keys a query sees."""
+    experts: of the layers that have a mixture of experts for an MLP. mask: which keys a query sees. windows: per layer,
+    how many of its last keys a query sees there (0: as `mask` says; empty: in every layer)."""
 
     hidden_size: int
     intermediate_size: int
@@ -50,12 +52,17 @@ class BlockShape:
     has_qk_norm: bool = False
     experts: ExpertShape | None = None
     mask: AttentionMask = CAUSAL
+    windows: tuple[int, ...] = ()
 
     def at_layer(self, index: int) -> BlockShape:
-        """The shape of one layer: some of a mixture's may be dense."""
-        if self.experts is None or index not in self.experts.dense_layers:
-            return self
-        return replace(self, experts=None)
+        """The shape of one layer: some of a mixture's may be dense, some may slide."""
+        is_dense = self.experts is None or index in self.experts.dense_layers
+        window = self.windows[index] if self.windows else 0
+        return replace(
+            self,
+            experts=None if is_dense else self.experts,
+            mask=AttentionMask(window=window) if window else self.mask,
+        )
 
     @property
     def qkv_rows(self) -> int:
@@ -119,7 +126,7 @@ class DecoderBlock:
         normed: torch.Tensor,
         residual: torch.Tensor,
         rotary: RotaryTable,
-        cache: tuple[torch.Tensor, torch.Tensor],
+        cache: LayerCache,
         slots: torch.Tensor,
         attention: AttentionBatch,
         rows: torch.Tensor | None = None,
@@ -157,7 +164,7 @@ def run_blocks(
     hidden: torch.Tensor,
     final_norm: torch.Tensor,
     rotary: RotaryTable,
-    caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    caches: Sequence[LayerCache],
     inputs: StepInputs,
 ) -> torch.Tensor:
     """All layers and the final norm over hidden [T, H] (consumed); returns the rows asked for [R, H].

@@ -51,23 +51,30 @@ PUBLISHED_VOCABULARY, PUBLISHED_MASK = 126464, 126336  # of LLaDA-8B, where conf
 
 
 class Llada(Decoder):
-    """LLaDA 8B and 1.5, and whatever has their layout."""
+    """LLaDA 8B and 1.5, and whatever has their layout. foreign: patterns of names that are not read."""
+
+    foreign: tuple[str, ...] = ()
+
+    @classmethod
+    def read_config(cls, config: Mapping[str, Any]) -> TextConfig:
+        """Raises ModelNotSupported."""
+        return _read(config)
 
     @classmethod
     def read_spec(cls, config: Mapping[str, Any]) -> ModelSpec:
-        return _read(config).spec
+        return cls.read_config(config).spec
 
     @classmethod
     def empty(
         cls, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device
     ) -> tuple[Self, list[Rule], tuple[str, ...]]:
-        config = _read(checkpoint.config())
+        config = cls.read_config(checkpoint.config())
         rotary = RotaryPositions(config.rope, head_dim=config.block.head_dim, device=device)
         model = cls(config.spec, config.block, rotary, tied=config.tied, dtype=dtype, device=device)
         has_own_names = any(name.startswith(OWN_PREFIX) for name in checkpoint.tensors)
         if has_own_names:
-            return model, own_rules(config.block, tied=config.tied), ()
-        return model, decoder_rules(config.block, prefix=r"model\.", tied=config.tied), ()
+            return model, own_rules(config.block, tied=config.tied), cls.foreign
+        return model, decoder_rules(config.block, prefix=r"model\.", tied=config.tied), cls.foreign
 
 
 def own_rules(shape: BlockShape, *, tied: bool) -> list[Rule]:

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from kernels.attention_mask import CAUSAL, AttentionMask
 from kernels.gates import relu_squared, softcap
 from kernels.norm import rms_norm
-from kernels.paged_attention import AttentionBatch, paged_attention
+from kernels.paged_attention import paged_attention
 from kernels.pages import write_pages
+from kernels.quantised_pages import LayerCache
 from kernels.rotary import RotaryTable, rotate
 from language_worker.models.base import KVSpec, ModelSpec, StepInputs
 from language_worker.models.decoder import RuledModel
@@ -75,7 +76,12 @@ class NanoChatShape:
             hidden_size=self.hidden_size,
             max_position_embeddings=max_positions,
             default_model_len=default_len,
-            kv=KVSpec(num_layers=self.num_layers, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim),
+            kv=KVSpec(
+                num_layers=self.num_layers,
+                num_kv_heads=self.num_kv_heads,
+                head_dim=self.head_dim,
+                window=max(self.windows) + 1 if all(self.windows) else 0,
+            ),
             media_token_id=None,
             needs_previous_ids=self.smear_width > 0,
             tool_machine="calculator",
@@ -112,9 +118,7 @@ class NanoChatLayer:
         named |= {name: tensor for name, tensor in optional.items() if tensor is not None}
         return {f"{prefix}.{name}": tensor for name, tensor in named.items()}
 
-    def forward(
-        self, x: torch.Tensor, rotary: RotaryTable, cache: tuple[torch.Tensor, torch.Tensor], inputs: StepInputs
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rotary: RotaryTable, cache: LayerCache, inputs: StepInputs) -> torch.Tensor:
         """x [T, hidden] -> [T, hidden]."""
         shape = self.shape
         num_tokens, heads, kv_heads = x.shape[0], shape.num_heads, shape.num_kv_heads
@@ -123,8 +127,7 @@ class NanoChatLayer:
         qk = rms_norm(rotate(qkv[:, : heads + kv_heads], rotary), None, shape.eps)
         values = self._with_value_embedding(qkv[:, heads + kv_heads :], normed, inputs.token_ids)
         write_pages(cache[0], cache[1], qk[:, heads:], values, inputs.slots)
-        mask = self.mask if _reaches_beyond(inputs.attention, self.mask.window) else CAUSAL
-        mixed = paged_attention(qk[:, :heads], cache[0], cache[1], inputs.attention, self.scale, mask=mask)
+        mixed = paged_attention(qk[:, :heads], cache[0], cache[1], inputs.attention, self.scale, mask=self.mask)
         x = x + F.linear(mixed.reshape(num_tokens, heads * shape.head_dim), self.o)
         return x + F.linear(relu_squared(F.linear(rms_norm(x, None, shape.eps), self.up)), self.down)
 
@@ -165,7 +168,7 @@ class NanoChat(RuledModel):
             named |= layer.parameters(f"layers.{i}")
         return named
 
-    def forward(self, inputs: StepInputs, caches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    def forward(self, inputs: StepInputs, caches: Sequence[LayerCache]) -> torch.Tensor:
         shape = self.shape
         x = self._smeared(rms_norm(F.embedding(inputs.token_ids, self.embedding), None, shape.eps), inputs.previous_ids)
         first = x
@@ -192,8 +195,3 @@ class NanoChat(RuledModel):
         before = rms_norm(F.embedding(previous_ids.clamp(min=0), self.embedding), None, self.shape.eps)
         gate = torch.sigmoid(F.linear(x[:, : self.shape.smear_width], self.smear_gate)) * self.smear_lambda[0]
         return x + torch.where(previous_ids[:, None] >= 0, gate, 0.0) * before
-
-
-def _reaches_beyond(attention: AttentionBatch, window: int) -> bool:
-    """Whether any query of the step has more keys before it than the window lets it see."""
-    return 0 < window < max(attention.kv_lens)

@@ -20,11 +20,13 @@ from language_worker.models.layers import BlockShape, RotaryPositions
 from language_worker.models.mrope import Grid, mrope_positions
 from language_worker.models.rope import Rope
 from language_worker.models.weights import decoder_rules
+from language_worker.models.windows import WindowRule, kept_by_all, upper_layers
 from transfer.checkpoint import Checkpoint
 from transfer.checkpoint_rules import Rule
 
 DEFAULT_SECTIONS = (16, 24, 24)
 DEFAULT_THETA = 1_000_000.0
+DEFAULT_WINDOW_LAYERS = 80
 FOREIGN = (r"(model\.)?visual\..*",)
 TEXT_PREFIX = r"model\.(?:language_model\.)?"
 
@@ -43,7 +45,12 @@ class Qwen2_5_VLConfig:
 
     @classmethod
     def read(
-        cls, config: Mapping[str, Any], *, sections: tuple[int, ...] = DEFAULT_SECTIONS, theta: float = DEFAULT_THETA
+        cls,
+        config: Mapping[str, Any],
+        *,
+        sections: tuple[int, ...] = DEFAULT_SECTIONS,
+        theta: float = DEFAULT_THETA,
+        window_rule: WindowRule = upper_layers,
     ) -> Qwen2_5_VLConfig:
         """From a flat (published) or nested (`text_config`) config.json; ModelNotSupported names a bad option.
 
@@ -61,11 +68,12 @@ class Qwen2_5_VLConfig:
                 f"{heads} heads must be a multiple of {kv_heads} key heads"
             )
         layers = read_size(text, "num_hidden_layers")
+        windows = window_rule({"max_window_layers": DEFAULT_WINDOW_LAYERS, **text}, layers)
         spec = ModelSpec(
             vocab_size=read_size(text, "vocab_size"),
             hidden_size=hidden,
             max_position_embeddings=int(text.get("max_position_embeddings") or 32768),
-            kv=KVSpec(num_layers=layers, num_kv_heads=kv_heads, head_dim=head_dim),
+            kv=KVSpec(num_layers=layers, num_kv_heads=kv_heads, head_dim=head_dim, window=kept_by_all(windows)),
             media_token_id=int(config.get("image_token_id", 151655)),
         )
         block = BlockShape(
@@ -75,6 +83,7 @@ class Qwen2_5_VLConfig:
             num_kv_heads=kv_heads,
             head_dim=head_dim,
             eps=float(text.get("rms_norm_eps", 1e-5)),
+            windows=windows,
         )
         return cls(
             spec=spec,

@@ -12,6 +12,7 @@ from typing import Any
 
 from language_worker.errors import ModelNotSupported
 from language_worker.models.qwen2_5_vl import Qwen2_5_VLConfig, Qwen2_5_VLText
+from language_worker.models.windows import none_slide
 
 DEFAULT_SECTIONS = (24, 20, 20)
 DEFAULT_THETA = 5_000_000.0
@@ -28,7 +29,7 @@ class Qwen3VLText(Qwen2_5_VLText):
 
 def read_config(config: Mapping[str, Any]) -> Qwen2_5_VLConfig:
     """What the text half takes from config.json; ModelNotSupported names a bad option."""
-    base = Qwen2_5_VLConfig.read(config, sections=DEFAULT_SECTIONS, theta=DEFAULT_THETA)
+    base = Qwen2_5_VLConfig.read(config, sections=DEFAULT_SECTIONS, theta=DEFAULT_THETA, window_rule=none_slide)
     layers = (config.get("vision_config") or {}).get("deepstack_visual_indexes", DEFAULT_LAYERS)
     if len(layers) > base.spec.kv.num_layers:
         raise ModelNotSupported(

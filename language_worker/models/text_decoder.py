@@ -1,6 +1,7 @@
-"""Text-only decoder families: Llama, Qwen2 and Qwen3.
+"""Text-only decoder families: Llama, Mistral, Ministral, Qwen2 and Qwen3.
 
-One body; they differ in biases (read off the checkpoint), in Qwen3's norm of every query and key head, and in defaults.
+One body; they differ in biases (read off the checkpoint), in Qwen3's norm of every query and key head, in which layers
+have sliding windows, and in defaults.
 Those with a mixture of experts are in `text_moe.py`.
 """
 
@@ -18,6 +19,14 @@ from language_worker.models.decoder import Decoder, read_size, refuse_unserved
 from language_worker.models.layers import BlockShape, RotaryPositions
 from language_worker.models.rope import Rope
 from language_worker.models.weights import HF_EXPERTS, ExpertNames, decoder_rules
+from language_worker.models.windows import (
+    WindowRule,
+    all_layers,
+    kept_by_all,
+    listed_layers,
+    none_slide,
+    upper_layers,
+)
 from transfer.checkpoint import Checkpoint
 from transfer.checkpoint_rules import Rule
 
@@ -35,7 +44,7 @@ class TextConfig:
     tied: bool
 
     @classmethod
-    def read(cls, config: Mapping[str, Any], *, has_qk_norm: bool) -> TextConfig:
+    def read(cls, config: Mapping[str, Any], *, has_qk_norm: bool, window_rule: WindowRule = none_slide) -> TextConfig:
         """ModelNotSupported names an option that is not served."""
         refuse_unserved(config)
         hidden, heads = read_size(config, "hidden_size"), read_size(config, "num_attention_heads")
@@ -46,11 +55,14 @@ class TextConfig:
                 f"{heads} heads must be a multiple of {kv_heads} key heads, and head_dim {head_dim} even"
             )
         rope = Rope.read(config, 10_000.0)
+        layers = read_size(config, "num_hidden_layers")
+        windows = window_rule(config, layers)
+        kv = KVSpec(num_layers=layers, num_kv_heads=kv_heads, head_dim=head_dim, window=kept_by_all(windows))
         spec = ModelSpec(
             vocab_size=read_size(config, "vocab_size"),
             hidden_size=hidden,
             max_position_embeddings=rope.max_positions(int(config.get("max_position_embeddings") or 2048)),
-            kv=KVSpec(num_layers=read_size(config, "num_hidden_layers"), num_kv_heads=kv_heads, head_dim=head_dim),
+            kv=kv,
             media_token_id=None,
         )
         block = BlockShape(
@@ -61,6 +73,7 @@ class TextConfig:
             head_dim=head_dim,
             eps=float(config.get("rms_norm_eps", 1e-6)),
             has_qk_norm=has_qk_norm,
+            windows=windows,
         )
         return cls(spec=spec, block=block, rope=rope, tied=bool(config.get("tie_word_embeddings")))
 
@@ -69,16 +82,18 @@ class Llama(Decoder):
     """Llama 2 and 3, and whatever was converted to their layout.
 
     foreign: patterns of names that are not read. expert_names: of the parts of a mixture, where there is one.
+    window_rule: which layers slide.
     """
 
     has_qk_norm = False
+    window_rule: WindowRule = staticmethod(none_slide)
     expert_names: ExpertNames = HF_EXPERTS
     foreign: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
 
     @classmethod
     def read_config(cls, config: Mapping[str, Any], names: Collection[str] = ()) -> TextConfig:
         """From config.json and the checkpoint's tensor names (none: sizes only). Raises ModelNotSupported."""
-        return TextConfig.read(config, has_qk_norm=cls.has_qk_norm)
+        return TextConfig.read(config, has_qk_norm=cls.has_qk_norm, window_rule=cls.window_rule)
 
     @classmethod
     def read_spec(cls, config: Mapping[str, Any]) -> ModelSpec:
@@ -96,11 +111,25 @@ class Llama(Decoder):
         return model, decoder_rules(block, prefix=PREFIX, tied=config.tied, experts=cls.expert_names), foreign
 
 
+class Mistral(Llama):
+    """Mistral: every layer slides, or none."""
+
+    window_rule = staticmethod(all_layers)
+
+
+class Ministral(Llama):
+    """Ministral: Mistral whose layers may differ."""
+
+    window_rule = staticmethod(listed_layers)
+
+
 class Qwen2(Llama):
     """Qwen2 and Qwen2.5."""
 
+    window_rule = staticmethod(upper_layers)
 
-class Qwen3(Llama):
+
+class Qwen3(Qwen2):
     """Qwen3, dense."""
 
     has_qk_norm = True

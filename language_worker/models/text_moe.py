@@ -15,6 +15,12 @@ from language_worker.models.decoder import read_size
 from language_worker.models.feed_forward import ExpertShape, GroupedRouting
 from language_worker.models.text_decoder import Llama, TextConfig
 from language_worker.models.weights import ExpertNames
+from language_worker.models.windows import (
+    all_layers_if_given,
+    every_other_layer,
+    switched_for_all,
+    upper_layers_unswitched,
+)
 
 STACKED = ".experts.gate_up_proj"
 
@@ -23,11 +29,12 @@ class Qwen3Moe(Llama):
     """Qwen3-MoE."""
 
     has_qk_norm = True
+    window_rule = staticmethod(switched_for_all)
     expert_names = ExpertNames(shared=r"shared_expert")
 
     @classmethod
     def read_config(cls, config: Mapping[str, Any], names: Collection[str] = ()) -> TextConfig:
-        text = TextConfig.read(config, has_qk_norm=cls.has_qk_norm)
+        text = TextConfig.read(config, has_qk_norm=cls.has_qk_norm, window_rule=cls.window_rule)
         return with_experts(text, cls.read_experts(config), names)
 
     @classmethod
@@ -46,6 +53,7 @@ class Qwen2Moe(Qwen3Moe):
     """Qwen1.5-MoE and Qwen2-MoE: a gated expert besides that every token takes."""
 
     has_qk_norm = False
+    window_rule = staticmethod(every_other_layer)
 
     @classmethod
     def read_experts(cls, config: Mapping[str, Any]) -> ExpertShape:
@@ -58,12 +66,11 @@ class Mixtral(Qwen3Moe):
     """Mixtral: every layer is a mixture."""
 
     has_qk_norm = False
+    window_rule = staticmethod(all_layers_if_given)
     expert_names = ExpertNames(mixture="block_sparse_moe", gate="w1", up="w3", down="w2")
 
     @classmethod
     def read_experts(cls, config: Mapping[str, Any]) -> ExpertShape:
-        if config.get("sliding_window"):
-            raise ModelNotSupported("config.json asks for sliding-window attention, which is not served")
         return ExpertShape(
             num_experts=read_size(config, "num_local_experts"),
             top_k=read_size(config, "num_experts_per_tok"),
@@ -75,13 +82,12 @@ class Mixtral(Qwen3Moe):
 class Dots1(Qwen3Moe):
     """dots.llm1: DeepSeek's routing (a sigmoid for each expert, groups, a bias for the choice) on Qwen3's body."""
 
+    window_rule = staticmethod(upper_layers_unswitched)
     expert_names = ExpertNames(shared=r"shared_experts")
 
     @classmethod
     def read_experts(cls, config: Mapping[str, Any]) -> ExpertShape:
-        layers, inner = read_size(config, "num_hidden_layers"), read_size(config, "moe_intermediate_size")
-        if config.get("sliding_window") and int(config.get("max_window_layers", layers)) < layers:
-            raise ModelNotSupported("config.json asks for sliding-window attention, which is not served")
+        inner = read_size(config, "moe_intermediate_size")
         grouped = GroupedRouting(
             num_groups=int(config.get("n_group") or 1),
             groups_kept=int(config.get("topk_group") or 1),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -104,9 +105,8 @@ class Rig:
 
     def submit(self, media: tuple[bytes, ...] = (), **values: Any) -> tuple[Outcome, RunningRequest]:
         outcome = Outcome()
-        request = ServedRequest(
-            request_id=Names.fresh("request"), prompt_token_ids=(1, 2, 3), media=media, sampling=SAMPLING, **values
-        )
+        values = {"sampling": SAMPLING, **values}
+        request = ServedRequest(request_id=Names.fresh("request"), prompt_token_ids=(1, 2, 3), media=media, **values)
         return outcome, self.handoff.submit(request, outcome)
 
     def embed_call(self) -> tuple[FakeWorker, IncomingCall]:
@@ -311,17 +311,67 @@ def test_a_request_whose_stream_is_over_with_its_embedding_worker_begins_anew(ma
     assert outcome.wait().error is None and outcome.tokens == [5]
 
 
-def test_a_worker_lost_after_the_first_token_is_an_error_and_no_token_comes_twice(make_rig: MakeRig) -> None:
+def test_a_worker_lost_after_the_first_token_is_replaced_and_no_token_comes_twice(make_rig: MakeRig) -> None:
     rig = make_rig()
     outcome, _ = rig.submit()
     call = rig.language[0].take("generate")
-    send_tokens(call, 5)
+    send_tokens(call, 5, 6)
     assert outcome.started.wait(WAIT_S)
     rig.lose(rig.language[0])
+    again = rig.language[1].take("generate")
+    assert again.body["sampling"] == call.body["sampling"]
+    send_tokens(again, 5)
+    send_tokens(again, 6, 7)
+    send_tokens(call, 99)  # a late word of the lost worker
+    send_tokens(again, 8, finish_reason="stop")
+    end_generate(again, 4)
+    stats = outcome.wait().stats
+    assert stats is not None and stats.hops["attempts"] == 2 and outcome.tokens == [5, 6, 7, 8]
+
+
+def test_a_request_without_a_seed_gets_one_that_all_its_workers_are_told(make_rig: MakeRig) -> None:
+    seeds = set()
+    for _ in range(2):
+        rig = make_rig()
+        outcome, _ = rig.submit(sampling=replace(SAMPLING, temperature=1.0))
+        first = rig.language[0].take("generate")
+        first.fail("EngineStopped", "stopping")
+        second = rig.language[1].take("generate")
+        assert second.body["sampling"]["seed"] == first.body["sampling"]["seed"] is not None
+        seeds.add(second.body["sampling"]["seed"])
+        _serve(second, 5)
+        assert outcome.wait().error is None
+    assert len(seeds) == 2
+
+
+def test_an_answer_that_would_be_another_one_is_an_error_and_nothing_wrong_is_delivered(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    outcome, _ = rig.submit()
+    call = rig.language[0].take("generate")
+    send_tokens(call, 5, 6)
+    assert outcome.started.wait(WAIT_S)
+    rig.lose(rig.language[0])
+    again = rig.language[1].take("generate")
+    send_tokens(again, 5)
+    send_tokens(again, 7)
+    assert rig.language[1].was_cancelled(again)
+    send_tokens(again, 8)
+    again.fail("Cancelled", "as it was told")
     error = outcome.wait().error
-    assert isinstance(error, WorkerLost) and "language-0 was lost while it was answering (PeerLost)" in str(error)
+    assert isinstance(error, WorkerLost) and "would have answered otherwise" in str(error)
+    assert outcome.tokens == [5, 6]
+
+
+def test_the_last_worker_lost_in_its_answer_is_told_as_such(make_rig: MakeRig) -> None:
+    rig = make_rig(num_language=1)
+    outcome, _ = rig.submit()
+    send_tokens(rig.language[0].take("generate"), 5)
+    assert outcome.started.wait(WAIT_S)
+    rig.directory.set_alive(rig.language[0].entry, False)
+    rig.lose(rig.language[0])
+    error = outcome.wait().error
+    assert isinstance(error, WorkerLost) and "while it was answering, and no other could take over" in str(error)
     assert outcome.tokens == [5]
-    assert not rig.language[1].has_calls()
 
 
 def test_an_embedding_worker_lost_once_tokens_come_does_not_matter(make_rig: MakeRig) -> None:
@@ -345,7 +395,7 @@ def test_attempts_are_bounded(make_rig: MakeRig) -> None:
     for worker in rig.language[:MAX_ATTEMPTS]:
         worker.take("generate").fail("EngineStopped", "stopping")
     error = outcome.wait().error
-    assert isinstance(error, WorkerLost) and "language-2 was lost before the first token" in str(error)
+    assert isinstance(error, WorkerLost) and "language-2 was lost and 2 others before it" in str(error)
     assert not rig.language[MAX_ATTEMPTS].has_calls()
 
 
@@ -444,7 +494,7 @@ def test_a_request_whose_messages_were_lost_before_the_first_token_begins_anew(
 
 
 @pytest.mark.parametrize(("lost", "first"), [(Parts, 1), (Parts, 3), (End, 0)])
-def test_an_answer_that_lost_a_message_after_its_first_token_ends_with_an_error(
+def test_an_answer_that_lost_a_message_after_its_first_token_goes_on_without_a_hole(
     make_rig: MakeRig, lose: Callable[[Loss], Loss], lost: type[Message], first: int
 ) -> None:
     rig = make_rig(config=QUICK)
@@ -454,11 +504,11 @@ def test_an_answer_that_lost_a_message_after_its_first_token_ends_with_an_error(
     send_tokens(call, 4)
     assert outcome.started.wait(WAIT_S)
     _serve(call, 5, 6, 7)
-    error = outcome.wait().error
-    assert isinstance(error, WorkerLost) and "language-0 was lost while it was answering (PeerLost)" in str(error)
+    again = rig.language[1].take("generate")
     assert loss.num_lost == 1
     assert outcome.tokens == [4, 5, 6, 7][: first if lost is Parts else 4], "a part of the answer, without a hole"
-    assert not rig.language[1].has_calls()
+    _serve(again, 4, 5, 6, 7)
+    assert outcome.wait().error is None and outcome.tokens == [4, 5, 6, 7]
 
 
 # -- blame ------------------------------------------------------------------------------------------------------------

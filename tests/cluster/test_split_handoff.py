@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from cluster.directory import WorkerDirectory
-from cluster.errors import WorkerLost
 from cluster.handoff import Handoff
 from cluster.served import RunningRequest, ServedRequest
 from language_worker.api import SamplingParams, TokenLogprob
@@ -164,14 +163,25 @@ def test_a_prefill_worker_that_dies_behind_its_kv_hinders_nobody(rig: Rig) -> No
     assert sink.tokens() == [5, 6]
 
 
-def test_a_decode_worker_lost_in_its_answer_is_a_typed_error(rig: Rig) -> None:
+def test_a_decode_worker_lost_in_its_answer_is_replaced_and_the_answer_goes_on(rig: Rig) -> None:
     sink, _ = rig.submit()
     generate, prefill = rig.decode[0].take("generate"), rig.prefill[0].take("prefill")
     prefill.end(PREFILLED)
     send_tokens(generate, 5)
     assert sink.first_chunk.wait(WAIT_S)
     rig.lose(rig.decode[0])
-    assert sink.over.wait(WAIT_S) and isinstance(sink.error, WorkerLost)
+    again = rig.decode[1].take("generate")
+    rig.prefill[0].take("prefill").end(PREFILLED)
+    send_tokens(again, 5, 6, finish_reason="stop")
+    end_generate(again, 2)
+    assert sink.finish().hops["attempts"] == 2 and sink.tokens() == [5, 6]
+
+
+def test_both_legs_end_at_once_when_the_service_closes_and_the_request_ends_once(rig: Rig) -> None:
+    sink, _ = rig.submit()
+    rig.decode[0].take("generate")
+    rig.service.close()
+    assert sink.over.wait(WAIT_S) and sink.error is not None
 
 
 @pytest.mark.parametrize("rig", [1], indirect=True)

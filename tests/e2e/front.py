@@ -1,10 +1,17 @@
-"""The front of a cluster in the test's process: a service, a directory and a handoff; gathers what a request yields."""
+"""The front of a cluster in the test's process: a service, a directory and a handoff; gathers what a request yields.
+
+`open_workers` puts workers in processes of their own behind one.
+"""
 
 from __future__ import annotations
 
+import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +19,7 @@ from cluster.directory import WorkerAddress, WorkerDirectory
 from cluster.handoff import Handoff
 from cluster.served import RequestStats, RunningRequest, ServedRequest
 from language_worker.api import TokenChunk
+from tests.e2e.worker_process import WorkerProcess
 from transfer.config import TransferConfig
 from transfer.endpoints.endpoint import open_endpoint
 from transfer.service.service import Service
@@ -87,3 +95,34 @@ class Front:
 
     def close(self) -> None:
         self.service.close()
+
+
+def open_workers(
+    stack: ExitStack,
+    model: str,
+    transfer: dict[str, int],
+    transport: str,
+    processes: Mapping[str, WorkerProcess],
+    **configs: dict[str, Any],
+) -> Front:
+    """A worker of each kind in `configs`, open and known to each other and to a front; all of it ends with `stack`."""
+    sockets = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tandem-")))  # mkdtemp makes it 0700
+    addresses = {
+        name: f"ipc://{sockets}/{name}" if transport == "ipc" else "tcp://127.0.0.1:0" for name in ("front", *configs)
+    }
+    curve = transport == "curve"
+    front = Front(addresses["front"], TransferConfig(**transfer), curve=curve)  # type: ignore[arg-type]
+    stack.callback(front.close)
+    workers, keys = [], [front.public_key]
+    for kind, config in configs.items():
+        stack.callback(processes[kind].ask, "close")
+        opened = processes[kind].ask(
+            "open", model=model, address=addresses[kind], curve=curve, transfer=transfer, config=config
+        )
+        workers.append(WorkerAddress(name=kind, kind=kind, **opened))  # type: ignore[arg-type]
+        keys.append(opened["public_key"])
+    if curve:
+        for process in processes.values():
+            process.ask("allow", public_keys=keys)
+    front.reach(workers)
+    return front

@@ -1,4 +1,4 @@
-"""Workers that die or hang under load: every answer is right or a clean error, and the cluster heals.
+"""Workers that die or hang under load: every answer is whole and right, and the cluster heals.
 
 A worker is stopped (SIGSTOP) before it is killed where a test needs requests that it cannot have answered.
 """
@@ -27,7 +27,6 @@ pytestmark = pytest.mark.ray
 HEALED_S = 60.0
 NUM_STREAMS = 12
 NUM_TOKENS = 200
-CLEAN_CODES = {"worker_lost", "no_worker"}
 
 
 @pytest.fixture
@@ -113,6 +112,8 @@ def test_a_language_worker_is_killed_under_load(
     bodies = [
         long_body(f"Tell me more. {i}", NUM_TOKENS, *([_picture(i)] if i % 2 else [])) for i in range(NUM_STREAMS)
     ]
+    for i in range(0, NUM_STREAMS, 3):
+        bodies[i] |= {"temperature": 1.0, "seed": i}
     short = [chat_body(f"How many digits are there? {i}", max_tokens=4, ignore_eos=True) for i in range(8)]
     expected = list(pool.map(wide_serving.text, bodies))
     expected_short = list(pool.map(wide_serving.text, short))
@@ -134,9 +135,9 @@ def test_a_language_worker_is_killed_under_load(
     assert [future.result() for future in waiting] == expected_short  # no token had left: tried again elsewhere
     outcomes = [future.result() for future in streams]
     for streamed, text in zip(outcomes, expected, strict=True):
-        _check_outcome(streamed, text)
-    num_broken = sum(streamed.error is not None for streamed in outcomes)
-    assert 0 < num_broken < NUM_STREAMS, "the worker that died served some of the streams, not all"
+        _check_whole(streamed, text)
+    num_taken_over = sum(streamed.usage["hops"].get("attempts", 1) > 1 for streamed in outcomes if streamed.usage)
+    assert 0 < num_taken_over < NUM_STREAMS, "the worker that died served some of the streams, not all"
 
     _await_new_process(wide_cluster, victim)
     _await_up(wide_serving)
@@ -144,19 +145,12 @@ def test_a_language_worker_is_killed_under_load(
     _await_used(wide_serving, "language-0", pool, plain, "worker_request_success_total")
 
 
-def _check_outcome(streamed: Streamed, text: str) -> None:
-    """All of the answer and [DONE]; or its beginning, one error event of a known kind, and no [DONE]."""
-    if streamed.error is None:
-        assert streamed.is_done
-        assert streamed.finish_reasons == {0: "length"}
-        assert streamed.usage is not None and streamed.usage["completion_tokens"] == 1500
-        assert streamed.text.startswith(text)
-        return
-    assert not streamed.is_done and not streamed.finish_reasons
-    assert streamed.error["code"] in CLEAN_CODES, streamed.error
-    assert streamed.error["type"] == "service_unavailable_error"
-    shorter, longer = sorted((streamed.text, text), key=len)
-    assert shorter and longer.startswith(shorter), "tokens were wrong or came twice"
+def _check_whole(streamed: Streamed, text: str) -> None:
+    """The whole answer and [DONE], whoever died: no token is wrong, missing or there twice."""
+    assert streamed.error is None and streamed.is_done, streamed.error
+    assert streamed.finish_reasons == {0: "length"}
+    assert streamed.usage is not None and streamed.usage["completion_tokens"] == 1500
+    assert streamed.text.startswith(text)
 
 
 def test_an_embedding_worker_is_killed_under_load(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -21,16 +20,14 @@ import torch
 from PIL import Image
 
 from cluster import LLM, SamplingParams
-from cluster.directory import WorkerAddress
 from cluster.model_info import ModelInfo
 from cluster.prompts import image_bytes, request_from_prompt
-from tests.e2e.front import Front, Gathered
+from tests.e2e.front import Gathered, open_workers
 from tests.e2e.worker_process import WorkerProcess
 from tests.profiles import IS_SOAK
 from tests.tiny_models import QWEN2_5_VL_CONFIGS, make_qwen2_5_vl, random_image, reference, reference_inputs
 from tests.tiny_qwen3_vl import QWEN3_VL_CONFIGS, make_qwen3_vl, qwen3_vl_reference
 from tests.tiny_tokenizer import TOKEN_IDS
-from transfer.config import TransferConfig
 
 TOLERANCE = 1e-4
 NUM_NEW = 8
@@ -160,7 +157,7 @@ def _check_disaggregated(
     run = f"{transport} {transfer}"
     info = ModelInfo.load(folder)
     with ExitStack() as stack:
-        front = _cluster(stack, str(folder), transfer, transport, processes)
+        front = open_workers(stack, str(folder), transfer, transport, processes, embedding=EMBED, language=ENGINE)
         requests = [request_from_prompt(info, case.prompt, GREEDY, return_logits=True) for case in cases]
         sinks = [front.submit(request)[0] for request in requests]  # all at once
         for case, sink in zip(cases, sinks, strict=True):
@@ -172,33 +169,6 @@ def _check_disaggregated(
         assert processes["language"].ask("stats")["transfer_blocks_received_total"] == num_blocks
         if transport == "curve":
             assert processes["language"].ask("stats")["refused_keys"] == 0
-
-
-def _cluster(
-    stack: ExitStack, model: str, transfer: dict[str, int], transport: str, processes: dict[str, WorkerProcess]
-) -> Front:
-    """Both workers open and known to each other and to a front; all of it ends with `stack`."""
-    sockets = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tandem-")))  # mkdtemp makes it 0700
-    addresses = {
-        name: f"ipc://{sockets}/{name}" if transport == "ipc" else "tcp://127.0.0.1:0"
-        for name in ("front", "embedding", "language")
-    }
-    curve = transport == "curve"
-    front = Front(addresses["front"], TransferConfig(**transfer), curve=curve)  # type: ignore[arg-type]
-    stack.callback(front.close)
-    workers, keys = [], [front.public_key]
-    for kind, config in (("embedding", EMBED), ("language", ENGINE)):
-        stack.callback(processes[kind].ask, "close")
-        opened = processes[kind].ask(
-            "open", model=model, address=addresses[kind], curve=curve, transfer=transfer, config=config
-        )
-        workers.append(WorkerAddress(name=kind, kind=kind, **opened))  # type: ignore[arg-type]
-        keys.append(opened["public_key"])
-    if curve:
-        for process in processes.values():
-            process.ask("allow", public_keys=keys)
-    front.reach(workers)
-    return front
 
 
 def _check_hops(case: Case, sink: Gathered, *, block_size: int, default_allocate_tokens: int) -> None:

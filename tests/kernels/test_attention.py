@@ -209,10 +209,11 @@ def test_masks_soft_caps_and_log_sum_exps(
     windows=st.lists(st.sampled_from([1, 2, 5, 17, 40, 129, 1000]), min_size=1, max_size=2, unique=True),
     neighbours=st.booleans(),
     dtype=st.sampled_from(DTYPES),
+    path=with_native,
     seed=st.integers(0, 99),
 )
 def test_sliding_windows_and_whole_ones_over_one_batch(
-    step: tuple[list[int], list[int]], windows: list[int], neighbours: bool, dtype: torch.dtype, seed: int
+    step: tuple[list[int], list[int]], windows: list[int], neighbours: bool, dtype: torch.dtype, path: Path, seed: int
 ) -> None:
     """As the layers of a model take turns: each size of a window, and no window, from the same batch."""
     query_lens, kv_lens = step
@@ -223,7 +224,8 @@ def test_sliding_windows_and_whole_ones_over_one_batch(
     batch = AttentionBatch(page_table=cache.table, query_lens=query_lens, kv_lens=kv_lens, query_start=starts)
     for window in [*windows, 0, windows[0]]:
         mask = AttentionMask(window=window)
-        actual = paged_attention(q, cache.k, cache.v, batch, mask=mask)
+        with forced(path):
+            actual = paged_attention(q, cache.k, cache.v, batch, mask=mask)
         for start, length, kv_len, (k, v) in zip(starts, query_lens, kv_lens, cache.histories, strict=True):
             rows, first = slice(start, start + length), kv_len - length
             expected, _ = oracles.masked_attention(

@@ -267,6 +267,20 @@ def test_refresh_every_step_is_no_cache(engine: Engine) -> None:
             assert results["a"].tokens() == results["b"].tokens()
 
 
+def test_the_first_step_of_every_block_needs_no_cache(engine: Engine) -> None:
+    """With one step a block, the cached policies compute what the one without computes, position for position."""
+    for seed in range(6):
+        ids = prompt(11, seed=seed, vocab=250)
+        results = {
+            policy: drive(engine, [request("a", ids, sampling(24, block_length=8, schedule="static", steps=3,
+                                                              kv_policy=policy))])["a"]
+            for policy in ("none", "prefix", "dual")
+        }  # fmt: skip
+        assert len({tuple(result.tokens()) for result in results.values()}) == 1
+        forwarded = [result.done.num_forwarded_tokens for result in results.values() if result.done is not None]
+        assert forwarded == [3 * (11 + 24)] * 3
+
+
 def test_hierarchical_takes_leaders_of_runs() -> None:
     from language_worker.decode.transfer_rules import select_hierarchical
 

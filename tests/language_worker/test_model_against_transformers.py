@@ -113,7 +113,7 @@ def test_missing_extra_and_misshaped_tensors_are_named_together(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"use_sliding_window": True}, "sliding"),
+        ({"use_sliding_window": True, "sliding_window": -1}, "sliding_window"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"rope_scaling": {"type": "yarn", "mrope_section": [2, 3, 3]}}, "yarn"),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 1]}}, "mrope_section"),

@@ -72,6 +72,8 @@ CONFIG = {
     "has_drafter": st.booleans(),
     "has_keys": st.booleans(),
     "prefix_cache": st.sampled_from([True, True, True, False]),
+    "window": st.just(0),
+    "swap_tokens": st.just(0),
 }
 
 
@@ -88,14 +90,21 @@ class Traffic(RuleBasedStateMachine):
     has_state: ClassVar[bool] = False
 
     @initialize(**CONFIG)
-    def start(self, capacity: int, num_drafts: int, has_drafter: bool, has_keys: bool, **config: Any) -> None:
-        self.has_keys = has_keys
+    def start(self, **config: Any) -> None:
+        self.begin(**config)
+
+    def begin(
+        self, capacity: int, num_drafts: int, has_drafter: bool, has_keys: bool, window: int, **config: Any
+    ) -> None:
         if self.has_state:
-            num_drafts, config["prefix_cache"], config["has_state"] = 0, False, True
+            num_drafts, window = 0, 0
+            config |= {"prefix_cache": False, "has_state": True, "swap_tokens": 0}
+        config["preemption"] = "swap" if config["swap_tokens"] else "recompute"
+        self.has_keys, self.window = has_keys, window
         source = OpenDrafts if has_drafter else DraftIndex
         config["strategy"] = Speculative(num_drafts, source) if num_drafts else Autoregressive()
         config["has_drafter"] = has_drafter and num_drafts > 0
-        self.engine = toy_engine(FOLDER[0], num_pages=capacity // config["page_size"], **config)
+        self.engine = toy_engine(FOLDER[0], num_pages=capacity // config["page_size"], window=window, **config)
         self.results = Results()
         self.requests: dict[str, tuple[GenerateRequest, list[str]]] = {}
         self.written: dict[str, int] = {}
@@ -150,11 +159,15 @@ class Traffic(RuleBasedStateMachine):
         self.results.take(report)
         pages = [page for seq in self.engine.scheduler.running for page in seq.pages]
         self.reached["shared pages"] += len(pages) > len(set(pages))
+        self._look()
         self.engine.scheduler.check_invariants()
         stats, running = self.engine.stats(), self.engine.scheduler.running
         assert stats["kv_pages_referenced"] == len({page for seq in running for page in seq.pages})
         assert stats["kv_pages_referenced"] + stats["kv_pages_cached"] <= self.engine.scheduler.pool.num_pages
         return report.did_run
+
+    def _look(self) -> None:
+        """After a step: what else has been reached."""
 
     def _write(self, name: str, count: int) -> None:
         buffer = self.engine.media_buffer(name)
@@ -203,11 +216,15 @@ class Traffic(RuleBasedStateMachine):
         max_len = self.engine.limits.max_model_len
         for name, (asked, media) in self.requests.items():
             rows = [ROWS[m] for m in media]
-            self._check(name, asked, naive(asked, rows, max_len=max_len, has_state=self.has_state))
+            expected = naive(asked, rows, max_len=max_len, window=self.window, has_state=self.has_state)
+            self._check(name, asked, expected)
         stats = self.engine.stats()
         for key in REACHED:
             self.reached[key] += int(stats[key])
-        left = ("num_requests_running", "num_requests_waiting", "kv_pages_referenced", "input_buffer_rows_reserved")
+        left = (
+            "num_requests_running", "num_requests_waiting", "kv_pages_referenced", "kv_pages_swapped",
+            "input_buffer_rows_reserved",
+        )  # fmt: skip
         assert not any(stats[key] for key in left), stats
 
     def _check(self, name: str, asked: GenerateRequest, expected: list[list[int]]) -> None:

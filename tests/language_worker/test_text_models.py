@@ -136,8 +136,6 @@ def test_the_longest_sequence_follows_from_the_scaling(scaling: dict, configured
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"use_sliding_window": True}, "sliding"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "longrope"),

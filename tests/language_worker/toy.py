@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from language_worker.api import GenerateRequest
 from language_worker.config import EngineConfig
@@ -40,6 +41,7 @@ from language_worker.sampler import sample
 from language_worker.sampling_state import SamplingState
 from language_worker.scheduler import Scheduler
 from language_worker.state_store import StateStore
+from language_worker.swap_space import SwapSpace
 from language_worker.tokenizer import Tokenizer
 
 VOCAB = 24
@@ -52,11 +54,17 @@ _VALUE_WEIGHTS = torch.randint(1, _PRIME, (MAX_LEN,), generator=_GENERATOR)
 _NOISE = torch.randn(1009, VOCAB, generator=_GENERATOR) * 2
 
 
-def toy_logits(values: torch.Tensor, others: torch.Tensor, count: int) -> torch.Tensor:
-    """Logits [count, VOCAB] of the last positions of a sequence with these keys and values [n] int64."""
+def toy_logits(values: torch.Tensor, others: torch.Tensor, count: int, window: int = 0) -> torch.Tensor:
+    """Logits [count, VOCAB] of the last positions of a sequence with these keys and values [n] int64. window: how many
+    of its last keys a position sees, weighted by their distance (0: all, weighted by their positions)."""
     length = values.shape[0]
-    mixed = (values * _KEY_WEIGHTS[:length] + others * _VALUE_WEIGHTS[:length]) % _PRIME
-    states = mixed.cumsum(0)[length - count :] % _PRIME
+    if window:
+        seen = [F.pad(x, (window, 0))[-(count + window - 1) :].unfold(0, window, 1).flip(1) for x in (values, others)]
+        mixed = (seen[0] * _KEY_WEIGHTS[:window] + seen[1] * _VALUE_WEIGHTS[:window]) % _PRIME
+        states = mixed.sum(1) % _PRIME
+    else:
+        mixed = (values * _KEY_WEIGHTS[:length] + others * _VALUE_WEIGHTS[:length]) % _PRIME
+        states = mixed.cumsum(0)[length - count :] % _PRIME
     logits = _NOISE[states % 1009].clone()
     follower = (values[length - count :] * 5 + 3) % 7  # cycles of length 6 at most
     logits[torch.arange(count), follower] += torch.where(states % 4 == 0, 0.0, 6.0)
@@ -65,7 +73,11 @@ def toy_logits(values: torch.Tensor, others: torch.Tensor, count: int) -> torch.
 
 
 class ToyModel(LanguageModel):
-    """See the module. Keys hold a position's value, values hold what is derived from it and its position."""
+    """See the module. Keys hold a position's value, values hold what is derived from it and its position. window: as
+    `toy_logits` has it."""
+
+    def __init__(self, window: int = 0) -> None:
+        self.spec = replace(type(self).spec, kv=replace(type(self).spec.kv, window=window))
 
     spec = ModelSpec(
         vocab_size=VOCAB,
@@ -106,7 +118,7 @@ class ToyModel(LanguageModel):
         batch, rows = inputs.attention, []
         for table, kv_len, query_len in zip(batch.page_table, batch.kv_lens, batch.query_lens, strict=True):
             slots = (table[:, None] * size + torch.arange(size)).view(-1)[:kv_len]
-            rows.append(toy_logits(keys[slots].long(), values[slots].long(), query_len))
+            rows.append(toy_logits(keys[slots].long(), values[slots].long(), query_len, self.spec.kv.window))
         logits = torch.cat(rows)
         return logits if inputs.logit_rows is None else logits[inputs.logit_rows]
 
@@ -167,12 +179,16 @@ def _tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer(folder)
 
 
-def _runner(model: LanguageModel, num_pages: int, page_size: int, num_seats: int) -> ModelRunner:
+def _runner(model: LanguageModel, num_pages: int, page_size: int, swap_pages: int, num_seats: int = 1) -> ModelRunner:
+    def cache(count: int) -> KVCache:
+        kv = KVCache(model.spec.kv, num_pages=count, page_size=page_size, dtype=torch.float32, device=cpu)
+        for tensor in kv.layers[0]:
+            tensor.fill_(99_991)  # what nobody wrote must not be read
+        return kv
+
     cpu = torch.device("cpu")
-    kv = KVCache(model.spec.kv, num_pages=num_pages, page_size=page_size, dtype=torch.float32, device=cpu)
-    for tensor in kv.layers[0]:
-        tensor.fill_(99_991)  # what nobody wrote must not be read
-    return ModelRunner(model, kv, cpu, states=_states(model.spec.state, num_seats))
+    host = cache(swap_pages) if swap_pages else None
+    return ModelRunner(model, cache(num_pages), cpu, host=host, states=_states(model.spec.state, num_seats))
 
 
 def _states(spec: StateSpec | None, num_seats: int) -> StateStore | None:
@@ -189,13 +205,16 @@ def toy_engine(
     num_pages: int,
     strategy: Any = None,
     has_drafter: bool = False,
+    window: int = 0,
     has_state: bool = False,
     **config: Any,
 ) -> Engine:
     """An engine of the toy with a pool of `num_pages`; folder: any model folder with a tokenizer. has_drafter: the
-    strategy leaves its drafts open and a toy makes them. has_state: the toy has recurrent state."""
+    strategy leaves its drafts open and a toy makes them. window: of the toys, 0 for none. swap_tokens: with
+    preemption "swap", 0 for one page. has_state: the toy has recurrent state."""
     values = EngineConfig(**{"page_size": 4, "max_num_seqs": 4, "max_step_tokens": 32, **config})
     pool = PagePool(num_pages)
+    swap_pages = max(1, values.swap_tokens // values.page_size) if values.preemption == "swap" else 0
     scheduler = Scheduler(
         pool=pool,
         strategy=strategy or create_strategy("autoregressive"),
@@ -205,6 +224,8 @@ def toy_engine(
         max_prefill_chunk=values.max_prefill_chunk,
         prefix_cache=PrefixCache(pool, values.page_size, b"toy") if values.prefix_cache else None,
         has_state=has_state,
+        kv_window=window,
+        swap=SwapSpace(swap_pages) if swap_pages else None,
     )
     limits = EngineLimits(
         max_model_len=min(MAX_LEN, num_pages * values.page_size),
@@ -215,10 +236,11 @@ def toy_engine(
     )
     drafter = None
     if has_drafter:
-        drafts = _runner(ToyDraft(), num_pages, values.page_size, values.max_num_seqs)
-        drafter = Drafter(drafts, vocab_size=VOCAB, num_token_ids=VOCAB)
+        runner = _runner(ToyDraft(window), num_pages, values.page_size, swap_pages)
+        drafter = Drafter(runner, vocab_size=VOCAB, num_token_ids=VOCAB)
+    toy = ToyRecurrent() if has_state else ToyModel(window)
     return Engine(
-        runner=_runner(ToyRecurrent() if has_state else ToyModel(), num_pages, values.page_size, values.max_num_seqs),
+        runner=_runner(toy, num_pages, values.page_size, swap_pages, values.max_num_seqs),
         scheduler=scheduler,
         tokenizer=_tokenizer(folder),
         limits=limits,
@@ -239,6 +261,7 @@ def naive(
     rows: Sequence[Sequence[int]] = (),
     *,
     max_len: int = MAX_LEN,
+    window: int = 0,
     has_state: bool = False,
 ) -> list[list[int]]:
     """Tokens of every sample of a request with a seed, one sample and one token at a time. rows: of each media item.
@@ -250,11 +273,18 @@ def naive(
         shown += [token_id] * len(item)
         values += item
     limit = min(params.max_tokens or max_len, max_len - len(shown))
-    return [_naive_sample(request, i, shown, values, limit, has_state) for i in range(params.n)]
+    options = (limit, window, has_state)
+    return [_naive_sample(request, i, shown, values, *options) for i in range(params.n)]
 
 
 def _naive_sample(
-    request: GenerateRequest, index: int, shown: list[int], prompt_values: list[int], limit: int, has_state: bool
+    request: GenerateRequest,
+    index: int,
+    shown: list[int],
+    prompt_values: list[int],
+    limit: int,
+    window: int,
+    has_state: bool,
 ) -> list[int]:
     params = request.sampling
     assert params.seed is not None and params.ignore_eos
@@ -262,7 +292,7 @@ def _naive_sample(
     values, tokens = list(prompt_values), []
     while len(tokens) < limit:
         known = torch.tensor(values)
-        logits = toy_logits(known, _other(known, torch.arange(len(values))), 1)
+        logits = toy_logits(known, _other(known, torch.arange(len(values))), 1, window)
         if has_state:
             logits += _NOISE[_recurred(values)] * 0.5
         (choice,) = sample(logits, [state])
