@@ -7,7 +7,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from language_worker.engine import Engine
 from language_worker.errors import ModelNotSupported
 from language_worker.handover.identity import kv_identity
 from language_worker.handover.rows import state_rows
-from language_worker.kv_cache import KVCache
 from language_worker.lora import AdaptedCheckpoint
 from language_worker.models import open_model, resolve_model
 from language_worker.models.base import LanguageModel, ModelSpec
@@ -33,8 +31,8 @@ from language_worker.page_pool import PagePool
 from language_worker.prefix_cache import DIGEST_BYTES, PrefixCache
 from language_worker.roster import EngineLimits
 from language_worker.runner import ModelRunner
+from language_worker.runner_builder import CacheSize, create_runner
 from language_worker.scheduler import Scheduler
-from language_worker.state_store import StateStore
 from language_worker.swap_space import SwapSpace
 from language_worker.tokenizer import Tokenizer
 from transfer.checkpoint import Checkpoint
@@ -46,16 +44,6 @@ CPU_CACHE_BYTES = 512 << 20
 BY_DEVICE = "by device"  # what a layout says whose tensors are of several dtypes
 KV_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CacheSize:
-    """num_pages of the KV cache, the longest sequence that is served with it, and pages in host memory for the KV of
-    preempted sequences."""
-
-    num_pages: int
-    max_model_len: int
-    num_swap_pages: int = 0
 
 
 def build_engine(
@@ -83,16 +71,7 @@ def build_engine(
     size = resolve_cache(config, model.spec, kv_dtype, device, None if draft_model is None else draft_model.spec)
 
     def runner_of(model: LanguageModel, tile_rows: int = 0) -> ModelRunner:
-        model.reserve_positions(size.max_model_len)
-
-        def cache(num_pages: int, device: torch.device) -> KVCache:
-            return KVCache(
-                model.spec.kv, num_pages=num_pages, page_size=config.page_size, dtype=kv_dtype, device=device
-            )
-
-        host = cache(size.num_swap_pages, torch.device("cpu")) if size.num_swap_pages else None
-        states = StateStore.of(model.spec.state, num_slots=config.max_num_seqs, dtype=dtype, device=device)
-        return ModelRunner(model, cache(size.num_pages, device), device, config.num_threads, host, tile_rows, states)
+        return create_runner(model, config, size, (dtype, kv_dtype), device, tile_rows)
 
     runner = runner_of(model, _tile_rows(model, device) if config.batch_invariant else 0)
     kv_window = _kv_window([model, *([] if draft_model is None else [draft_model])])
