@@ -155,6 +155,8 @@ class Engine:
         self._roster.grant_media()
         plan = self.scheduler.plan()
         self._move_pages(plan)
+        if plan.starts:
+            self.runner.start_states(plan.starts)
         if plan.windows:
             self._run(plan)
         self._stats = self._read_stats()
@@ -200,13 +202,24 @@ class Engine:
             logger.warning("a step of %d sequences failed (%s); running them one by one", len(plan.windows), error)
             for window in plan.windows:
                 if window.seq.status is Status.RUNNING:
-                    self._run(StepPlan(windows=(window,)))
+                    self._rerun(StepPlan(windows=(window,)))
             return
         self._apply(filled, step, choices)
 
+    def _rerun(self, plan: StepPlan) -> None:
+        """One window of a step that failed, from the recurrent state that it began with."""
+        (window,) = plan.windows
+        try:
+            if self.spec.state is not None:
+                self.runner.restore_state(window.seq, window.start, self.scheduler.max_step_tokens)
+        except Exception as error:
+            self._fail_window(plan, error)
+        else:
+            self._run(plan)
+
     def _compute(self, plan: StepPlan) -> tuple[StepPlan, StepLogits, list[list[list[Choice]]]]:
-        """Everything that can fail; changes no state. Returns the plan with all drafts made, and the choices of each
-        sampling window, for each sample it serves."""
+        """Everything that can fail; changes nothing but recurrent state. Returns the plan with all drafts made, and the
+        choices of each sampling window, for each sample it serves."""
         with torch.inference_mode():
             if self.drafter is not None:
                 plan = self.drafter.fill(plan, lambda seq: self._roster.sample_of(seq.key).state)
@@ -245,7 +258,12 @@ class Engine:
         export = active.export
         if export is not None:
             self._roster.guarded(
-                active, lambda: export.advance(seq.kv_len, lambda start, end: self.runner.export_rows(seq, start, end))
+                active,
+                lambda: export.advance(
+                    seq.kv_len,
+                    lambda start, end: self.runner.export_rows(seq, start, end),
+                    lambda: {} if self.spec.state is None else self.runner.export_state(seq),
+                ),
             )
 
     def _preview(self, window: Window) -> None:

@@ -4,9 +4,9 @@ The only place of this half that resolves "auto". Knows no transport.
 """
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from language_worker.drafter import Drafter
 from language_worker.engine import Engine
 from language_worker.errors import ModelNotSupported
 from language_worker.handover.identity import kv_identity
-from language_worker.kv_cache import KVCache
+from language_worker.handover.rows import state_rows
 from language_worker.lora import AdaptedCheckpoint
 from language_worker.models import open_model, resolve_model
 from language_worker.models.base import LanguageModel, ModelSpec
@@ -31,26 +31,19 @@ from language_worker.page_pool import PagePool
 from language_worker.prefix_cache import DIGEST_BYTES, PrefixCache
 from language_worker.roster import EngineLimits
 from language_worker.runner import ModelRunner
+from language_worker.runner_builder import CacheSize, create_runner
 from language_worker.scheduler import Scheduler
 from language_worker.swap_space import SwapSpace
 from language_worker.tokenizer import Tokenizer
 from transfer.checkpoint import Checkpoint
 from transfer.checkpoint_dtype import checkpoint_dtype
 
+logger = logging.getLogger(__name__)
+
 CPU_CACHE_BYTES = 512 << 20
 BY_DEVICE = "by device"  # what a layout says whose tensors are of several dtypes
 KV_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CacheSize:
-    """num_pages of the KV cache, the longest sequence that is served with it, and pages in host memory for the KV of
-    preempted sequences."""
-
-    num_pages: int
-    max_model_len: int
-    num_swap_pages: int = 0
 
 
 def build_engine(
@@ -78,15 +71,7 @@ def build_engine(
     size = resolve_cache(config, model.spec, kv_dtype, device, None if draft_model is None else draft_model.spec)
 
     def runner_of(model: LanguageModel, tile_rows: int = 0) -> ModelRunner:
-        model.reserve_positions(size.max_model_len)
-
-        def cache(num_pages: int, device: torch.device) -> KVCache:
-            return KVCache(
-                model.spec.kv, num_pages=num_pages, page_size=config.page_size, dtype=kv_dtype, device=device
-            )
-
-        host = cache(size.num_swap_pages, torch.device("cpu")) if size.num_swap_pages else None
-        return ModelRunner(model, cache(size.num_pages, device), device, config.num_threads, host, tile_rows)
+        return create_runner(model, config, size, (dtype, kv_dtype), device, tile_rows)
 
     runner = runner_of(model, _tile_rows(model, device) if config.batch_invariant else 0)
     kv_window = _kv_window([model, *([] if draft_model is None else [draft_model])])
@@ -104,7 +89,8 @@ def build_engine(
             max_waiting=config.max_waiting,
             input_buffer_tokens=input_buffer_tokens,
             max_logits_bytes=config.max_logits_bytes,
-            kv_buffer_tokens=config.kv_buffer_tokens or size.num_pages * config.page_size,
+            kv_buffer_tokens=config.kv_buffer_tokens
+            or size.num_pages * config.page_size + config.max_num_seqs * state_rows(model.spec, kv_dtype),
         ),
         dtype=dtype,
         clock=clock,
@@ -173,7 +159,9 @@ def _kv_window(models: Sequence[LanguageModel]) -> int:
 def _scheduler(config: EngineConfig, spec: ModelSpec, size: CacheSize, root: bytes, kv_window: int) -> Scheduler:
     """Over a pool of its own. What is computed whole needs steps that hold it, and has no KV that others could use."""
     pool, strategy = PagePool(size.num_pages), _strategy(config, spec)
-    has_prefixes = config.prefix_cache and not strategy.is_whole
+    has_prefixes = config.prefix_cache and not strategy.is_whole and spec.state is None
+    if config.prefix_cache and spec.state is not None:
+        logger.info("the prefix cache is off: this model's pages are of no use without the recurrent state behind them")
     return Scheduler(
         pool=pool,
         strategy=strategy,
@@ -183,6 +171,7 @@ def _scheduler(config: EngineConfig, spec: ModelSpec, size: CacheSize, root: byt
         max_prefill_chunk=0 if strategy.is_whole else config.max_prefill_chunk,
         prefix_cache=PrefixCache(pool, config.page_size, root) if has_prefixes else None,
         min_partial_chunk=config.min_partial_chunk,
+        has_state=spec.state is not None,
         kv_window=kv_window,
         swap=SwapSpace(size.num_swap_pages) if size.num_swap_pages else None,
     )
@@ -204,6 +193,10 @@ def _load_draft_model(
             f"draft model {config.draft_model} fills in masks and predicts no next token, which drafts are; use one "
             "that writes its tokens one by one"
         )
+    if model.spec.state is not None:
+        raise ModelNotSupported(
+            f"draft model {config.draft_model} keeps recurrent state, which cannot go back over a wrong draft"
+        )
     if model.spec.needs_previous_ids:
         raise ModelNotSupported(
             f"draft model {config.draft_model} reads the token before each of its own, which drafts cannot offer"
@@ -221,6 +214,11 @@ def _strategy(config: EngineConfig, spec: ModelSpec) -> DecodeStrategy:
     if spec.decode_strategy == "block_diffusion" and (name != spec.decode_strategy or has_drafter):
         raise ModelNotSupported(
             "this model fills in masks and knows no other order; set decode_strategy to 'auto' and no draft_model"
+        )
+    if spec.state is not None and (name == "speculative" or has_drafter):
+        raise ModelNotSupported(
+            "this model keeps recurrent state, which cannot go back over a wrong draft; set decode_strategy to 'auto' "
+            "and no draft_model"
         )
     return create_strategy(
         "speculative" if has_drafter else name, num_draft_tokens=config.num_draft_tokens, has_drafter=has_drafter
@@ -271,6 +269,10 @@ def resolve_kv_dtype(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype) 
             f"kv_cache_dtype {config.kv_cache_dtype!r} is not served for models that fill in masks, whose KV is "
             "computed again and again; use 'auto'"
         )
+    if spec.state is not None and (config.kv_cache_dtype != "auto" or config.preemption == "swap"):
+        raise ModelNotSupported(
+            "this model keeps recurrent state: set kv_cache_dtype to 'auto' and preemption to 'recompute'"
+        )
     return KV_DTYPES.get(config.kv_cache_dtype, dtype)
 
 
@@ -290,13 +292,15 @@ def resolve_cache(
     tokens = config.kv_cache_tokens
     if not tokens:
         num_bytes = config.kv_cache_bytes or _default_bytes(config, device)
+        if spec.state is not None and device.type == "cuda" and not config.kv_cache_bytes:
+            num_bytes -= config.max_num_seqs * spec.state.num_bytes(kv_dtype)
         seats = config.max_num_seqs * (wanted_len + config.page_size)
         per_token = spec.kv.bytes_per_token(kv_dtype) + (0 if draft is None else draft.kv.bytes_per_token(kv_dtype))
         tokens = min(num_bytes // per_token, seats)
     num_pages = tokens // config.page_size if not config.kv_cache_tokens else -(-tokens // config.page_size)
     if num_pages * config.page_size < 2:
         raise ModelNotSupported(
-            f"the KV cache would hold {num_pages} pages of {config.page_size} tokens; raise kv_cache_bytes"
+            f"the KV cache would hold {max(num_pages, 0)} pages of {config.page_size} tokens; raise kv_cache_bytes"
         )
     max_model_len = min(wanted_len, num_pages * config.page_size)
     if config.max_model_len > max_model_len:

@@ -17,8 +17,8 @@ from language_worker.models.base import KVSpec
 
 
 class KVCache:
-    """Per layer keys and values [num_pages, page_size, num_kv_heads, head_dim], contiguous; of an 8-bit dtype with a
-    scale for each head of each position.
+    """Per layer (and head group) keys and values [num_pages, page_size, num_kv_heads, head_dim], contiguous; of an
+    8-bit dtype with a scale for each head of each position.
 
     On the CPU the memory is mapped zeroed, so that pages that were never used cost no physical memory.
     """
@@ -32,13 +32,13 @@ class KVCache:
         is_quantised = dtype in LARGEST
         self.row_dtype = torch.uint8 if is_quantised else dtype
         self.row_elements = spec.bytes_per_token(dtype) // self.row_dtype.itemsize
-        shape = (num_pages, page_size, spec.num_kv_heads, spec.head_dim)
         self.layers: list[LayerCache] = []
         self._planes: list[tuple[torch.Tensor, torch.Tensor]] = []  # all tensors, 8-bit numbers as bytes
-        for _ in range(spec.num_layers):
-            keys, values = (_zeros(shape, dtype, device) for _ in range(2))
+        for num_heads in (spec.head_groups or (spec.num_kv_heads,)) * spec.num_layers:
+            shape = (num_pages, page_size, num_heads, spec.head_dim)
+            keys, values = (mapped_zeros(shape, dtype, device) for _ in range(2))
             if is_quantised:
-                scales = tuple(_zeros(shape[:-1], torch.float32, device) for _ in range(2))
+                scales = tuple(mapped_zeros(shape[:-1], torch.float32, device) for _ in range(2))
                 self.layers.append((QuantisedPages(keys, scales[0]), QuantisedPages(values, scales[1])))
                 self._planes += [(keys.view(torch.uint8), values.view(torch.uint8)), (scales[0], scales[1])]
             else:
@@ -82,7 +82,8 @@ class KVCache:
         return [tensor.flatten(0, 1).flatten(1).view(self.row_dtype) for plane in self._planes for tensor in plane]
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def mapped_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """On the CPU what is never written costs no physical memory."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     num_bytes = int(np.prod(shape)) * dtype.itemsize

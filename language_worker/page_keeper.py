@@ -6,6 +6,8 @@ the fork begins (its next step would write to it anyway); the copies of one plan
 them before it runs; so are imports, of KV that another engine computed, as far as no page has it. Pure: page ids and
 lengths, no tensors.
 
+Recurrent state goes the same ways, but stands for one position only: a sibling that has gone on lends nothing.
+
     donor    | page 3 | page 7 | page 9 (head: prompt, tail: the donor's own tokens) |
     fork     | page 3 | page 7 | page 4 (copied from 9, its tail overwritten)        |
 
@@ -20,6 +22,7 @@ from language_worker.page_pool import PagePool
 from language_worker.plan import KVImport, SwapMoves
 from language_worker.prefix_cache import PrefixCache, first_seen_page
 from language_worker.request import Sequence
+from language_worker.state_slots import StateSlots
 from language_worker.swap_space import Swapped, SwapSpace
 
 
@@ -29,7 +32,8 @@ class Prefix:
 
     num_tokens: leading positions that are covered. num_cached: those of them that the prefix cache has. is_imported:
     what is not in `pages` was computed elsewhere and is at hand. first_page: pages before it are lacking, and seen by
-    no query behind the prefix. is_swapped: what is not in `pages` lies in host memory.
+    no query behind the prefix. is_swapped: what is not in `pages` lies in host memory. donor: whose recurrent state
+    stands at `num_tokens`.
     """
 
     pages: tuple[int, ...] = ()
@@ -39,6 +43,7 @@ class Prefix:
     num_cached: int = 0
     is_imported: bool = False
     is_swapped: bool = False
+    donor: Sequence | None = None
 
 
 NOTHING = Prefix()
@@ -46,8 +51,9 @@ NO_MOVES = SwapMoves()
 
 
 class PageKeeper:
-    """Pages of one scheduler's sequences. `cache`: None to keep nothing that no sequence holds. window: how many of its
-    last keys a query sees in whichever layer (0: all). swap: where the KV of preempted sequences is kept, if it is."""
+    """Pages of one scheduler's sequences, and their recurrent states where they have any (`states`). `cache`: None to
+    keep nothing that no sequence holds. window: how many of its last keys a query sees in whichever layer (0: all).
+    swap: where the KV of preempted sequences is kept, if it is. Neither cache nor swap keep state."""
 
     def __init__(
         self,
@@ -57,11 +63,14 @@ class PageKeeper:
         *,
         window: int = 0,
         swap: SwapSpace | None = None,
+        states: StateSlots | None = None,
     ) -> None:
+        assert states is None or (cache is None and swap is None), "a page without the state behind it is of no use"
         self.pool = pool
         self.window = window
         self.swap = swap
         self.cache = cache
+        self.states = states
         self.page_size = page_size
         self._copies: dict[int, int] = {}  # target -> source, until they are taken
         self._imports: dict[tuple[int, int], KVImport] = {}  # by sequence, until they are taken
@@ -96,6 +105,8 @@ class PageKeeper:
     def _lent(self, seq: Sequence, sibling: Sequence) -> Prefix:
         """What a running sample of the same prompt has of it, if that is still all that is needed."""
         length = min(sibling.kv_len, seq.prompt_len, len(seq.tokens) - 1)
+        if self.states is not None and sibling.kv_len != length:
+            return NOTHING
         gone, first = sibling.first_page, self.first_seen_page(length)
         if gone > first:
             return NOTHING
@@ -105,6 +116,7 @@ class PageKeeper:
             first_page=first,
             partial=sibling.pages[num_full - gone] if rest else None,
             num_tokens=length,
+            donor=None if self.states is None else sibling,
         )
 
     def _swapped(self, kept: Swapped, cached: Prefix) -> Prefix:
@@ -135,6 +147,8 @@ class PageKeeper:
         seq.pages = [*prefix.pages, *fresh]
         seq.first_page = prefix.first_page
         seq.kv_len = prefix.num_tokens
+        if self.states is not None:
+            self.states.start(seq, donor=prefix.donor, imported=seq.imported if prefix.is_imported else None)
         if self.cache is not None:
             self.cache.count(seq, prefix.num_cached)
         if prefix.num_cached and not seq.num_preemptions:
@@ -199,6 +213,8 @@ class PageKeeper:
         for page in seq.pages if self._copies else ():
             self._copies.pop(page, None)
         self.pool.release(seq.key)
+        if self.states is not None:
+            self.states.release(seq)
 
     def take_swaps(self) -> SwapMoves:
         """Pages that are to leave for host memory, or to come back from it, since the last call. What comes back can

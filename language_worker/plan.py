@@ -10,7 +10,7 @@ Values only; no behaviour, no tensors.
 from dataclasses import dataclass
 
 from language_worker.canvas import Fill
-from language_worker.request import Sequence
+from language_worker.request import ImportedKV, Sequence
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,6 +20,15 @@ class KVImport:
     seq: Sequence
     start: int
     end: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StateStart:
+    """What the recurrent state at `slot` begins with: what is at slot `source`, or what was imported, or zeros."""
+
+    slot: int
+    source: int | None = None
+    imported: ImportedKV | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +74,7 @@ class StepPlan:
 
     copies: (source, target) pages whose content must be copied, all sources read before any target is written, before
     the windows run. Each target occurs once. imports: what must be in the pages before that. swaps: pages that leave
-    for host memory or come back from it, before all else.
+    for host memory or come back from it, before all else. starts: of recurrent states, under the rules of `copies`.
     """
 
     windows: tuple[Window, ...]
@@ -73,6 +82,7 @@ class StepPlan:
     copies: tuple[tuple[int, int], ...] = ()
     imports: tuple[KVImport, ...] = ()
     swaps: SwapMoves = SwapMoves()
+    starts: tuple[StateStart, ...] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -70,6 +70,8 @@ class Sequence:
     model's own description of the prompt's positions (None: 0, 1, 2, ...). wants_prompt_logits: someone asked for the
     logits of every prompt position. has_siblings: other samples continue the same prompt and may lend their pages.
     imported: KV of the prompt that was computed elsewhere; kept for as long as the sequence may need it again.
+    pause_at: a position where a window has to end, since somebody wants the recurrent state there (0: nobody).
+    state_slot: where it keeps recurrent state while it runs (-1: nowhere).
     draft_source: what a speculative strategy knows of it. canvas: its text with masks, where it is decoded by filling
     them in.
     pages: those it holds, the first of them for positions from `first_page` pages on: where every layer of a model
@@ -96,8 +98,10 @@ class Sequence:
         "num_preemptions",
         "page_names",
         "pages",
+        "pause_at",
         "positions",
         "prompt_len",
+        "state_slot",
         "status",
         "tokens",
         "wants_prompt_logits",
@@ -140,6 +144,8 @@ class Sequence:
         self.num_preemptions = 0
         self.num_cached = 0
         self.draft_source: object = None
+        self.pause_at = 0
+        self.state_slot = -1
 
     def __repr__(self) -> str:
         progress = f"kv {self.kv_len}/{len(self.tokens)}, {len(self.pages)} pages"

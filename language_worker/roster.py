@@ -80,7 +80,7 @@ class Roster:
         self._clock = clock
         self._new_seed = new_seed
         self._budget = InputBudget(limits.input_buffer_tokens)
-        self.handovers = Handovers(limits.kv_buffer_tokens, kv_plane, kv_of)
+        self.handovers = Handovers(limits.kv_buffer_tokens, kv_plane, kv_of, spec=model.spec.state, dtype=dtype)
         self._requests: dict[str, ActiveRequest] = {}
         self._by_order: dict[int, ActiveRequest] = {}
         self._next_order = 0
@@ -277,6 +277,8 @@ class Roster:
             toolbox=self._toolbox,
         )
         if active.export is not None:
+            if self._spec.state is not None:
+                begun[0].pause_at = len(active.prompt) - 1  # what the decode engine goes on from
             self.handovers.request_export(active)
         else:
             for seq in begun:

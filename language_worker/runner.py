@@ -14,12 +14,14 @@ import torch
 from kernels.cpu_turn import cpu_turn
 from kernels.invariance import batch_invariant
 from kernels.paged_attention import AttentionBatch
+from kernels.state_batch import StateBatch
 from language_worker.handover.rows import ImportedRows
 from language_worker.kv_cache import KVCache
 from language_worker.media import MediaRows
-from language_worker.models.base import LanguageModel, MediaSpan, PromptPositions, StepInputs
-from language_worker.plan import KVImport, StepPlan, SwapMoves, Window
+from language_worker.models.base import LanguageModel, MediaSpan, PromptPositions, StateStep, StepInputs
+from language_worker.plan import KVImport, StateStart, StepPlan, SwapMoves, Window
 from language_worker.request import Sequence as TokenSequence
+from language_worker.state_store import StateStore
 
 # A CPU step runs on one thread up to so many multiplications of one token-by-hidden x hidden-by-hidden product, where
 # hidden x hidden weights stay in a core's cache. In float32, 32 x 192 x 896 takes 0.13 ms on one of two cores. A second
@@ -56,7 +58,7 @@ class StepLogits:
 
 
 class ModelRunner:
-    """Runs steps of one model over one cache on one device."""
+    """Runs steps of one model over one cache (and its recurrent states, where it has any) on one device."""
 
     def __init__(
         self,
@@ -66,12 +68,14 @@ class ModelRunner:
         num_threads: int = 0,
         host: KVCache | None = None,
         tile_rows: int = 0,
+        states: StateStore | None = None,
     ) -> None:
         """`num_threads`: torch threads of a step on the CPU, 0 for as many as the calling thread has. host: where pages
         of preempted sequences are kept. tile_rows: of batch-invariant steps; 0: steps are as quick as they can be."""
         self.model = model
         self.cache = cache
         self.host = host
+        self.states = states
         self.device = device
         self._num_threads = num_threads
         self._tile_rows = tile_rows
@@ -99,6 +103,37 @@ class ModelRunner:
             self.cache.write_rows(slots, kv.rows[due.start : due.end])
 
     @torch.inference_mode()
+    def start_states(self, starts: Sequence[StateStart]) -> None:
+        """Carry out what a plan says of recurrent states; before its windows run, and once."""
+        assert self.states is not None
+        copies = [(start.source, start.slot) for start in starts if start.source is not None]
+        if copies:
+            self.states.copy(copies)
+        if fresh := [start.slot for start in starts if start.source is None and start.imported is None]:
+            self.states.clear(fresh)
+        for start in starts:
+            if start.source is None and start.imported is not None:
+                assert isinstance(start.imported, ImportedRows)
+                self.states.write(start.slot, start.imported.state)
+
+    @torch.inference_mode()
+    def restore_state(self, seq: TokenSequence, position: int, max_chunk: int) -> None:
+        """Make the recurrent state of `seq` again, as it was before `position`, which a step that failed took on: from
+        its tokens, or from where it came."""
+        self.start_states([StateStart(slot=seq.state_slot, imported=seq.imported)])
+        start = 0 if seq.imported is None else seq.imported.num_tokens
+        while start < position:
+            length = min(max_chunk, position - start)
+            self.run(StepPlan(windows=(Window(seq=seq, start=start, length=length, num_final=length, samples=False),)))
+            start += length
+
+    @torch.inference_mode()
+    def export_state(self, seq: TokenSequence) -> dict[str, torch.Tensor]:
+        """The recurrent state of a running sequence after its first `kv_len` positions: copies in host memory."""
+        assert self.states is not None
+        return self.states.read(seq.state_slot)
+
+    @torch.inference_mode()
     def export_rows(self, seq: TokenSequence, start: int, end: int) -> torch.Tensor:
         """The KV of positions [start, end) of a sequence that holds its pages: a copy in host memory."""
         return self.cache.read_rows(torch.tensor(self._slots(seq, start, end), dtype=torch.int64))
@@ -119,6 +154,7 @@ class ModelRunner:
             logit_rows=None if rows is None else torch.tensor(rows, dtype=torch.int64).to(self.device),
             last_attention=self._attention(asking) if rows else None,
             previous_ids=torch.tensor(_previous_ids(windows)).to(self.device) if needs_previous else None,
+            states=self._states([(w.length, w.seq.state_slot) for w in windows]),
         )
         logits = self.forward(inputs)
         return StepLogits(logits=logits, sampling=sampling, sample_rows=sample_rows, prompt_slices=slices)
@@ -138,6 +174,7 @@ class ModelRunner:
                 media=(),
                 logit_rows=None,
                 previous_ids=token - 1,
+                states=self._states([(1, 0)]),
             )
         )
 
@@ -180,6 +217,18 @@ class ModelRunner:
             query_lens=query_lens,
             kv_lens=[w.end - w.seq.first_page * size for w, _ in asking],
             query_start=[0, *accumulate(query_lens)][:-1],
+        )
+
+    def _states(self, windows: Sequence[tuple[int, int]]) -> StateStep | None:
+        """windows: (length, slot) of each."""
+        if self.states is None:
+            return None
+        num_single = next((i for i, (length, _) in enumerate(windows) if length > 1), len(windows))
+        rest = windows[num_single:]
+        return StateStep(
+            layers=self.states.layers,
+            single=torch.tensor([slot for _, slot in windows[:num_single]], dtype=torch.int64).to(self.device),
+            batch=StateBatch(lengths=[length for length, _ in rest], slots=[slot for _, slot in rest]),
         )
 
     def _positions(self, windows: tuple[Window, ...]) -> torch.Tensor:

@@ -30,6 +30,7 @@ from language_worker.page_pool import PagePool
 from language_worker.plan import StepPlan, Window
 from language_worker.prefix_cache import PrefixCache
 from language_worker.request import Event, Sequence, Status
+from language_worker.state_slots import StateSlots
 from language_worker.swap_space import SwapSpace
 
 
@@ -38,7 +39,8 @@ def _age(seq: Sequence) -> tuple[int, int]:
 
 
 class Scheduler:
-    """See the module's rules. `pool` is exclusively this scheduler's; `prefix_cache`, if any, is over that pool."""
+    """See the module's rules. `pool` is exclusively this scheduler's; `prefix_cache`, if any, is over that pool.
+    has_state: sequences keep recurrent state beside their pages, each at a slot below `max_num_seqs`."""
 
     def __init__(
         self,
@@ -53,11 +55,13 @@ class Scheduler:
         min_partial_chunk: int = 1,
         kv_window: int = 0,
         swap: SwapSpace | None = None,
+        has_state: bool = False,
     ) -> None:
         """kv_window: how many of its last keys a query sees in whichever layer; older pages are given back (0: all).
         swap: where preempted sequences leave their KV (None: nowhere)."""
         self.pool = pool
-        self.pages = PageKeeper(pool, page_size, prefix_cache, window=kv_window, swap=swap)
+        slots = StateSlots(max_num_seqs) if has_state else None
+        self.pages = PageKeeper(pool, page_size, prefix_cache, window=kv_window, swap=swap, states=slots)
         self.strategy = strategy
         self.page_size = page_size
         self.max_num_seqs = max_num_seqs
@@ -115,6 +119,7 @@ class Scheduler:
             copies=self.pages.take_copies(),
             imports=self.pages.take_imports(),
             swaps=self.pages.take_swaps(),
+            starts=() if self.pages.states is None else self.pages.states.take_starts(),
         )
 
     def commit(self, window: Window, tokens: Iterable[int] = ()) -> None:
@@ -253,6 +258,8 @@ class Scheduler:
             self.pages.cache.check_invariants()
         if self.pages.swap is not None:
             self.pages.swap.check_invariants([s.key for s in self.waiting])
+        if self.pages.states is not None:
+            self.pages.states.check_invariants(self.running, self.max_num_seqs)
         for queue, status in ((self.waiting, Status.WAITING), (self.running, Status.RUNNING)):
             assert [s.key for s in queue] == sorted(s.key for s in queue), "queue out of order"
             assert all(s.status is status for s in queue), "status differs from queue"

@@ -68,6 +68,7 @@ THIRD_PARTIES: dict[str, tuple[str, ...]] = {
         "transfer/checkpoint_torch.py",
         "transfer/simulation/content.py",  # the rows that simulated producers write
         "cluster/llm.py",  # logits leave as a tensor
+        "cluster/padded.py",  # so do batches, and come as such
         "cluster/cli/doctor.py",  # looks for GPUs
         "cluster/ray_connection.py",  # looks for GPUs
     ),

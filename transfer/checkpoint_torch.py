@@ -17,18 +17,20 @@ import torch
 from transfer.checkpoint_rules import StoredTensor
 
 HF_FILE = "pytorch_model.bin"
-STEP_FILE = re.compile(r"model_(\d+)\.pt")
+DEEPSPEED_FILE = "mp_rank_00_model_states.pt"
+NAMED_FILES = (HF_FILE, DEEPSPEED_FILE, "best_model.pt", "final_model.pt")  # each is the one to take, if it is there
+STEP_FILE = re.compile(r"(?:model|checkpoint_step)_(\d+)\.pt")
 PATTERNS = ("*.pth", "*.pt")
 WRAPPERS = ("module.", "_orig_mod.")
-STATE_KEYS = ("model", "model_state_dict", "state_dict")  # where a training state keeps the weights
+STATE_KEYS = ("model", "model_state_dict", "state_dict", "module")  # where a training state keeps the weights
 ADAPTERS = "lora_"  # how the names of files begin that hold no whole model
 
 
 def find_torch_files(folder: Path) -> list[Path]:
-    """Files of the folder that may hold a model's weights: `pytorch_model.bin` alone, else the last training step's
-    `model_{step}.pt`, else every *.pth and *.pt."""
-    if (folder / HF_FILE).is_file():
-        return [folder / HF_FILE]
+    """Files of the folder that may hold a model's weights: the first of NAMED_FILES alone, else the last training
+    step's `model_{step}.pt` or `checkpoint_step_{step}.pt`, else every *.pth and *.pt."""
+    if (named := next((folder / name for name in NAMED_FILES if (folder / name).is_file()), None)) is not None:
+        return [named]
     steps = {int(match[1]): path for path in folder.iterdir() if (match := STEP_FILE.fullmatch(path.name))}
     if steps:
         return [steps[max(steps)]]
@@ -62,14 +64,7 @@ def stream_torch(path: Path, names: Sequence[str]) -> Iterator[tuple[str, torch.
 def load_state(path: Path) -> dict[str, torch.Tensor]:
     """{name without wrappers: tensor, mapped from the file}. Raises FileNotFoundError, or ValueError saying what is
     wrong with the file."""
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # a damaged or hostile archive fails in many ways
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path.name} cannot be read as a map of tensors: {type(error).__name__}: {reason}") from error
-    state = _state(loaded)
+    state = _state(_load(path))
     if state is None:
         raise ValueError(f"{path.name} holds no flat map of tensors, nor one under {', '.join(STATE_KEYS)}")
     named: dict[str, torch.Tensor] = {}
@@ -79,6 +74,23 @@ def load_state(path: Path) -> dict[str, torch.Tensor]:
             raise ValueError(f"{path.name} holds {bare} twice")
         named[bare] = tensor
     return named
+
+
+def load_entry(path: Path, name: str) -> Any:
+    """What a training state keeps under `name` beside its weights; None where there is no such entry, or the file is
+    none of torch.save's. Raises as `load_state`."""
+    loaded = None if path.suffix == ".safetensors" else _load(path)
+    return loaded.get(name) if isinstance(loaded, Mapping) else None
+
+
+def _load(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged or hostile archive fails in many ways
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path.name} cannot be read as a map of tensors: {type(error).__name__}: {reason}") from error
 
 
 def _state(loaded: Any) -> Mapping[str, torch.Tensor] | None:

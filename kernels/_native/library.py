@@ -30,7 +30,7 @@ from kernels._native.limits import IN_C
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
-UNITS = ("pointwise.c", "attention.c", "linear.c")
+UNITS = ("pointwise.c", "attention.c", "linear.c", "scan.c")
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = (
     "-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",

@@ -20,6 +20,8 @@ class Autoregressive:
         length = min(seq.ready_len - start, budget)
         if length <= 0:
             return None
+        if start < seq.pause_at:
+            length = min(length, seq.pause_at - start)
         return Window(seq=seq, start=start, length=length, num_final=length, samples=start + length == len(seq.tokens))
 
     def advance(self, window: Window, tokens: SequenceOf[int]) -> None:

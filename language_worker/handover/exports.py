@@ -20,6 +20,7 @@ from transfer.streams.outgoing_stream import OutgoingStream
 from transfer.tensors import PlaneSpec
 
 ReadRows = Callable[[int, int], torch.Tensor]
+ReadState = Callable[[], Mapping[str, torch.Tensor]]
 
 
 class KVExport:
@@ -41,19 +42,24 @@ class KVExport:
         return num_tokens + KVHeader.of(num_tokens, state).num_state_rows(self._plane)
 
     def announce(self, num_tokens: int, state: Mapping[str, torch.Tensor], media: Sequence[dict[str, Any]]) -> None:
-        """What will come. `state` may still be filled until the whole prompt is computed; its sizes stay."""
+        """What will come. What of `state` is recurrent is filled when the positions that it stands for are final; its
+        sizes stay."""
         self.is_announced = True
         self._header, self._state = KVHeader.of(num_tokens, state, self._kv_of), state
         self._stream.announce(self.num_rows(num_tokens, state), [self._header.to_body(), *media])
 
-    def advance(self, kv_len: int, read: ReadRows) -> None:
-        """The first `kv_len` positions are final: send those that were not sent, by `read(start, end)`. A preempted
-        prompt is computed again; what it sent already stays as it was."""
+    def advance(self, kv_len: int, read: ReadRows, read_state: ReadState = dict) -> None:
+        """The first `kv_len` positions are final: send those that were not sent, by `read(start, end)`, and the state
+        behind the last of them, by `read_state()`. A preempted prompt is computed again; what it sent already stays as
+        it was."""
         start, num_tokens = self._num_sent, self._header.num_tokens
         end = min(kv_len, num_tokens)
         if start < end:
             self._stream.write(start, {PLANE: read(start, end)})
             self._num_sent = end
+        if kv_len == num_tokens and self._state:
+            for name, tensor in read_state().items():
+                self._state[name].copy_(tensor)
         if kv_len > num_tokens and self._state:
             self._stream.write(num_tokens, {PLANE: pack_state(self._state, self._plane)})
             self._state = {}

@@ -7,7 +7,7 @@ before it has its share, so two engines that wait for each other's room cannot b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,16 +17,27 @@ from language_worker.active import ActiveRequest
 from language_worker.errors import KVMismatch, MediaTooLarge, PromptTooLong
 from language_worker.handover.rows import DTYPES, LAST_INPUT, ImportedRows, KVHeader, unpack_state
 from language_worker.media import InputBudget, MediaItem, MediaRows
-from language_worker.models.base import LanguageModel
+from language_worker.models.base import LanguageModel, StateSpec
 from transfer.tensors import PlaneSpec
 
 
 class Handovers:
-    """`capacity` in rows of `plane`. kv_of: what computes this engine's own KV; that of anything else is refused."""
+    """`capacity` in rows of `plane`. kv_of: what computes this engine's own KV; that of anything else is refused.
+    spec: what a sequence keeps beside its pages, `dtype` the model's."""
 
-    def __init__(self, capacity: int, plane: PlaneSpec, kv_of: str = "") -> None:
+    def __init__(
+        self,
+        capacity: int,
+        plane: PlaneSpec,
+        kv_of: str = "",
+        *,
+        spec: StateSpec | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self._plane = plane
         self._kv_of = kv_of
+        self._spec = spec
+        self._dtype = dtype
         self._budget = InputBudget(capacity)
         self._wanted: dict[int, tuple[ActiveRequest, int]] = {}  # waits for its share
         self._arriving: dict[int, ActiveRequest] = {}
@@ -103,19 +114,20 @@ class Handovers:
         if needed > arriving.rows[0, header.num_tokens :].nbytes:
             raise KVMismatch(f"the KV came without all of its {needed} bytes of state")
         state = unpack_state(header, arriving.rows[0, header.num_tokens :])
-        active.imported = ImportedRows(rows=arriving.rows[0, : header.num_tokens])
         last_input = state.pop(LAST_INPUT, None)
         if last_input is not None:
             active.media = _only_last(active.items or (), last_input, device)
-        if state:
-            raise KVMismatch(f"the KV came with {', '.join(sorted(state))}, which this model has no use for")
+        wanted = {} if self._spec is None else self._spec.empty(self._dtype, "meta")
+        if _described(state) != _described(wanted):
+            raise KVMismatch(f"the KV came with the state {_described(state)}; this model keeps {_described(wanted)}")
+        active.imported = ImportedRows(rows=arriving.rows[0, : header.num_tokens], state=state)
 
     # -- exports --------------------------------------------------------------------------------------------------
 
     def request_export(self, active: ActiveRequest) -> None:
         """Ask for room for the KV of a prompt that is known."""
         assert active.export is not None
-        self.request(active, active.export.num_rows(len(active.prompt) - 1, _state_of(active)))
+        self.request(active, active.export.num_rows(len(active.prompt) - 1, self._leaving_state(active, "meta")))
 
     def begin(self, active: ActiveRequest) -> None:
         """There is room: say what will come."""
@@ -123,7 +135,7 @@ class Handovers:
         del self._wanted[active.order]
         self._leaving[active.request.request_id] = active.order
         media = [item.to_body() for item in active.items or ()]
-        active.export.announce(len(active.prompt) - 1, _state_of(active), media)
+        active.export.announce(len(active.prompt) - 1, self._leaving_state(active), media)
 
     def export_over(self, request_id: str) -> None:
         """The rows of an export are held no longer."""
@@ -131,12 +143,22 @@ class Handovers:
         if order is not None:
             self._budget.release(order)
 
+    def _leaving_state(self, active: ActiveRequest, device: str = "cpu") -> dict[str, torch.Tensor]:
+        """Recurrent state, to be filled, and what else the decode engine needs."""
+        state = {} if self._spec is None else self._spec.empty(self._dtype, device)
+        return {**state, **_state_of(active)}
+
 
 def _state_of(active: ActiveRequest) -> dict[str, torch.Tensor]:
     """What the decode engine needs beside the KV: the last input, where that is no token."""
     if active.media is None or not active.media_positions or active.media_positions[-1] != len(active.prompt) - 1:
         return {}
     return {LAST_INPUT: active.media.rows[:, -1]}
+
+
+def _described(state: Mapping[str, torch.Tensor]) -> str:
+    parts = (f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in sorted(state.items()))
+    return ", ".join(parts) or "(none)"
 
 
 def _only_last(items: Sequence[MediaItem], row: torch.Tensor, device: torch.device) -> MediaRows:

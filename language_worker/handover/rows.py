@@ -5,7 +5,7 @@
 
 The last position of the prompt is not among them: the decode engine computes it, and so has the logits that choose the
 first token, and nothing of sampling travels. **State** is whatever else a sequence needs: `LAST_INPUT`, the embedding
-row of a prompt that ends with one; families that keep state beside their pages put it there under names of their own.
+row of a prompt that ends with one, and the recurrent state of models that have any, under the names of their spec.
 The header is the first item of the stream's announcement, before those of the media.
 """
 
@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from language_worker.errors import KVMismatch
+from language_worker.models.base import ModelSpec
 from transfer.config import MIB, TransferConfig
 from transfer.errors import TransferError
 from transfer.memory.buffers import plane_of
@@ -42,6 +43,12 @@ def kv_transfer(transfer: TransferConfig, plane: PlaneSpec) -> TransferConfig:
     return replace(
         transfer, pool_tokens=min(transfer.pool_tokens, most), segment_tokens=min(transfer.segment_tokens, most)
     )
+
+
+def state_rows(spec: ModelSpec, kv_dtype: torch.dtype) -> int:
+    """Rows that the recurrent state of one sequence takes at most."""
+    num_bytes = 0 if spec.state is None else spec.state.num_bytes(torch.float32)
+    return -(-num_bytes // spec.kv.bytes_per_token(kv_dtype))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,9 +92,11 @@ class KVHeader:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImportedRows:
-    """KV of a prompt's first positions, in host memory: rows [num_tokens, row_elements]."""
+    """KV of a prompt's first positions, in host memory: rows [num_tokens, row_elements]. state: the recurrent state
+    behind them, of models that have any, by name."""
 
     rows: torch.Tensor
+    state: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:

@@ -17,6 +17,7 @@ REGISTRY = {
     "Dots1ForCausalLM": "language_worker.models.text_moe:Dots1",
     "NanoChat": "language_worker.models.nanochat_layouts:NanoChatNative",
     "NanoChatForCausalLM": "language_worker.models.nanochat_layouts:NanoChatHuggingFace",
+    "HybridLanguageModel": "language_worker.models.fusion_tree_layouts:FusionTreeModel",
     "LlamaForCausalLM": "language_worker.models.text_decoder:Llama",
     "LLaDAModelLM": "language_worker.models.llada:Llada",
     "LLaDAForCausalLM": "language_worker.models.llada:Llada",
@@ -36,6 +37,7 @@ REGISTRY = {
 # Families with a layout of their own: each a function from a checkpoint to the config.json it would have, {} when it is
 # not of the family.
 NATIVE = (
+    "language_worker.models.fusion_tree_layouts:infer_config",
     "language_worker.models.minimind_native:infer_config",
     "language_worker.models.nanochat_layouts:infer_config",
 )

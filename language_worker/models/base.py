@@ -1,7 +1,7 @@
 """What every language model offers the runner, and what a step hands to it.
 
-Tensors live here, in the models, in the runner and in `kv_cache.py` only. A model knows positions and weights; it does
-not know sequences, pages' owners or sampling.
+Tensors live here, in the models, in the runner, in `kv_cache.py` and in `state_store.py` only. A model knows positions
+and weights; it does not know sequences, pages' owners or sampling.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from kernels.paged_attention import AttentionBatch
 from kernels.quantise import LARGEST
 from kernels.quantised_pages import LayerCache
+from kernels.state_batch import StateBatch
 from transfer.checkpoint import Checkpoint
 
 
@@ -23,6 +24,8 @@ from transfer.checkpoint import Checkpoint
 class KVSpec:
     """What one token leaves in the cache: keys and values [num_kv_heads, head_dim] in every layer.
 
+    head_groups: how many of a layer's key heads each of its caches holds, where those of different reach have theirs
+    apart (empty: a layer has one cache for all).
     window: how many of its last keys a query sees at most, its own among them, in whichever layer; older ones are never
     read again (0: some layer sees all).
     """
@@ -31,6 +34,7 @@ class KVSpec:
     num_kv_heads: int
     head_dim: int
     window: int = 0
+    head_groups: tuple[int, ...] = ()
 
     @property
     def row_elements(self) -> int:
@@ -41,6 +45,38 @@ class KVSpec:
         """Stored as `dtype`; in 8 bits each head of keys and values has a scale besides."""
         num_scales = self.row_elements // self.head_dim if dtype in LARGEST else 0
         return self.row_elements * dtype.itemsize + num_scales * torch.float32.itemsize
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StateTensor:
+    """What one layer keeps of a sequence under one name. dtype: None for the model's."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StateSpec:
+    """Recurrent state: what a sequence keeps in every layer beside its pages, of a size that does not grow.
+
+    It stands for the first `kv_len` positions, for all of them and no other: it goes forward with a step, and else only
+    to zeros or to a copy of another sequence's.
+    """
+
+    num_layers: int
+    tensors: tuple[StateTensor, ...]
+
+    def empty(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+        """The state before the first position: by name zeros [num_layers, *shape]."""
+        return {
+            tensor.name: torch.zeros((self.num_layers, *tensor.shape), dtype=tensor.dtype or dtype, device=device)
+            for tensor in self.tensors
+        }
+
+    def num_bytes(self, dtype: torch.dtype) -> int:
+        """Of one sequence."""
+        return sum(tensor.nbytes for tensor in self.empty(dtype, "meta").values())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +92,7 @@ class ModelSpec:
     mask_token_id: what stands where a token is yet to be chosen, in models that are decoded by filling in (None).
     unspoken: special tokens that such a model's answers never hold. system_prompt: what a conversation begins with that
     brings no such message of its own.
+    state: what a sequence keeps beside its pages (None: nothing).
     """
 
     vocab_size: int
@@ -71,6 +108,7 @@ class ModelSpec:
     mask_token_id: int | None = None
     unspoken: tuple[str, ...] = ()
     system_prompt: str = ""
+    state: StateSpec | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,11 +130,24 @@ class MediaSpan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StateStep:
+    """Where the sequences of a step keep their recurrent state.
+
+    layers: per layer the tensors of the spec, each [num_slots, *shape]. The step's first tokens are the only ones of
+    their sequences, whose slots are `single` [S] int64; those behind them are the tokens of `batch`.
+    """
+
+    layers: Sequence[tuple[torch.Tensor, ...]]
+    single: torch.Tensor
+    batch: StateBatch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StepInputs:
     """One step: token_ids [T] int64; positions [T] or [3, T] int64; slots [T] int64; logit_rows [R] int64 or None
     for all T rows. Sequences lie one after the other. last_attention: of the `logit_rows` alone, for a last layer that
     computes no more than these; None where that saves nothing. previous_ids: [T] int64, the id before each token in its
-    sequence and -1 before the first, for models that need them."""
+    sequence and -1 before the first, for models that need them. states: for models that have any."""
 
     token_ids: torch.Tensor
     positions: torch.Tensor
@@ -106,10 +157,11 @@ class StepInputs:
     logit_rows: torch.Tensor | None
     last_attention: AttentionBatch | None = None
     previous_ids: torch.Tensor | None = None
+    states: StateStep | None = None
 
 
 class LanguageModel(ABC):
-    """A loaded model. `caches` passed to `forward`: per layer (keys, values), each
+    """A loaded model. `caches` passed to `forward`: per layer (and head group) keys and values, each
     [num_pages, page_size, num_kv_heads, head_dim]."""
 
     spec: ModelSpec

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import bench_families
+from benchmarks import bench_families, bench_scan
+from tests.tiny_fusion_tree import make_fusion_tree
 from tests.tiny_nanochat import make_hf_nanochat
 
 
+@pytest.mark.parametrize(("family", "make"), [("nanochat", make_hf_nanochat), ("fusion_tree", make_fusion_tree)])
 def test_every_family_is_measured_and_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    family: str,
+    make: Callable[[Path], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(bench_families, "FAMILIES", {"nanochat": make_hf_nanochat})
+    monkeypatch.setattr(bench_families, "FAMILIES", {family: make})
     monkeypatch.setattr(bench_families, "NUM_NEW", 4)
     monkeypatch.setattr(bench_families, "NUM_PROMPT", 8)
     out, threads = tmp_path / "families.json", torch.get_num_threads()
-    arguments = ["--quick", "--threads", "1", "--concurrency", "1,3", "--families", "nanochat", "--json", str(out)]
+    arguments = ["--quick", "--threads", "1", "--concurrency", "1,3", "--families", family, "--json", str(out)]
     try:
         assert bench_families.main(arguments) == 0
     finally:
         torch.set_num_threads(threads)
     cases = json.loads(out.read_text(encoding="utf-8"))["cases"]
-    assert [(case["family"], case["at_once"]) for case in cases] == [("nanochat", 1), ("nanochat", 3)]
+    assert [(case["family"], case["at_once"]) for case in cases] == [(family, 1), (family, 3)]
     for case in cases:
         assert case["equal_answers"] == f"{2 * case['at_once']}/{2 * case['at_once']}", "they did the same work"
         for kind in ("prefill", "decode"):
@@ -34,4 +41,15 @@ def test_every_family_is_measured_and_reported(
             assert case["x_one_by_one"][kind] == pytest.approx(
                 ours / cases[0]["tokens_per_s"]["reference"][kind], abs=0.02
             )
-    assert "nanochat" in capsys.readouterr().out
+    assert family in capsys.readouterr().out
+
+
+def test_the_scan_is_measured_against_a_loop(tmp_path: Path) -> None:
+    out, threads = tmp_path / "scan.json", torch.get_num_threads()
+    try:
+        assert bench_scan.main(["--quick", "--channels", "8,20", "--threads", "1", "--json", str(out)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    cases = json.loads(out.read_text(encoding="utf-8"))["cases"]
+    assert [case["channels"] for case in cases] == [8, 20]
+    assert all(case["largest_difference"] < 1e-3 and case["x_loop"] > 0 for case in cases)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels._native import linear, norm, paged_attention, pages, rotary
+from kernels._native import linear, norm, paged_attention, pages, rotary, selective_scan
 from kernels.dispatch import forced
 from kernels.pages import write_pages
 
@@ -69,6 +69,19 @@ def _attention() -> dict[str, Any]:
     }
 
 
+def _scan() -> dict[str, Any]:
+    return {
+        "x": _of(5, 6, dtype=HALF),
+        "steps": _of(5, 6),
+        "b": _of(5, 4, dtype=HALF),
+        "c": _of(5, 4, dtype=HALF),
+        "a": -_of(6, 4),
+        "skip": _of(6),
+        "states": _of(3, 6, 4),
+        "spans": torch.tensor([[0, 2, 2], [2, 3, 0]]),
+    }
+
+
 OPS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "linear": (linear.linear, _plain),
     "mixed_linear": (linear.mixed_linear, _mixed),
@@ -79,6 +92,7 @@ OPS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "rotate": (rotary.rotate, _rotation),
     "write_pages": (pages.write_pages, _writing),
     "paged_attention": (paged_attention.paged_attention, _attention),
+    "selective_scan": (selective_scan.selective_scan, _scan),
 }
 WRONG: list[tuple[str, str, torch.Tensor]] = [
     ("linear", "weight", _of(6, 8)),
@@ -129,6 +143,22 @@ WRONG: list[tuple[str, str, torch.Tensor]] = [
     ("paged_attention", "windows", torch.tensor([[1, 2], [5, 4], [0, 2]])),
     ("paged_attention", "windows", torch.tensor([[1, 2], [5, 1], [0, 1]])),
     ("paged_attention", "windows", torch.tensor([[1], [5], [0]])),
+    ("selective_scan", "x", _of(5, 6)),
+    ("selective_scan", "x", _of(5, 7, dtype=HALF)),
+    ("selective_scan", "x", _of(5, 6, dtype=torch.float16)),
+    ("selective_scan", "steps", _of(5, 6, dtype=HALF)),
+    ("selective_scan", "steps", _of(6, 5).T),
+    ("selective_scan", "b", _of(5, 3, dtype=HALF)),
+    ("selective_scan", "c", _of(4, 4, dtype=HALF)),
+    ("selective_scan", "a", -_of(6, 300)),
+    ("selective_scan", "skip", _of(6, dtype=HALF)),
+    ("selective_scan", "states", _of(3, 6, 4, dtype=HALF)),
+    ("selective_scan", "states", _of(3, 4, 6).transpose(1, 2)),
+    ("selective_scan", "spans", torch.tensor([[0, 2, 2], [2, 3, 0]], dtype=torch.int32)),
+    ("selective_scan", "spans", torch.tensor([[0, 2, 3], [2, 3, 0]])),
+    ("selective_scan", "spans", torch.tensor([[0, 2, 2], [2, 3, -1]])),
+    ("selective_scan", "spans", torch.tensor([[0, 2, 2], [2, 4, 0]])),
+    ("selective_scan", "spans", torch.tensor([[-1, 2, 2], [2, 3, 0]])),
 ]
 
 

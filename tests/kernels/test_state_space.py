@@ -15,7 +15,7 @@ from kernels.dispatch import Path, forced
 from kernels.selective_scan import ScanWeights, selective_scan, selective_update
 from kernels.state_batch import StateBatch
 from tests import oracles_state_space as oracles
-from tests.kernels.paths import PATHS, paths
+from tests.kernels.paths import WITH_NATIVE, paths, with_native
 from tests.profiles import IS_SOAK
 from tests.tolerances import assert_matches
 
@@ -47,7 +47,7 @@ def _inputs(tokens: int, channels: int, size: int, dtype: torch.dtype) -> tuple[
     options=st.tuples(st.booleans(), st.booleans()),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
-    path=paths,
+    path=with_native,
 )
 def test_selective_scan(
     lengths: list[int],
@@ -79,7 +79,7 @@ def test_selective_scan(
     assert bool(states[[slot for slot in range(len(states)) if slot not in slots]].isnan().all())
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", WITH_NATIVE)
 def test_a_scan_in_pieces_is_the_scan_of_the_whole(path: Path) -> None:
     """Long enough that the Triton path cuts one sequence into several pieces; then split between calls and steps."""
     tokens, channels, size = 600, 3, 4
@@ -113,7 +113,7 @@ def test_a_scan_in_pieces_is_the_scan_of_the_whole(path: Path) -> None:
     has_gate=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
-    path=paths,
+    path=with_native,
 )
 def test_selective_update(
     sequences: int, channels: int, size: int, has_gate: bool, dtype: torch.dtype, seed: int, path: Path

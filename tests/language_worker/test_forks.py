@@ -8,6 +8,9 @@ import torch
 from language_worker.api import SamplingParams
 from language_worker.engine import Engine
 from language_worker.errors import Cancelled
+from language_worker.page_keeper import NOTHING, PageKeeper
+from language_worker.page_pool import PagePool
+from language_worker.request import Sequence
 from tests.language_worker.helpers import Media, Result, Results, drive, make_engine, prompt, request
 from tests.tiny_tokenizer import TOKEN_IDS
 
@@ -147,3 +150,16 @@ def test_samples_that_find_no_seat_recompute_or_borrow_but_agree(tiny: Path) -> 
     for seats in (2, 3, 7):
         engine = make_engine(tiny, max_num_seqs=seats, page_size=4)
         assert _samples(drive(engine, asked)["a"], 8) == _samples(free["a"], 8)
+
+
+def test_a_copy_for_a_fork_that_ended_is_not_made() -> None:
+    """Its page belongs to somebody else by then, who may have had it filled already."""
+    keeper = PageKeeper(PagePool(5), page_size=4)
+    donor, *forks = (Sequence(key=(0, i), prompt=range(6), max_len=9) for i in range(3))
+    keeper.start(donor, NOTHING, 7)
+    donor.kv_len = 6
+    for fork in forks:
+        fork.tokens.append(1)
+        keeper.start(fork, keeper.find_prefix(fork, [donor]), 8)
+    keeper.release(forks[0])
+    assert keeper.take_copies() == ((donor.pages[1], forks[1].pages[1]),)

@@ -106,6 +106,7 @@ class Split(RuleBasedStateMachine):
     """See the module."""
 
     reached: ClassVar[Counter[str]] = Counter()
+    has_state: ClassVar[bool] = False
 
     @initialize(
         capacity=st.tuples(st.integers(16, 50), st.integers(16, 50)),
@@ -126,8 +127,9 @@ class Split(RuleBasedStateMachine):
                 page_size=page_size[i],
                 max_num_seqs=seats,
                 max_prefill_chunk=chunk,
-                prefix_cache=cache[i],
-                window=window,
+                prefix_cache=cache[i] and not self.has_state,
+                window=0 if self.has_state else window,
+                has_state=self.has_state,
             )
             for i in range(2)
         ]
@@ -235,7 +237,9 @@ class Split(RuleBasedStateMachine):
             self._step(which)
         for name, (asked, media) in self.requests.items():
             max_len, rows = self.decode.limits.max_model_len, [ROWS[m] for m in media]
-            self._check(name, asked, naive(asked, rows, max_len=max_len, window=self.window))
+            window = 0 if self.has_state else self.window
+            expected = naive(asked, rows, max_len=max_len, window=window, has_state=self.has_state)
+            self._check(name, asked, expected)
         left = ("kv_pages_referenced", "input_buffer_rows_reserved", "kv_buffer_rows_reserved")
         for engine in self.engines:
             stats = engine.stats()
@@ -307,8 +311,8 @@ def _forget_imports_of_preempted(patch: pytest.MonkeyPatch) -> None:
 def _mix_up_a_chunk(patch: pytest.MonkeyPatch) -> None:
     """The rows of a chunk are sent in another order."""
 
-    def advance(self: Any, kv_len: int, read: Any) -> None:
-        original(self, kv_len, lambda start, end: read(start, end).flip(0))
+    def advance(self: Any, kv_len: int, read: Any, read_state: Any) -> None:
+        original(self, kv_len, lambda start, end: read(start, end).flip(0), read_state)
 
     original = exports.KVExport.advance
     patch.setattr(exports.KVExport, "advance", advance)

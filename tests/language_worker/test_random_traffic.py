@@ -87,6 +87,7 @@ class Traffic(RuleBasedStateMachine):
     """See the module."""
 
     reached: ClassVar[Counter[str]] = Counter()  # what the traffic brought about, over all runs
+    has_state: ClassVar[bool] = False
 
     @initialize(**CONFIG)
     def start(self, **config: Any) -> None:
@@ -95,6 +96,9 @@ class Traffic(RuleBasedStateMachine):
     def begin(
         self, capacity: int, num_drafts: int, has_drafter: bool, has_keys: bool, window: int, **config: Any
     ) -> None:
+        if self.has_state:
+            num_drafts, window = 0, 0
+            config |= {"prefix_cache": False, "has_state": True, "swap_tokens": 0}
         config["preemption"] = "swap" if config["swap_tokens"] else "recompute"
         self.has_keys, self.window = has_keys, window
         source = OpenDrafts if has_drafter else DraftIndex
@@ -211,7 +215,9 @@ class Traffic(RuleBasedStateMachine):
             raise AssertionError("it does not come to an end")
         max_len = self.engine.limits.max_model_len
         for name, (asked, media) in self.requests.items():
-            self._check(name, asked, naive(asked, [ROWS[m] for m in media], max_len=max_len, window=self.window))
+            rows = [ROWS[m] for m in media]
+            expected = naive(asked, rows, max_len=max_len, window=self.window, has_state=self.has_state)
+            self._check(name, asked, expected)
         stats = self.engine.stats()
         for key in REACHED:
             self.reached[key] += int(stats[key])

@@ -3,11 +3,12 @@
 Every logits row depends on every key and value of its prefix, as read through the page table: whoever hands it a wrong,
 stale or half-copied page gets other tokens. It mostly follows short cycles, so that drafts are often right, and leaves
 them where the prefix says so. The naive decoder computes the same from the true tokens, one sample at a time.
+With recurrent state they depend on one more number, which every token takes on from where the one before left it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -23,7 +24,15 @@ from language_worker.decode import create_strategy
 from language_worker.drafter import Drafter
 from language_worker.engine import Engine
 from language_worker.kv_cache import KVCache
-from language_worker.models.base import KVSpec, LanguageModel, ModelSpec, PromptPositions, StepInputs
+from language_worker.models.base import (
+    KVSpec,
+    LanguageModel,
+    ModelSpec,
+    PromptPositions,
+    StateSpec,
+    StateTensor,
+    StepInputs,
+)
 from language_worker.page_pool import PagePool
 from language_worker.prefix_cache import PrefixCache
 from language_worker.roster import EngineLimits
@@ -31,6 +40,7 @@ from language_worker.runner import ModelRunner
 from language_worker.sampler import sample
 from language_worker.sampling_state import SamplingState
 from language_worker.scheduler import Scheduler
+from language_worker.state_store import StateStore
 from language_worker.swap_space import SwapSpace
 from language_worker.tokenizer import Tokenizer
 
@@ -121,6 +131,45 @@ class ToyDraft(ToyModel):
         return torch.where(logits.isfinite(), logits * 0.5, -torch.inf)
 
 
+class ToyRecurrent(ToyModel):
+    """With state. fails_every: of the steps of several sequences one in so many raises, when their states have gone on
+    (0: none)."""
+
+    spec = replace(
+        ToyModel.spec,
+        state=StateSpec(num_layers=1, tensors=(StateTensor(name="sum", shape=(1,), dtype=torch.float32),)),
+    )
+    fails_every = 0
+    num_joint = 0
+    num_failed = 0
+
+    def forward(self, inputs: StepInputs, caches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        logits = super().forward(replace(inputs, logit_rows=None), caches)
+        values, step = caches[0][0].view(-1)[inputs.slots].long(), inputs.states
+        assert step is not None
+        num_single, (states,) = step.single.shape[0], step.layers[0]
+        spans = [(range(i, i + 1), int(slot)) for i, slot in enumerate(step.single)]
+        spans += [
+            (range(num_single + tokens.start, num_single + tokens.stop), slot) for tokens, slot in step.batch.spans()
+        ]
+        assert sum(len(tokens) for tokens, _ in spans) == len(values)
+        for tokens, slot in spans:
+            for token in tokens:
+                states[slot, 0] = _recurred([int(values[token])], int(states[slot, 0]))
+                logits[token] += _NOISE[int(states[slot, 0])] * 0.5
+        self.num_joint += len(spans) > 1
+        if self.fails_every and len(spans) > 1 and self.num_joint % self.fails_every == 0:
+            self.num_failed += 1
+            raise RuntimeError("planted")
+        return logits if inputs.logit_rows is None else logits[inputs.logit_rows]
+
+
+def _recurred(values: Iterable[int], state: int = 0) -> int:
+    for value in values:
+        state = (state * 31 + value * 7 + 1) % 1009
+    return state
+
+
 def _other(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return (values * 31 + positions * 17) % 4093
 
@@ -130,7 +179,7 @@ def _tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer(folder)
 
 
-def _runner(model: LanguageModel, num_pages: int, page_size: int, swap_pages: int) -> ModelRunner:
+def _runner(model: LanguageModel, num_pages: int, page_size: int, swap_pages: int, num_seats: int = 1) -> ModelRunner:
     def cache(count: int) -> KVCache:
         kv = KVCache(model.spec.kv, num_pages=count, page_size=page_size, dtype=torch.float32, device=cpu)
         for tensor in kv.layers[0]:
@@ -138,15 +187,31 @@ def _runner(model: LanguageModel, num_pages: int, page_size: int, swap_pages: in
         return kv
 
     cpu = torch.device("cpu")
-    return ModelRunner(model, cache(num_pages), cpu, host=cache(swap_pages) if swap_pages else None)
+    host = cache(swap_pages) if swap_pages else None
+    return ModelRunner(model, cache(num_pages), cpu, host=host, states=_states(model.spec.state, num_seats))
+
+
+def _states(spec: StateSpec | None, num_seats: int) -> StateStore | None:
+    if spec is None:
+        return None
+    states = StateStore(spec, num_slots=num_seats, dtype=torch.float32, device=torch.device("cpu"))
+    states.layers[0][0].fill_(777)
+    return states
 
 
 def toy_engine(
-    folder: Path, *, num_pages: int, strategy: Any = None, has_drafter: bool = False, window: int = 0, **config: Any
+    folder: Path,
+    *,
+    num_pages: int,
+    strategy: Any = None,
+    has_drafter: bool = False,
+    window: int = 0,
+    has_state: bool = False,
+    **config: Any,
 ) -> Engine:
     """An engine of the toy with a pool of `num_pages`; folder: any model folder with a tokenizer. has_drafter: the
     strategy leaves its drafts open and a toy makes them. window: of the toys, 0 for none. swap_tokens: with
-    preemption "swap", 0 for one page."""
+    preemption "swap", 0 for one page. has_state: the toy has recurrent state."""
     values = EngineConfig(**{"page_size": 4, "max_num_seqs": 4, "max_step_tokens": 32, **config})
     pool = PagePool(num_pages)
     swap_pages = max(1, values.swap_tokens // values.page_size) if values.preemption == "swap" else 0
@@ -158,6 +223,7 @@ def toy_engine(
         max_step_tokens=values.max_step_tokens,
         max_prefill_chunk=values.max_prefill_chunk,
         prefix_cache=PrefixCache(pool, values.page_size, b"toy") if values.prefix_cache else None,
+        has_state=has_state,
         kv_window=window,
         swap=SwapSpace(swap_pages) if swap_pages else None,
     )
@@ -172,8 +238,9 @@ def toy_engine(
     if has_drafter:
         runner = _runner(ToyDraft(window), num_pages, values.page_size, swap_pages)
         drafter = Drafter(runner, vocab_size=VOCAB, num_token_ids=VOCAB)
+    toy = ToyRecurrent() if has_state else ToyModel(window)
     return Engine(
-        runner=_runner(ToyModel(window), num_pages, values.page_size, swap_pages),
+        runner=_runner(toy, num_pages, values.page_size, swap_pages, values.max_num_seqs),
         scheduler=scheduler,
         tokenizer=_tokenizer(folder),
         limits=limits,
@@ -190,7 +257,12 @@ def toy_probabilities(values: Sequence[int], temperature: float) -> np.ndarray:
 
 
 def naive(
-    request: GenerateRequest, rows: Sequence[Sequence[int]] = (), *, max_len: int = MAX_LEN, window: int = 0
+    request: GenerateRequest,
+    rows: Sequence[Sequence[int]] = (),
+    *,
+    max_len: int = MAX_LEN,
+    window: int = 0,
+    has_state: bool = False,
 ) -> list[list[int]]:
     """Tokens of every sample of a request with a seed, one sample and one token at a time. rows: of each media item.
     max_len: of prompt and output together."""
@@ -201,11 +273,18 @@ def naive(
         shown += [token_id] * len(item)
         values += item
     limit = min(params.max_tokens or max_len, max_len - len(shown))
-    return [_naive_sample(request, i, shown, values, limit, window) for i in range(params.n)]
+    options = (limit, window, has_state)
+    return [_naive_sample(request, i, shown, values, *options) for i in range(params.n)]
 
 
 def _naive_sample(
-    request: GenerateRequest, index: int, shown: list[int], prompt_values: list[int], limit: int, window: int
+    request: GenerateRequest,
+    index: int,
+    shown: list[int],
+    prompt_values: list[int],
+    limit: int,
+    window: int,
+    has_state: bool,
 ) -> list[int]:
     params = request.sampling
     assert params.seed is not None and params.ignore_eos
@@ -213,7 +292,10 @@ def _naive_sample(
     values, tokens = list(prompt_values), []
     while len(tokens) < limit:
         known = torch.tensor(values)
-        (choice,) = sample(toy_logits(known, _other(known, torch.arange(len(values))), 1, window), [state])
+        logits = toy_logits(known, _other(known, torch.arange(len(values))), 1, window)
+        if has_state:
+            logits += _NOISE[_recurred(values)] * 0.5
+        (choice,) = sample(logits, [state])
         state.observe(choice.token_id)
         tokens.append(choice.token_id)
         values.append(choice.token_id)
