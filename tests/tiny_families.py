@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from cluster.prompts import image_bytes
+from tests import tiny_fusion_tree
 from tests.tiny_minimind import LAYOUTS, VARIANTS, make_minimind, minimind_reference
 from tests.tiny_minimind_v import IMAGE_ID, PADDING_ID, make_minimind_v, reference_answer
 from tests.tiny_models import QWEN2_5_VL_CONFIGS, make_qwen2_5_vl, random_image, reference, reference_inputs
@@ -42,6 +43,7 @@ MINIMIND_SHAPES: tuple[dict[str, Any], ...] = (
     {"num_key_value_heads": 1, "tie_word_embeddings": False},
 )
 QWEN2_5_VL_SHAPES = tuple(shape for shape in QWEN2_5_VL_CONFIGS if not {"layout", "vocab_size"} & shape.keys())
+FUSION_TREE_SHAPES = tuple(shape for name, shape in tiny_fusion_tree.VARIANTS.items() if name != "pyramid")
 Logits = Callable[[Sequence[int]], torch.Tensor]
 
 
@@ -113,6 +115,18 @@ def _nanochat_hugging_face(folder: Path, seed: int) -> Subject:
     return Subject(folder=folder, stem=stem, logits=_hugging_face(text_reference(folder), stem))
 
 
+def _fusion_tree(layout: str, folder: Path, seed: int) -> Subject:
+    sizes = {**FUSION_TREE_SHAPES[seed % len(FUSION_TREE_SHAPES)], "vocab_size": NUM_TOKENS}
+    made = tiny_fusion_tree.make_fusion_tree(folder, seed=seed, layout=layout, **sizes)
+    config, stem = {**tiny_fusion_tree.SIZES, **sizes}, _start(seed)
+    tensors = tiny_fusion_tree.tensors_of(config, seed=seed)
+    return Subject(
+        folder=made,
+        stem=stem,
+        logits=lambda behind: tiny_fusion_tree.logits_of(config, tensors, [*stem, *behind]),
+    )
+
+
 def _minimind_v(kind: str, variant: str, layout: str, folder: Path, seed: int) -> Subject:
     shape = MINIMIND_SHAPES[seed % len(MINIMIND_SHAPES)]
     made = make_minimind_v(folder, kind, variant=variant, layout=layout, seed=seed, own_encoder=seed % 2 > 0, **shape)
@@ -158,6 +172,7 @@ FAMILIES: dict[str, Callable[[Path, int], Subject]] = {
     **{family: partial(_text, family) for family in ARCHITECTURES},
     **{f"nanochat-{generation}": partial(_nanochat, generation) for generation in range(5)},
     "nanochat-hf": _nanochat_hugging_face,
+    **{f"fusion_tree-{layout}": partial(_fusion_tree, layout) for layout in ("training", "bare", "deepspeed")},
     **{
         f"minimind-{variant}-{layout}": partial(_minimind, variant, layout)
         for variant in VARIANTS

@@ -32,7 +32,7 @@ SETTINGS: dict[str, Any] = {
 SPLIT = {"prefill": 1, "decode": 1}
 SEEDS = range(20 if IS_SOAK else 1)
 NAMES = list(FAMILIES)
-UNQUANTISED = ("mixtral", "moe", "dots1", "nanochat")  # mixtures of experts, and nanochat
+UNQUANTISED = ("mixtral", "moe", "dots1", "nanochat", "fusion_tree")  # mixtures of experts, and models of their own
 
 
 @pytest.fixture(scope="module", autouse=True)
