@@ -30,6 +30,7 @@ SETTINGS: dict[str, Any] = {
     "page_size": 4, "block_size": 8, "default_allocate_tokens": 8,
 }  # fmt: skip
 SPLIT = {"prefill": 1, "decode": 1}
+RECURRENT = ("fusion_tree",)  # state that goes on from every position: no prefix of it is kept
 SEEDS = range(20 if IS_SOAK else 1)
 NAMES = list(FAMILIES)
 UNQUANTISED = ("mixtral", "moe", "dots1", "nanochat", "fusion_tree")  # mixtures of experts, and models of their own
@@ -87,7 +88,7 @@ def test_prefill_and_decode_workers_are_the_full_forward(name: str, tmp_path: Pa
         assert (llm.logits(subject.prompt(behind)) - logits).abs().max() < TOLERANCE
         stats = llm.stats()
         assert stats["decode-0"]["kv_tokens_imported_total"] > 0, "KV was moved"
-        assert stats["decode-0"]["prefix_cache_hits_total"] > 0
+        assert (stats["decode-0"]["prefix_cache_hits_total"] > 0) == (not name.startswith(RECURRENT))
         _await_empty(llm)
 
 
