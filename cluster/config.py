@@ -63,7 +63,8 @@ class GatewayConfig:
     """The HTTP side. api_keys: empty means no key is asked for. port 0: any free one. Bytes, seconds and counts are
     upper bounds of one request; max_concurrent_requests is of the whole gateway.
     media_hosts, media_private_networks: where images are read from by http(s) URL (`MediaRules`); by default nowhere.
-    media_timeout_s: of each, from its look-up to its last byte.
+    media_timeout_s: of each, from its look-up to its last byte. drain_s: how long running requests may take to end when
+    the gateway stops.
     """
 
     host: str = "127.0.0.1"
@@ -78,6 +79,7 @@ class GatewayConfig:
     media_hosts: tuple[str, ...] = ()
     media_private_networks: tuple[str, ...] = ()
     media_timeout_s: float = 20.0
+    drain_s: float = 30.0
 
     @property
     def media_rules(self) -> MediaRules:
@@ -89,12 +91,9 @@ class GatewayConfig:
         for name in ("max_images_per_request", "max_body_bytes", "max_image_bytes", "max_prompt_chars"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"gateway.{name} is {getattr(self, name)}; use at least 1")
-        if not 0 < self.request_timeout_s < math.inf or self.max_concurrent_requests < 1:
-            raise ConfigError(
-                "gateway.request_timeout_s and gateway.max_concurrent_requests must be positive, and finite"
-            )
-        if not 0 < self.media_timeout_s < math.inf:
-            raise ConfigError(f"gateway.media_timeout_s is {self.media_timeout_s}; use a positive, finite number")
+        for name in ("request_timeout_s", "max_concurrent_requests", "media_timeout_s", "drain_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"gateway.{name} is {getattr(self, name)}; use a positive, finite number")
         _ = self.media_rules  # which checks them
         if not self.host:
             raise ConfigError("gateway.host is empty, which would mean every interface; name an address")

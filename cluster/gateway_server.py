@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
 import threading
 from collections.abc import Iterable, Mapping
@@ -19,9 +20,10 @@ import uvicorn
 
 from cluster.config import GatewayConfig
 from cluster.directory import WorkerAddress, WorkerDirectory
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, WorkerLost
 from cluster.gateway.app import create_app
 from cluster.gateway.context import GatewayContext
+from cluster.gateway.state import GatewayState
 from cluster.handoff import Handoff
 from cluster.metrics import gather_stats
 from cluster.model_info import ModelInfo
@@ -33,9 +35,8 @@ from transfer.service.service import Service
 
 logger = logging.getLogger(__name__)
 
-DRAIN_S = 30
 BACKLOG = 2048
-JOIN_S = DRAIN_S + 10
+LAST_WORDS_S = 5.0  # for requests that did not end in time to say so
 
 
 class GatewayServer:
@@ -62,14 +63,12 @@ class GatewayServer:
             ready=self._ready,
             image_token_id=info.image_token_id,
         )
+        app = create_app(context)
+        self._state: GatewayState = app.state.gateway
+        self._drain_s = config.drain_s
+        limit_s = math.ceil(config.drain_s + LAST_WORDS_S)
         self._server = uvicorn.Server(
-            uvicorn.Config(
-                create_app(context),
-                lifespan="on",
-                log_config=None,
-                access_log=False,
-                timeout_graceful_shutdown=DRAIN_S,
-            )
+            uvicorn.Config(app, lifespan="on", log_config=None, access_log=False, timeout_graceful_shutdown=limit_s)
         )
         self._thread = threading.Thread(
             target=lambda: self._server.run(sockets=[self._socket]), name="gateway-http", daemon=True
@@ -98,10 +97,12 @@ class GatewayServer:
         self._directory.replace(workers)
 
     def close(self) -> None:
-        """Take no new request, let running ones end (for a bounded time), stop every thread."""
+        """Take no new request, let running ones end (for `gateway.drain_s`, then with an error), stop every thread."""
         self._server.should_exit = True
         if self._thread.is_alive():
-            self._thread.join(JOIN_S)
+            self._thread.join(self._drain_s)
+            self._state.end_running(WorkerLost("the server stopped before this request had ended"))
+            self._thread.join(2 * LAST_WORDS_S)
         self._monitor.close()
         self._service.close()
         self._socket.close()

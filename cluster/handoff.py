@@ -21,7 +21,7 @@ from dataclasses import replace
 import xxhash
 
 from cluster.attempt import LINK_CODES, LOST_CODES, Attempt
-from cluster.directory import WorkerDirectory
+from cluster.directory import WorkerAddress, WorkerDirectory
 from cluster.errors import NoWorker, RequestTimeout, WorkerLost
 from cluster.legs import Route
 from cluster.replay import AnswerDiffers, Delivered
@@ -65,26 +65,30 @@ class _Run:
         self._lock = threading.Lock()
         self._attempt: Attempt | None = None
         self._num_attempts = 0
-        self._excluded: set[str] = set()
+        self._asked: dict[str, WorkerAddress | None] = {}  # what was known by the names of those that were chosen
+        self._lost: dict[str, WorkerAddress | None] = {}
+        self._started_s = time.monotonic()
+        self._ttft_ms: float | None = None
         self._delivered = Delivered(request.sampling.n)
         self._differs = False
         self._cancelled = False
 
     def start(self) -> None:
         """Choose workers and begin an attempt. Raises NoWorker, RequestTimeout or TransferError."""
-        views = self._directory.views()
+        views, excluded = self._directory.views(), self._excluded()
         if is_split(views):
-            language = choose_language(views, self._excluded, "decode")
-            prefill = choose_language(views, self._excluded, "prefill")
+            language = choose_language(views, excluded, "decode")
+            prefill = choose_language(views, excluded, "prefill")
         else:
-            language, prefill = choose_language(views, self._excluded), None
-        embedding = choose_embedding(views, self._media_key, self._excluded) if self._request.media else None
+            language, prefill = choose_language(views, excluded), None
+        embedding = choose_embedding(views, self._media_key, excluded) if self._request.media else None
         left_s = self._deadline - time.monotonic()
         if left_s <= 0:
             raise RequestTimeout("the request's deadline passed before a worker could take it")
         request, number = self._request, self._num_attempts + 1
         name = request.request_id if number == 1 else f"{request.request_id}.{number}"
         route = Route(language=language, prefill=prefill, embedding=embedding)
+        self._asked |= {worker: self._directory.get(worker) for worker in route.legs.values()}
         attempt = Attempt(self._service, self._directory, request, name, route, self._media_key, left_s, self)
         self._delivered.begin_again()
         with self._lock:
@@ -116,6 +120,8 @@ class _Run:
                 self._attempt.cancel()
             return
         if fresh is not None:
+            if self._ttft_ms is None:
+                self._ttft_ms = (time.monotonic() - self._started_s) * 1e3
             self._sink.on_chunk(fresh)
 
     def on_end(self, stats: RequestStats) -> None:
@@ -123,15 +129,18 @@ class _Run:
             self._sink.on_error(_differing())
             return
         if self._num_attempts > 1:
-            stats = replace(stats, hops={**stats.hops, "attempts": self._num_attempts})
+            hops = {**stats.hops, "attempts": self._num_attempts, "ttft_ms": self._ttft_ms}
+            stats = replace(stats, hops=hops)
         self._sink.on_end(stats)
 
     def next_embedding(self, lost: str) -> str | None:
-        self._excluded.add(lost)
+        self._lost[lost] = self._asked.get(lost)
         try:
-            return choose_embedding(self._directory.views(), self._media_key, self._excluded)
+            chosen = choose_embedding(self._directory.views(), self._media_key, self._excluded())
         except NoWorker:
             return None
+        self._asked[chosen] = self._directory.get(chosen)
+        return chosen
 
     def on_failure(self, worker: str, failure: RemoteFailure) -> None:
         """The attempt is over; where a worker was lost, another one may take the request."""
@@ -148,7 +157,7 @@ class _Run:
             self._sink.on_error(_lost(worker, failure, f"and {MAX_ATTEMPTS - 1} others before it"))
             return
         logger.warning("request %s: worker %s was lost, trying another", self._request.request_id, worker)
-        self._excluded.add(worker)
+        self._lost[worker] = self._asked.get(worker)
         try:
             self._start_again(worker, failure)
         except NoWorker:
@@ -167,8 +176,12 @@ class _Run:
                 raise
             if self._num_attempts >= MAX_ATTEMPTS:
                 raise
-            self._excluded.discard(worker)
+            del self._lost[worker]
             self.start()
+
+    def _excluded(self) -> set[str]:
+        """Names of the workers that were lost; not of those that came back since, as another process."""
+        return {name for name, worker in self._lost.items() if self._directory.get(name) == worker}
 
 
 def _lost(worker: str, failure: RemoteFailure, when: str) -> WorkerLost:
@@ -182,8 +195,8 @@ def _differing() -> WorkerLost:
 
 
 def _seeded(request: ServedRequest) -> ServedRequest:
-    """With a seed: any worker then says the same answer."""
-    if request.sampling.seed is not None or request.sampling.temperature == 0:
+    """With a seed: any worker then says the same answer. At temperature 0 it may still say which masks are filled."""
+    if request.sampling.seed is not None:
         return request
     return replace(request, sampling=replace(request.sampling, seed=secrets.randbits(63)))
 

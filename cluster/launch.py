@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 WATCH_INTERVAL_S = 1.0
 CALL_TIMEOUT_S = 10.0
-CLOSE_S = 45.0
+CLOSE_S = 15.0  # beyond what the gateway's requests may take
 JOIN_S = 30.0
 GATEWAY = "gateway"
 Status = Callable[[str], None]
@@ -107,7 +107,8 @@ class RayCluster:
                 continue
             if name in self._pids:  # an actor that still starts, or is dead, needs no farewell
                 with suppress(ray.exceptions.RayError):
-                    ray.get(actor.close.remote(), timeout=CLOSE_S if name == GATEWAY else 10.0)
+                    drain_s = self.config.gateway.drain_s if name == GATEWAY else 0.0
+                    ray.get(actor.close.remote(), timeout=CLOSE_S + drain_s)
             with suppress(ray.exceptions.RayError):
                 ray.kill(actor)
         if self._owns_ray:

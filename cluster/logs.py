@@ -53,6 +53,8 @@ def configure_logging(level: str = "INFO", *, as_json: bool = False, stream: IO[
         root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(level.upper())
+    for name in ("httpx", "httpcore"):  # they log URLs, and a signed one is a credential
+        logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
 
 
 def extra_fields(record: logging.LogRecord) -> dict[str, object]:

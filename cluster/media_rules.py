@@ -13,6 +13,15 @@ from cluster.errors import ConfigError, MediaNotAllowed
 
 ANY_HOST = "*"
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052
+# Not public either, whatever this Python's table of special addresses holds: protocol assignments (with a cloud's
+# metadata service), another cloud's host service, IPv4 in the first IPv6 addresses, local NAT64 (RFC 8215), examples
+# (RFC 9637), segment routing (RFC 9602).
+_SPECIAL = tuple(
+    ipaddress.ip_network(block)
+    for block in (
+        "192.0.0.0/24", "168.63.129.16/32", "::/96", "::ffff:0:0:0/96", "64:ff9b:1::/48", "3fff::/20", "5f00::/16",
+    )
+)  # fmt: skip
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -55,7 +64,8 @@ class MediaRules:
         for one in _judged(address):
             is_listed = any(one in ipaddress.ip_network(network) for network in self.private_networks)
             is_local = isinstance(one, ipaddress.IPv6Address) and one.is_site_local
-            if not is_listed and (not one.is_global or one.is_multicast or is_local):
+            is_special = is_local or one.is_multicast or any(one in block for block in _SPECIAL)
+            if not is_listed and (is_special or not one.is_global):
                 raise MediaNotAllowed("the URL's host is not at a public address; media are not read from there", param)
         return str(address)
 

@@ -18,11 +18,13 @@ class AnswerDiffers(Exception):
 
 @dataclass(slots=True)
 class _Sample:
-    """token_ids, texts: what was delivered. num_tokens, num_chars: what the present attempt has said."""
+    """token_ids, texts: what was delivered. said: the same text in one piece, while the present attempt repeats it, and
+    None once it has caught up. num_tokens, num_chars: how much of it the attempt has repeated."""
 
     token_ids: list[int] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     is_finished: bool = False
+    said: str | None = None
     num_tokens: int = 0
     num_chars: int = 0
 
@@ -32,7 +34,6 @@ class Delivered:
 
     def __init__(self, num_samples: int) -> None:
         self._samples = [_Sample() for _ in range(num_samples)]
-        self._is_replay = False
         self._has_prompt_logprobs = False
 
     @property
@@ -42,15 +43,16 @@ class Delivered:
 
     def begin_again(self) -> None:
         """Another attempt starts from the answer's beginning."""
-        self._is_replay = self.is_begun
         for sample in self._samples:
-            sample.texts = ["".join(sample.texts)] if sample.texts else []
+            if sample.texts:
+                sample.said = "".join(sample.texts)
+                sample.texts = [sample.said]
             sample.num_tokens = sample.num_chars = 0
 
     def add(self, chunk: TokenChunk) -> TokenChunk | None:
         """What of the chunk is to be delivered now; None if nothing is. Raises AnswerDiffers."""
         sample = self._samples[chunk.index]
-        fresh = self._unsaid(sample, chunk) if self._is_replay else chunk
+        fresh = chunk if sample.said is None else self._unsaid(sample, sample.said, chunk)
         if fresh is not None:
             sample.token_ids.extend(fresh.token_ids)
             sample.texts.append(fresh.text)
@@ -58,27 +60,29 @@ class Delivered:
             self._has_prompt_logprobs |= fresh.prompt_logprobs is not None
         return fresh
 
-    def _unsaid(self, sample: _Sample, chunk: TokenChunk) -> TokenChunk | None:
-        said_ids = sample.token_ids[sample.num_tokens : sample.num_tokens + len(chunk.token_ids)]
-        said_text = "".join(sample.texts)[sample.num_chars : sample.num_chars + len(chunk.text)]
-        sample.num_tokens += len(chunk.token_ids)
-        sample.num_chars += len(chunk.text)
-        known = len(said_ids)
-        if chunk.token_ids[:known] != tuple(said_ids) or not chunk.text.startswith(said_text):
-            raise AnswerDiffers(f"sample {chunk.index} differs after {sample.num_tokens - len(chunk.token_ids)} tokens")
+    def _unsaid(self, sample: _Sample, said: str, chunk: TokenChunk) -> TokenChunk | None:
+        known_ids = tuple(sample.token_ids[sample.num_tokens : sample.num_tokens + len(chunk.token_ids)])
+        known_text = said[sample.num_chars : sample.num_chars + len(chunk.text)]
+        if chunk.token_ids[: len(known_ids)] != known_ids or not chunk.text.startswith(known_text):
+            raise AnswerDiffers(f"sample {chunk.index} differs after {sample.num_tokens} tokens")
+        fresh_ids, fresh_text = chunk.token_ids[len(known_ids) :], chunk.text[len(known_text) :]
+        sample.num_tokens += len(known_ids)
+        sample.num_chars += len(known_text)
+        is_behind = sample.num_tokens < len(sample.token_ids) or sample.num_chars < len(said)
+        if (is_behind and chunk.finish_reason is not None) or (sample.is_finished and (fresh_ids or fresh_text)):
+            raise AnswerDiffers(f"sample {chunk.index} ends elsewhere")
         if sample.is_finished:
-            if known < len(chunk.token_ids) or len(said_text) < len(chunk.text):
-                raise AnswerDiffers(f"sample {chunk.index} goes on behind its end")
             return None
+        if not is_behind:
+            sample.said = None
         fresh = replace(
             chunk,
-            token_ids=chunk.token_ids[known:],
-            text=chunk.text[len(said_text) :],
-            logprobs=None if chunk.logprobs is None else chunk.logprobs[known:] or None,
-            mask=None if chunk.mask is None else chunk.mask[known:] or None,
-            preview=None if known else chunk.preview,
+            token_ids=fresh_ids,
+            text=fresh_text,
+            logprobs=None if chunk.logprobs is None else chunk.logprobs[len(known_ids) :] or None,
+            mask=None if chunk.mask is None else chunk.mask[len(known_ids) :] or None,
+            preview=None if is_behind else chunk.preview,
             prompt_logprobs=None if self._has_prompt_logprobs else chunk.prompt_logprobs,
         )
-        is_behind = sample.num_tokens < len(sample.token_ids)
-        has_news = fresh.token_ids or fresh.text or fresh.finish_reason is not None or fresh.prompt_logprobs is not None
-        return fresh if has_news or (fresh.preview is not None and not is_behind) else None
+        has_news = fresh_ids or fresh_text or fresh.preview is not None or fresh.prompt_logprobs is not None
+        return fresh if has_news or fresh.finish_reason is not None else None

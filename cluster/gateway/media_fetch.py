@@ -22,6 +22,7 @@ MAX_URL_CHARS = 8192
 PORTS = {"http": 80, "https": 443}
 MAX_REDIRECTS = 3
 MAX_CONCURRENT_FETCHES = 32
+MAX_FETCHES_OF_REQUEST = 8  # so that one with many images from a slow host does not use up the time of others
 CHUNK_BYTES = 65536
 HEADERS = {"accept": "image/*", "accept-encoding": "identity", "user-agent": "tandem"}
 
@@ -49,6 +50,8 @@ def checked_url(rules: MediaRules, url: str, param: str | None = None) -> httpx.
             "added to gateway.media_hosts",
             param,
         )
+    if parsed.port is not None and not 0 < parsed.port <= 65535:
+        raise InvalidImageUrl(f"the URL names the port {parsed.port}; ports are 1..65535", param)
     if parsed.port not in (None, PORTS[parsed.scheme]) and not rules.private_networks:
         raise MediaNotAllowed(f"port {parsed.port} is not connected to; use the scheme's own", param)
     return parsed
@@ -81,7 +84,13 @@ class MediaFetcher:
 
         Raises InvalidImageUrl, MediaNotAllowed, ImageTooLarge, MediaFetchFailed, each naming its image; Overloaded.
         """
-        tasks = {index: asyncio.create_task(self._fetch(url, f"image {index}", loan)) for index, url in urls.items()}
+        places = asyncio.Semaphore(MAX_FETCHES_OF_REQUEST)
+
+        async def fetch(index: int, url: str) -> bytes:
+            async with places:
+                return await self._fetch(url, f"image {index}", loan)
+
+        tasks = {index: asyncio.create_task(fetch(index, url)) for index, url in urls.items()}
         try:
             return dict(zip(tasks, await asyncio.gather(*tasks.values()), strict=True))
         finally:
@@ -121,12 +130,15 @@ class MediaFetcher:
         addresses = [self._rules.check_address(address, param) for address in found]
         named = {**HEADERS, "host": url.netloc.decode("ascii")}
         for address in addresses:
-            request = client.build_request("GET", url.copy_with(host=address), headers=named)
+            limits = httpx.Timeout(self._timeout_s, connect=self._timeout_s / (len(addresses) + 1))
+            request = client.build_request("GET", url.copy_with(host=address), headers=named, timeout=limits)
             request.extensions["sni_hostname"] = host
             try:
                 return await client.send(request, stream=True)
             except (httpx.ConnectError, httpx.ConnectTimeout):
                 continue
+            except (httpx.InvalidURL, UnicodeError):  # it reads where a redirect leads before it is asked to
+                raise InvalidImageUrl("the image's URL redirects to something malformed", param) from None
         raise MediaFetchFailed(f"the host {host[:100]!r} takes no connection, or does not prove its name", param)
 
     async def _read(self, response: httpx.Response, param: str, loan: Loan) -> bytes:

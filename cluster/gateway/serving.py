@@ -60,10 +60,10 @@ async def serve(state: GatewayState, request: Request, prepare: Callable[[dict[s
         job = await _prepared(state, request, prepare, stack)
         tracker = Tracker(state.metrics, job.requests, started_s)
         stack.callback(tracker.close)
-        generation = Generation(max_buffered=MAX_BUFFERED_CHUNKS if job.stream else None)
+        max_buffered = MAX_BUFFERED_CHUNKS if job.stream else None
+        generation = stack.enter_context(state.generation(max_buffered=max_buffered))
         watcher = asyncio.create_task(_watch(request, generation))
         stack.callback(watcher.cancel)
-        stack.callback(generation.cancel)
         generation.start(state.context.handoff, job.requests)
         if not job.stream:
             while events := await generation.next_events():

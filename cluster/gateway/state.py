@@ -15,6 +15,7 @@ from importlib import metadata
 from cluster.errors import ModelNotFound, Overloaded
 from cluster.gateway.body import BodyBudget
 from cluster.gateway.context import GatewayContext
+from cluster.gateway.generation import Generation
 from cluster.gateway.media_fetch import MediaFetcher
 from cluster.metrics import GatewayMetrics
 
@@ -39,6 +40,23 @@ class GatewayState:
         self.version = _version()
         self.fingerprint = f"tandem-{self.version}"
         self.num_active = 0
+        self._running: set[Generation] = set()
+
+    @contextmanager
+    def generation(self, *, max_buffered: int | None) -> Iterator[Generation]:
+        """What gathers one request's answer; whatever still runs of it is cancelled at the end."""
+        generation = Generation(max_buffered=max_buffered)
+        self._running.add(generation)
+        try:
+            yield generation
+        finally:
+            self._running.discard(generation)
+            generation.cancel()
+
+    def end_running(self, error: Exception) -> None:
+        """Every request that is being answered ends with this error; from any thread."""
+        for generation in tuple(self._running):
+            generation.fail(error)
 
     @contextmanager
     def admitted(self) -> Iterator[None]:

@@ -10,7 +10,7 @@
       - name: a language worker is killed
         load: {requests: 60, concurrency: 8, max_tokens: 64}
         fault: {kind: kill, worker: language-0, after_answers: 10}
-        expect: {max_failed: 8, heals: true}
+        expect: {max_failed: 0, heals: true}
 
 Unknown names and wrong types are errors that say where. `model.path: demo` is the shipped model that sees, and
 `demo-diffusion` the one that fills in masks.

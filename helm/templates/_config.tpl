@@ -63,7 +63,7 @@
   {{- fail "no worker group offers room for a worker of the role language" -}}
 {{- end -}}
 {{- $transfer := dict "transport" "tcp" "host" "auto" "ports" (printf "%d-%d" (int .Values.transfer.firstPort) (int .Values.transfer.lastPort)) -}}
-{{- $gateway := dict "host" "0.0.0.0" "port" (int .Values.gateway.port) -}}
+{{- $gateway := dict "host" "0.0.0.0" "port" (int .Values.gateway.port) "drain_s" (int .Values.gateway.drainSeconds) -}}
 {{- $own := dict "model" $model "workers" $workers "transfer" $transfer "gateway" $gateway -}}
 {{- range $section, $settings := .Values.config -}}
   {{- range $name, $_ := $settings -}}

@@ -32,7 +32,7 @@ from transfer.service.service import Service
 
 WAIT_S = 20.0
 IMAGES = (b"first image", b"second image")
-SAMPLING = SamplingParams(max_tokens=3, temperature=0.0)
+SAMPLING = SamplingParams(max_tokens=3, temperature=0.0, seed=7)
 EMBEDDED = {"encode_ms": 1.5, "rows": 4, "blocks": 1, "bytes": 64, "grant_rounds": 1}
 
 
@@ -333,7 +333,7 @@ def test_a_request_without_a_seed_gets_one_that_all_its_workers_are_told(make_ri
     seeds = set()
     for _ in range(2):
         rig = make_rig()
-        outcome, _ = rig.submit(sampling=replace(SAMPLING, temperature=1.0))
+        outcome, _ = rig.submit(sampling=replace(SAMPLING, seed=None))  # also at temperature 0: masks may be drawn
         first = rig.language[0].take("generate")
         first.fail("EngineStopped", "stopping")
         second = rig.language[1].take("generate")
@@ -342,6 +342,21 @@ def test_a_request_without_a_seed_gets_one_that_all_its_workers_are_told(make_ri
         _serve(second, 5)
         assert outcome.wait().error is None
     assert len(seeds) == 2
+
+
+def test_a_worker_that_came_back_may_take_over_from_the_one_that_took_over_from_it(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    outcome, _ = rig.submit()
+    rig.language[0].take("generate").fail("EngineStopped", "stopping")
+    again = rig.language[1].take("generate")
+    with FakeWorker("language", "language-0") as reborn:
+        rig.directory.replace([reborn.entry, rig.language[1].entry, *(worker.entry for worker in rig.embedding)])
+        send_tokens(again, 5)
+        assert outcome.started.wait(WAIT_S)
+        again.fail("EngineStopped", "stopping, too")
+        _serve(reborn.take("generate"), 5, 6)
+        stats = outcome.wait().stats
+    assert stats is not None and stats.hops["attempts"] == 3 and outcome.tokens == [5, 6]
 
 
 def test_an_answer_that_would_be_another_one_is_an_error_and_nothing_wrong_is_delivered(make_rig: MakeRig) -> None:

@@ -96,5 +96,22 @@ def test_other_text_and_another_end_are_noticed() -> None:
     ended = Delivered(1)
     ended.add(replace(_chunks([5])[0], finish_reason="stop"))
     ended.begin_again()
-    with pytest.raises(AnswerDiffers, match="goes on behind its end"):
+    with pytest.raises(AnswerDiffers, match="ends elsewhere"):
         ended.add(_chunks([6])[0])
+    longer = Delivered(1)
+    longer.add(_chunks([5])[0])
+    longer.begin_again()
+    with pytest.raises(AnswerDiffers, match="ends elsewhere"):
+        longer.add(replace(_chunks([4])[0], finish_reason="length"))
+
+
+def test_a_long_answer_is_repeated_in_linear_time() -> None:
+    """The delivered text is put together once, and not for every chunk."""
+    delivered = Delivered(1)
+    chunk = _chunks([1])[0]
+    for _ in range(2):
+        delivered.begin_again()
+        for _ in range(1000):
+            delivered.add(replace(chunk, prompt_logprobs=None))
+    sample = delivered._samples[0]
+    assert sample.said is None and sample.texts == ["a" * 1000], "in one piece since the second attempt began"

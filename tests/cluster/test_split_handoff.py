@@ -16,6 +16,7 @@ from cluster.served import RunningRequest, ServedRequest
 from language_worker.api import SamplingParams, TokenLogprob
 from tests.cluster.fake_workers import FakeWorker, Names, end_generate, send_tokens
 from tests.e2e.front import Gathered
+from tests.e2e.serving import eventually
 from transfer.config import TransferConfig
 from transfer.endpoints.endpoint import open_endpoint
 from transfer.errors import RemoteFailure
@@ -24,7 +25,7 @@ from transfer.service.service import Service
 
 PREFILLED = {"prefill_ms": 1.0, "prefill_preemptions": 0, "kv_blocks": 1, "kv_bytes": 64, "kv_grant_rounds": 1}
 EMBEDDED = {"encode_ms": 1.5, "rows": 4, "blocks": 1, "bytes": 64, "grant_rounds": 1}
-SAMPLING = SamplingParams(max_tokens=3, temperature=0.0)
+SAMPLING = SamplingParams(max_tokens=3, temperature=0.0, seed=7)
 WAIT_S = 20.0
 
 
@@ -213,6 +214,7 @@ def test_the_rows_of_media_are_taken_over_at_the_prefill_worker() -> None:
     try:
         sink, _ = rig.submit(b"image")
         generate, prefill = rig.decode[0].take("generate"), rig.prefill[0].take("prefill")
+        eventually(lambda: rig.embedding.has_calls() or second.has_calls(), "nobody was asked for the image")
         first, other = (rig.embedding, second) if rig.embedding.has_calls() else (second, rig.embedding)
         rig.lose(first)
         ticket = Ticket.from_body(prefill.body["ticket"]).next_epoch()

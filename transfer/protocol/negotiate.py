@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from transfer.errors import Incompatible, IncompatibleBlocks
 from transfer.tensors import SEAL_BYTES, PlaneSpec
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 SEALED, TAGGED = "aes-256-gcm", "xxh3-64"
 INTEGRITY = (SEALED, TAGGED, "none")  # strongest first: the first that both offer is used
 PAYLOAD = ("shm", "wire")

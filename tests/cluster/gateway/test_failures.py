@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import cluster.gateway.generation as generation_module
-from cluster.errors import NoWorker
+from cluster.errors import NoWorker, WorkerLost
 from language_worker.errors import Cancelled
 from tests.cluster.gateway.harness import (
     FakeHandoff,
@@ -250,5 +250,23 @@ def test_beyond_the_concurrent_limit_is_503_at_once(tmp_path: Path) -> None:
             await call
             server.handoff.script = FakeHandoff(failing(Cancelled("x"))).script
             assert_error(await server.chat(), 499, "cancelled")
+
+    run(main())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_still_runs_when_the_server_must_end_is_told_so(tmp_path: Path, stream: bool) -> None:
+    async def main() -> None:
+        started = threading.Event()
+        async with gateway(tmp_path, endless(started)) as server:
+            call = asyncio.create_task(server.chat(stream=stream))
+            assert await asyncio.to_thread(started.wait, 30)
+            server.app.state.gateway.end_running(WorkerLost("the server stopped before this request had ended"))
+            response = await call
+            if stream:
+                *_, last = events_of(response.text)
+                assert last["error"]["code"] == "worker_lost", "and no [DONE]"
+            else:
+                assert_error(response, 503, "worker_lost")
 
     run(main())
