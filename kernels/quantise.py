@@ -14,11 +14,13 @@ import torch
 from kernels.dispatch import twin
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+SMALLEST = 2.0**-117  # largest number of a row that is told from zero; as kernels/_triton/quantise.py has it
 FLOAT8_CAPABILITY = (8, 9)  # older devices have no float8: they take the torch path
 
 
 def quantise_rows(x: torch.Tensor, dtype: torch.dtype = torch.int8) -> tuple[torch.Tensor, torch.Tensor]:
-    """x: [..., D] float. Returns (values [..., D] of `dtype`, scales [...] float32); a row of zeros has scale 0.
+    """x: [..., D] float. Returns (values [..., D] of `dtype`, scales [...] float32); a row of zeros has scale 0, and so
+    has one whose numbers are all below 2**-117, whose scale's reciprocal is no float32.
 
     dtype: int8 or float8_e4m3fn, ValueError for another. Rounds to nearest. NaN and infinities are not supported.
     """
@@ -28,6 +30,7 @@ def quantise_rows(x: torch.Tensor, dtype: torch.dtype = torch.int8) -> tuple[tor
         return triton.quantise_rows(x, dtype, LARGEST[dtype])  # type: ignore[no-any-return]
     wide = x.float()
     largest = wide.abs().amax(-1) if x.shape[-1] else wide.new_zeros(x.shape[:-1])
+    largest = torch.where(largest < SMALLEST, 0.0, largest)
     steps = torch.where(largest > 0, LARGEST[dtype] / largest, 0.0)
     scaled = (wide * steps[..., None]).clamp_(-LARGEST[dtype], LARGEST[dtype])
     values = scaled.round_() if dtype == torch.int8 else scaled

@@ -171,6 +171,8 @@ class Engine:
         counters["num_preemptions_total"] += len(plan.preempted)
         counters["kv_pages_swapped_out_total"] += len(plan.swaps.outs)
         counters["kv_pages_swapped_in_total"] += len(plan.swaps.ins)
+        for mover in movers if plan.forks else ():
+            mover.copy_pages(plan.forks)
         for mover in movers if plan.swaps.outs or plan.swaps.ins else ():
             mover.swap_pages(plan.swaps)
         if plan.imports:

@@ -232,7 +232,9 @@ def check_model(model_path: str | Path, config: EngineConfig) -> int:
     _refuse_quantised(checkpoint.config())
     kind = _resolve_served(checkpoint, config.quantization)
     num_tensors = kind.check(checkpoint)
-    resolve_kv_dtype(config, kind.read_spec(checkpoint.config()), dtype)
+    spec = kind.read_spec(checkpoint.config())
+    resolve_kv_dtype(config, spec, dtype)
+    _strategy(config, spec)
     if config.lora:
         AdaptedCheckpoint.of(checkpoint, config.lora)
     return num_tensors

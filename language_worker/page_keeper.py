@@ -169,7 +169,9 @@ class PageKeeper:
             self.cache.record(seq, first, end)
 
     def trim(self, seq: Sequence) -> None:
-        """Give back pages that no query of `seq` sees any more."""
+        """Give back pages that no query of `seq` sees any more; none where all of its KV is for another engine."""
+        if seq.is_exported:
+            return
         count = self.first_seen_page(seq.kv_len) - seq.first_page
         if count > 0:
             self.pool.release_first(seq.key, count)

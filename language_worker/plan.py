@@ -72,13 +72,15 @@ class Window:
 class StepPlan:
     """Windows of one step (decodes first, then prefill chunks) and who was preempted to make it possible.
 
-    copies: (source, target) pages whose content must be copied, all sources read before any target is written, before
-    the windows run. Each target occurs once. imports: what must be in the pages before that. swaps: pages that leave
-    for host memory or come back from it, before all else. starts: of recurrent states, under the rules of `copies`.
+    forks, copies: (source, target) pages whose content must be copied, all sources read before any target is written,
+    before the windows run; each target occurs once. forks come before all else, since their sources may belong to
+    others by now. swaps: pages that leave for host memory or come back from it, after that. imports: what must be in
+    the pages then. copies come last. starts: of recurrent states, under the rules of `copies`.
     """
 
     windows: tuple[Window, ...]
     preempted: tuple[Sequence, ...] = ()
+    forks: tuple[tuple[int, int], ...] = ()
     copies: tuple[tuple[int, int], ...] = ()
     imports: tuple[KVImport, ...] = ()
     swaps: SwapMoves = SwapMoves()

@@ -105,6 +105,7 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """Choose the next step's windows; preempts and admits as a side effect. Empty when nothing can run now."""
+        forks = self.pages.take_copies()  # of forks since the last plan, whose sources may be given away by this one
         for seq in self.running:
             self.pages.trim(seq)
         preempted: list[Sequence] = []
@@ -116,6 +117,7 @@ class Scheduler:
         return StepPlan(
             windows=tuple(windows),
             preempted=tuple(preempted),
+            forks=forks,
             copies=self.pages.take_copies(),
             imports=self.pages.take_imports(),
             swaps=self.pages.take_swaps(),

@@ -67,6 +67,8 @@ class LanguageWorker:
         self._service.register("stats", lambda call: call.end(self.stats()))
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="language-engine", daemon=True)
+        self._is_over = False  # the engine thread's work
+        self._ending = threading.Lock()
         self._failure: str | None = None
 
     @property
@@ -133,6 +135,8 @@ class LanguageWorker:
             return
         self._delivery.add(request.request_id, call, export)
         self._engine.submit(request, export=export, imports_kv=imports_kv)
+        if self._is_over:  # the engine ended since it was asked above: nobody else takes what was submitted
+            self._end()
         if self._prefills is not None and export is not None:
             self._prefills.watch(export)
         call.on_cancel(lambda: self._engine.cancel(request.request_id))
@@ -161,7 +165,14 @@ class LanguageWorker:
         except Exception as error:
             self._failure = f"the engine failed: {type(error).__name__}: {error}"
             logger.exception("the engine thread failed; everything on this worker fails with it")
-        self._delivery.deliver(self._engine.close())
+        self._end()
+        self._is_over = True
+        self._end()  # what was submitted meanwhile
+
+    def _end(self) -> None:
+        """Fail everything that the engine has, and say so."""
+        with self._ending:
+            self._delivery.deliver(self._engine.close())
 
 
 def _ticket(body: Mapping[str, Any], request: GenerateRequest) -> Ticket | None:

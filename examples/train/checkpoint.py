@@ -112,7 +112,10 @@ def read_snapshot(path: Path) -> Snapshot:
     """Raises ResumeError where the file is no state of a run."""
     if not zipfile.is_zipfile(path):
         raise ResumeError(f"{path} is no state of a training run, or only part of one: remove it, or name another file")
-    snapshot = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        snapshot = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever torch makes of a file that is something else
+        raise ResumeError(f"{path} is no state of a training run ({type(error).__name__}): name another file") from None
     if not isinstance(snapshot, dict) or snapshot.get("format") != FORMAT:
         raise ResumeError(f"{path} is no state of a training run in format {FORMAT}: name another file")
     return snapshot

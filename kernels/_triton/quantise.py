@@ -11,6 +11,7 @@ from kernels._triton.launch import ceil_div, next_power_of_2
 ELEMENTS = 2048  # of one program
 SMALLEST_NORMAL = tl.constexpr(0.015625)  # of float8 e4m3; below it steps are 2^-9
 SUBNORMAL_ROUNDING = tl.constexpr(24576.0)  # 1.5 * 2^14: its own steps are 2^-9
+SMALLEST = tl.constexpr(2.0**-117)  # as kernels/quantise.py has it
 ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and taking it away rounds to the nearest even integer
 
 
@@ -38,6 +39,7 @@ def quantise_kernel(
     start = x_ptr + (token * token_stride + head * head_stride)[:, None]
     x = tl.load(start + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     magnitude = tl.max(tl.abs(x), axis=1)
+    magnitude = tl.where(magnitude < SMALLEST, 0.0, magnitude)
     steps = tl.where(magnitude > 0, largest / tl.where(magnitude > 0, magnitude, 1.0), 0.0)
     scaled = tl.minimum(tl.maximum(x * steps[:, None], -largest), largest)
     scaled = (scaled + ROUNDING) - ROUNDING if INTEGER else _round_to_float8(scaled)

@@ -24,7 +24,11 @@ WARPS = 4
 
 @triton.jit
 def _softplus(x):
-    return tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
+    """log(1 + exp(x)), also where 1 + exp(x) keeps few digits of exp(x) (log1p as in Goldberg, 1991, theorem 4)."""
+    small = tl.exp(tl.minimum(x, 20.0))
+    whole = 1.0 + small
+    rest = tl.where(whole == 1.0, 1.0, whole - 1.0)
+    return tl.where(x > 20.0, x, tl.where(whole == 1.0, small, tl.log(whole) * (small / rest)))
 
 
 @triton.jit

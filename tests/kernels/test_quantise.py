@@ -198,3 +198,15 @@ def test_what_does_not_fit_is_refused() -> None:
         int8_linear(torch.ones(1, 3), torch.zeros(2, 4, dtype=torch.int8), torch.ones(2))
     with pytest.raises(ValueError, match="a power of two from 32 up, and 96 inputs"):
         quantise_weight_int4(torch.ones(2, 96), 64)
+
+
+@pytest.mark.parametrize("narrow", NARROW)
+@pytest.mark.parametrize("path", ["torch", "triton"])
+def test_rows_too_small_for_a_scale_are_zeros(path: Path, narrow: torch.dtype) -> None:
+    """The reciprocal of their scale is no float32: infinity times zero would be no number."""
+    x = torch.tensor([[1e-38, 0.0, 2e-38, -1e-39], [1e-30, 0.0, -1e-31, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    with forced(path):
+        values, scales = quantise_rows(x, narrow)
+        wide = dequantise_rows(values, scales, torch.float32)
+    assert bool(wide.isfinite().all()) and not wide[[0, 2]].any()
+    assert_matches(wide[1, :1], x[1, :1].double())

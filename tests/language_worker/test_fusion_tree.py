@@ -244,3 +244,9 @@ def test_a_decode_step_reads_no_more_of_a_longer_context(tmp_path: Path, monkeyp
         assert result.done is not None
         read.append(asked[-2 * SIZES["num_layers"] :])
     assert read[0] == read[1] == read[2] == [SIZES["window_size"] // 2 + 1] * 2 * SIZES["num_layers"]
+
+
+def test_what_cannot_be_served_is_found_before_anything_is_loaded(tmp_path: Path) -> None:
+    folder = make_fusion_tree(tmp_path)
+    with pytest.raises(ModelNotSupported, match="recurrent state"):
+        check_model(folder, EngineConfig(decode_strategy="speculative"))

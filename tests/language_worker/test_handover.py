@@ -413,3 +413,37 @@ def test_kv_of_another_prompt_is_refused(num_tokens: int) -> None:
     results = Results()
     results.take(engine.step())
     assert isinstance(results["a"].error, KVMismatch)
+
+
+def test_a_fork_has_its_page_before_another_request_s_kv_comes_into_where_it_is_copied_from() -> None:
+    """Sample 0 ends with the token it begins with and gives its page back; sample 1 was to get a copy of it."""
+    ends = SamplingParams(n=2, seed=18, temperature=1.5, max_tokens=10, ignore_eos=True, stop_token_ids=(2, 19, 3, 5))
+    plain = SamplingParams(seed=1, temperature=0.0, max_tokens=6, ignore_eos=True)
+    first = GenerateRequest(
+        request_id="a", prompt_token_ids=(4, 9, 16, 5, 0, 8, 18, 10, 4, 0), sampling=ends, num_media=0
+    )
+    second = GenerateRequest(
+        request_id="b", prompt_token_ids=(7, 3, 3, 11, 12, 13, 2, 1, 6, 20), sampling=plain, num_media=0
+    )
+    prefill, decode = (toy_engine(FOLDER[0], num_pages=16, prefix_cache=False) for _ in range(2))
+    links = {}
+    for asked in (first, second):
+        link = links[asked.request_id] = Link(asked.request_id, decode)
+        decode.submit(asked, imports_kv=True)
+        own = GenerateRequest(
+            request_id=asked.request_id, prompt_token_ids=asked.prompt_token_ids, sampling=ONE, num_media=0
+        )
+        prefill.submit(own, export=KVExport(asked.request_id, link, kv_plane(torch.float32, 2)))
+    for _ in range(5):
+        prefill.step()
+    results = Results()
+    results.take(decode.step())
+    links["a"].hand_on(99)
+    results.take(decode.step())
+    links["b"].hand_on(99)  # complete: the next plan imports it
+    for _ in range(40):
+        results.take(decode.step())
+    expected = naive(first)
+    assert len(expected[0]) == 1 < len(expected[1]), "sample 0 ends at once"
+    assert [results["a"].tokens(i) for i in range(2)] == expected
+    assert [results["b"].tokens(0)] == naive(second)

@@ -17,6 +17,7 @@ from language_worker.engine import Engine
 from language_worker.errors import ModelNotSupported
 from language_worker.models import resolve_model
 from language_worker.models.qwen2_5_vl import Qwen2_5_VLConfig
+from language_worker.page_keeper import PageKeeper
 from language_worker.page_pool import PagePool
 from language_worker.prefix_cache import PrefixCache, first_seen_page
 from language_worker.request import Sequence
@@ -177,3 +178,14 @@ def test_qwen2_5_vl_slides_from_a_layer_on(tmp_path: Path) -> None:
     assert Qwen2_5_VLConfig.read(config | {"max_window_layers": 1}).block.windows == (0, 50)
     read = Qwen2_5_VLConfig.read(config | {"max_window_layers": 0})
     assert read.block.windows == (50, 50) and read.spec.kv.window == 50
+
+
+def test_pages_whose_kv_has_yet_to_leave_are_kept() -> None:
+    """A prefill worker sends all positions; a prefix from its cache may be long out of the window before it does."""
+    for is_exported, num_left in ((False, 2), (True, 5)):
+        keeper = PageKeeper(PagePool(8), 4, window=4)
+        seq = Sequence(key=(0, 0), prompt=range(20), max_len=30, is_exported=is_exported)
+        seq.pages = list(keeper.pool.allocate(5, seq.key))
+        seq.kv_len = 19
+        keeper.trim(seq)
+        assert len(seq.pages) == num_left

@@ -348,3 +348,24 @@ def test_an_engine_that_breaks_fails_its_calls_and_says_so(client: Client) -> No
     later.wait()
     assert later.failure is not None and "no more" in later.failure.message
     assert not client.worker.is_healthy
+
+
+def test_a_call_that_comes_while_the_engine_breaks_is_not_left_without_an_answer(client: Client) -> None:
+    """It was let in while the engine still ran, and is submitted when nobody takes anything from the inbox any more."""
+    worker = client.worker
+    add = worker._delivery.add
+
+    def broken() -> None:
+        raise MemoryError("no more")
+
+    def add_late(*args: Any) -> None:
+        worker._engine.scheduler.plan = broken  # type: ignore[method-assign]
+        worker._engine.wake()
+        worker._thread.join(30)
+        assert not worker._thread.is_alive()
+        add(*args)
+
+    worker._delivery.add = add_late  # type: ignore[method-assign]
+    answer, _ = client.generate(request_id="a", prompt_token_ids=[1])
+    answer.wait()
+    assert answer.failure is not None and answer.failure.code == "EngineStopped"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -133,3 +134,15 @@ def test_a_snapshot_is_left_alone_by_later_steps() -> None:
     before = bits(first)
     run.go()
     assert bits(first) == before != bits(run.state.snapshot())
+
+
+@pytest.mark.parametrize("kind", ["a whole model", "an archive"])
+def test_what_torch_cannot_read_is_refused(kind: str, tmp_path: Path) -> None:
+    file = tmp_path / "state.pt"
+    if kind == "an archive":
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("a.txt", "a")
+    else:
+        torch.save(torch.nn.Linear(2, 2), file)
+    with pytest.raises(ResumeError, match="no state of a training run"):
+        Run(state_file=file).go()
