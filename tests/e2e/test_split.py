@@ -282,7 +282,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_kv_that_was_computed_otherwise_is_refused(decode: dict[str, Any], folder: Path, adapter: Path) -> None:
     error, tokens = _outcome(folder, decode=decode if "lora" not in decode else {"lora": str(adapter)})
     assert isinstance(error, RemoteFailure) and error.code == "KVMismatch" and not tokens
-    assert "same model folder, config_overrides, lora, quantization and dtype" in str(error)
+    assert "same model folder, config_overrides, lora, quantization, dtype and kv_cache_dtype" in str(error)
 
 
 def test_the_same_settings_on_both_sides_agree(folder: Path, adapter: Path, tmp_path: Path) -> None:
