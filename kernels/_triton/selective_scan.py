@@ -24,11 +24,10 @@ WARPS = 4
 
 @triton.jit
 def _softplus(x):
-    """log(1 + exp(x)), also where 1 + exp(x) keeps few digits of exp(x) (log1p as in Goldberg, 1991, theorem 4)."""
-    small = tl.exp(tl.minimum(x, 20.0))
-    whole = 1.0 + small
-    rest = tl.where(whole == 1.0, 1.0, whole - 1.0)
-    return tl.where(x > 20.0, x, tl.where(whole == 1.0, small, tl.log(whole) * (small / rest)))
+    """log(1 + exp(x)) to 3e-6; of small powers by the first terms of the series: 1 + power would lose their digits."""
+    power = tl.exp(-tl.abs(x))
+    series = power * (1.0 - power * (0.5 - power * 0.33333333))
+    return tl.maximum(x, 0.0) + tl.where(power < 0.02, series, tl.log(1.0 + power))
 
 
 @triton.jit
