@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from tests.transfer.virtual import PLANES
 from transfer.errors import Incompatible, IncompatibleBlocks
-from transfer.protocol.negotiate import INTEGRITY, PAYLOAD, Offer, Terms, agree
+from transfer.protocol.negotiate import INTEGRITY, PAYLOAD, PROTOCOL_VERSION, Offer, Terms, agree
 
 OFFER = Offer(block_size=128, planes=PLANES, max_frame_bytes=1 << 20, credit=16)
-versions = st.tuples(st.integers(1, 4), st.integers(1, 4)).map(sorted).map(tuple)
+versions = st.tuples(*[st.integers(PROTOCOL_VERSION - 1, PROTOCOL_VERSION + 2)] * 2).map(sorted).map(tuple)
 offers = st.builds(
     Offer,
     versions=versions,
@@ -69,7 +69,7 @@ def test_the_strongest_of_both_is_used_whatever_the_order() -> None:
 @pytest.mark.parametrize(
     ("change", "kind"),
     [
-        ({"versions": (3, 4)}, Incompatible),
+        ({"versions": (PROTOCOL_VERSION + 1, PROTOCOL_VERSION + 2)}, Incompatible),
         ({"integrity": ("aes-256-gcm",)}, Incompatible),
         ({"payload": ("shm",)}, Incompatible),
         ({"block_size": 64}, IncompatibleBlocks),

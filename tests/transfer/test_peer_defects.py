@@ -14,6 +14,7 @@ from tests.transfer.test_streams import configure
 from tests.transfer.virtual import PLANES, Consumer, Pair, assert_rows_equal, make_rows
 from transfer.errors import DoubleFree, ForeignOwner, IncompatibleBlocks, StreamAborted, StreamTimeout
 from transfer.protocol.messages import Announce, Block, Filled, Grant, Message, Open, Resume
+from transfer.protocol.negotiate import PROTOCOL_VERSION
 from transfer.protocol.ticket import Ticket
 from transfer.streams.stream_receiver import StreamReceiver
 from transfer.tensors import PlaneSpec
@@ -135,7 +136,7 @@ def test_8_every_message_names_its_kind_version_stream_and_epoch_and_late_ones_m
     late = [entry for entry in pair.network.log if entry[0].address == "virtual://receiver"]
     assert {m.epoch for _, _, m, _ in late} == {1}  # type: ignore[union-attr]
     opened = next(m for _, _, m, _ in late if isinstance(m, Open))
-    assert opened.offer.versions == (2, 2)
+    assert opened.offer.versions == (PROTOCOL_VERSION, PROTOCOL_VERSION)
     second_ticket = pair.reissue(ticket.stream_id)
     assert second_ticket is not None
     second = pair.send(second_ticket, content_key="k")  # even from the same worker, over the same connection
