@@ -85,10 +85,8 @@ class Denoiser:
 
     def _spans(self, window: Window) -> Iterator[_Span]:
         """The canvas as it is, and with guidance once more with its prompt hidden."""
-        canvas, pages = _canvas(window), window.seq.pages
-        size = self._runner.cache.page_size
-        own = -(-window.seq.max_len // size)  # pages of one copy
-        rows: range | list[int] = range(window.length)  # of the prompt, all
+        canvas = _canvas(window)
+        rows: range | list[int] = range(window.length if canvas.needs_prompt_pass else 0)  # of the prompt, all or none
         if window.samples:
             rows = [position - window.start for position in canvas.open_positions()]
         for copy in range(window.num_copies):
@@ -96,13 +94,12 @@ class Denoiser:
             if copy:
                 num_hidden = max(0, min(window.end, canvas.prompt_len) - window.start)
                 ids[:num_hidden] = [canvas.mask_id] * num_hidden
-            held = pages[copy * own : (copy + 1) * own]
             yield _Span(
                 window=None if copy else window,
                 token_ids=ids,
                 start=window.start,
                 num_keys=canvas.visible_end,
-                pages=held,
+                pages=window.seq.pages_of_copy(copy, self._runner.cache.page_size),
                 logit_rows=rows,
             )
 
