@@ -1,5 +1,5 @@
-"""A canvas between two engines: one computes its prompt, the other fills it in. The tokens are the published loop's, and
-the forwards are those of one engine but for the prompt's positions in the first of them.
+"""A canvas between two engines: one computes its prompt, the other fills it in. The tokens are the published loop's,
+and the forwards those of one engine but for the prompt's positions in the first of them.
 
 What stands between the engines here keeps what was sent and hands it on in pieces; the real streams are tested with the
 workers.
@@ -165,8 +165,10 @@ def test_tokens_and_forwards_are_the_published_loop_s(folder: Path, oracle: Llad
             assert (prompt_done.num_forwards, handed.num_rows) == (0, 0)
         else:
             assert prompt_done.num_forwards == 1
-            assert prompt_done.num_forwarded_tokens == wanted.forwards[0] == params.num_copies * (
-                len(ids) + handed.num_masks
+            assert (
+                prompt_done.num_forwarded_tokens
+                == wanted.forwards[0]
+                == params.num_copies * (len(ids) + handed.num_masks)
             )
         assert not pair.results[0][name].chunks, "the prefill engine says nothing"
         num_imported += handed.num_rows
