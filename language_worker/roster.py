@@ -225,12 +225,13 @@ class Roster:
 
     def grant_media(self) -> None:
         """Reserve input buffers, oldest first, and queue the requests that got theirs, or whose KV has all come."""
-        for ready, act in (
+        turns: list[tuple[Callable[[], list[ActiveRequest]], Callable[[ActiveRequest], None]]] = [
             (lambda: [self._by_order[order] for order in self._budget.grant()], self._admit_media),
             (self.handovers.grant, self._admit_kv),
             (self.handovers.take_complete, self._schedule),
             (self.handovers.take_passed_on, self.hand_over),
-        ):
+        ]
+        for ready, act in turns:
             for active in ready():
                 self.guarded(active, partial(act, active))
 
