@@ -29,9 +29,7 @@ def test_a_split_cluster_does_sums(ray_cluster: RayCluster) -> None:
     tree["model"]["path"] = str(DIFFUSION_MODEL_DIR)
     tree["language"].pop("max_model_len")
     bodies = [
-        chat_body(question, max_tokens=32, diffusion={"block_length": 8, **kind})
-        for question in SUMS
-        for kind in KINDS
+        chat_body(question, max_tokens=32, diffusion={"block_length": 8, **kind}) for question in SUMS for kind in KINDS
     ]
     with RayCluster(build_config(tree).resolve()) as cluster, Serving(cluster.url) as serving:
         with ThreadPoolExecutor(8) as pool:
