@@ -9,10 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels._native.limits import MIN_COLUMNS, SMALL_WEIGHTS
+from kernels._native.limits import HALVED_ROWS, MIN_COLUMNS, SMALL_WEIGHTS
 from kernels.dispatch import native
-
-ROWS = 2
 
 
 class HalvedMatrix:
@@ -43,7 +41,7 @@ class HalvedMatrix:
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`x @ weight.T + bias`: x [T, K] float32."""
-        quick = native("linear", x) if 0 < x.shape[0] <= ROWS else None
+        quick = native("linear", x) if 0 < x.shape[0] <= HALVED_ROWS else None
         if quick is None:
             return F.linear(x, self.full, bias)
         return quick.mixed_linear(x, self.half, bias)  # type: ignore[no-any-return]

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 import torch.nn.functional as F
 
-from kernels._native.limits import MAX_ROWS, MIN_COLUMNS, SMALL_WEIGHTS
+from kernels._native.limits import FEW_ROWS, MIN_COLUMNS, SMALL_WEIGHTS
 from kernels.dispatch import native
 from kernels.halved_matrix import HalvedMatrix
 from kernels.invariance import in_tiles, is_batch_invariant
@@ -34,7 +34,7 @@ def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) ->
 def _linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
     if not isinstance(weight, torch.Tensor):
         return weight.linear(x, bias)
-    if 0 < x.shape[0] <= MAX_ROWS and (x.dtype == torch.bfloat16 or weight.numel() > SMALL_WEIGHTS):
+    if 0 < x.shape[0] <= FEW_ROWS and (x.dtype == torch.bfloat16 or weight.numel() > SMALL_WEIGHTS):
         fits = weight.shape[0] >= MIN_COLUMNS and weight.is_contiguous()
         quick = native("linear", x, x.numel()) if fits else None
         if quick is not None:

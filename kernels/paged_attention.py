@@ -49,6 +49,7 @@ class AttentionBatch:
     _tiles: Any = None  # what the Triton path prepared
     _each: AttentionBatch | None = None  # the same queries, one by one
     _are_alone: bool = False
+    _short: tuple[_SmallWindows | None] | None = None  # all windows, where a C path may answer them
     _live: tuple[LivePages, AttentionBatch] | None = None  # over quantised pages: those in use, and the batch on them
 
     def prepare(
@@ -83,6 +84,16 @@ class AttentionBatch:
                 small=small,
             )
         return self._plans[window]
+
+    def short_windows(self, page_size: int, width: int) -> _SmallWindows | None:
+        """All windows for a C path, where all are short and few enough; width: numbers of all heads of a token. Raises
+        ValueError as `prepare` does."""
+        if max(self.query_lens, default=SHORT_WINDOW + 1) > SHORT_WINDOW:
+            return None
+        if self._short is None:
+            self.check(page_size)
+            self._short = (_SmallWindows.build(self, width),)
+        return self._short[0]
 
     def tiles(self, triton: ModuleType, q: torch.Tensor, page_size: int, heads_per_key: int) -> tuple[Any, Any]:
         """(tiles, shape) of the Triton path for all layers. Raises ValueError as `prepare` does."""

@@ -1,13 +1,14 @@
 /* Attention of short windows over pages: what a decode step asks for.
 
 Keys are read where they lie, a block of them at a time; a running maximum keeps the exponentials in range. The query
-heads that share a key head share its reading. */
+heads that share a key head share its reading: a number that is loaded serves all of them. */
 
 #ifndef FLOAT
 
-#include "common.h"
+#include "columns.h"
 
-#define BLOCK 64       /* keys whose scores are held at once */
+enum { BLOCK = 64, QUERIES = 8 }; /* keys whose scores are held at once, and queries that go together */
+enum { SERIAL_PRODUCTS = 1 << 19 }; /* up to which a second thread costs more than it brings */
 
 static int is_there(size query_len, size kv_len, size first_row, size tokens, const int64_t *pages, size room,
                     size page_size, size num_pages) {
@@ -17,6 +18,42 @@ static int is_there(size query_len, size kv_len, size first_row, size tokens, co
         if (pages[page] < 0 || pages[page] >= num_pages) return 0;
     return 1;
 }
+
+#ifdef WIDE_REGISTERS
+/* sums[q][first + i] += weights[q][j] * values[j][i] for up to `chunks` registers of i and `queries` queries. */
+#define MIX_TILE(name, type, load)                                                                                     \
+    static inline __attribute__((always_inline)) void mix_tile_##name(                                                 \
+        float weights[][BLOCK], const size queries, const type *values, size stride, size count, size left,            \
+        float sums[][MAX_HEAD_DIM], size first, const size chunks) {                                                   \
+        __m512 total[4][4];                                                                                            \
+        for (size n = 0; n < queries; n++)                                                                             \
+            for (size c = 0; c < chunks; c++) total[n][c] = up_to_16_floats(sums[n] + first + 16 * c, left - 16 * c);  \
+        for (size j = 0; j < count; j++) {                                                                             \
+            __m512 value[4];                                                                                           \
+            for (size c = 0; c < chunks; c++) value[c] = load(values + j * stride + 16 * c, left - 16 * c);            \
+            for (size n = 0; n < queries; n++)                                                                         \
+                for (size c = 0; c < chunks; c++)                                                                      \
+                    total[n][c] = _mm512_fmadd_ps(_mm512_set1_ps(weights[n][j]), value[c], total[n][c]);               \
+        }                                                                                                              \
+        for (size n = 0; n < queries; n++)                                                                             \
+            for (size c = 0; c < chunks; c++) {                                                                        \
+                size rest = left - 16 * c;                                                                             \
+                _mm512_mask_storeu_ps(sums[n] + first + 16 * c, (__mmask16)(rest >= 16 ? 0xffff : (1u << rest) - 1),   \
+                                      total[n][c]);                                                                    \
+            }                                                                                                          \
+    }                                                                                                                  \
+    static inline void mix_tiles_##name(float weights[][BLOCK], size queries, const type *values, size stride,         \
+                                        size count, size left, float sums[][MAX_HEAD_DIM], size first) {               \
+        size chunks = left > 48 ? 4 : (left + 15) / 16;                                                                \
+        MIX_CASES(name, 1) MIX_CASES(name, 2) MIX_CASES(name, 3) MIX_CASES(name, 4)                                    \
+    }
+#define MIX_CASE(name, n, c)                                                                                           \
+    if (queries == n && chunks == c) mix_tile_##name(weights, n, values, stride, count, left, sums, first, c);
+#define MIX_CASES(name, n) MIX_CASE(name, n, 1) MIX_CASE(name, n, 2) MIX_CASE(name, n, 3) MIX_CASE(name, n, 4)
+
+MIX_TILE(float32, float, up_to_16_floats)
+MIX_TILE(bfloat16, bfloat16, up_to_16_widened)
+#endif
 
 #define FLOAT(name) name##_float32
 #define real float
@@ -36,76 +73,75 @@ static int is_there(size query_len, size kv_len, size first_row, size tokens, co
 
 #else
 
-/* scores[j] = q . key j; keys lie `stride` numbers apart. */
-static inline void FLOAT(score)(const float *q, const real *keys, size stride, size count, size dim, float *scores) {
-    size j = 0;
-    for (; j + 4 <= count; j += 4) {
-        const real *k0 = keys + j * stride, *k1 = k0 + stride, *k2 = k1 + stride, *k3 = k2 + stride;
-        float a = 0, b = 0, c = 0, d = 0;
-#pragma omp simd reduction(+ : a, b, c, d)
-        for (size i = 0; i < dim; i++) {
-            a += q[i] * LOAD(k0[i]);
-            b += q[i] * LOAD(k1[i]);
-            c += q[i] * LOAD(k2[i]);
-            d += q[i] * LOAD(k3[i]);
+/* scores[q][j] = scale * (query q . key j); queries lie `dim` numbers apart, keys `stride`. */
+static inline void FLOAT(score)(const real *q, size queries, const real *keys, size stride, size count, size dim,
+                                float scale, float scores[QUERIES][BLOCK]) {
+    for (size j = 0; j < count; j += 4) {
+        const real *four[4];
+        float sums[4 * QUERIES] = {0};
+        for (size c = 0; c < 4; c++) four[c] = keys + (j + c < count ? j + c : count - 1) * stride;
+        FLOAT(columns)(q, dim, queries, four, dim, sums);
+        for (size n = 0; n < queries; n++)
+            for (size c = 0; c < 4; c++) scores[n][j + c] = sums[4 * n + c] * scale;
+    }
+}
+
+/* sums[q] += weights[q][j] * value j. */
+static inline void FLOAT(mix)(float weights[QUERIES][BLOCK], size queries, const real *values, size stride, size count,
+                              size dim, float sums[QUERIES][MAX_HEAD_DIM]) {
+#ifdef WIDE_REGISTERS
+    for (size first = 0; first < dim; first += 64)
+        for (size n = 0; n < queries; n += 4)
+            FLOAT(mix_tiles)(weights + n, queries - n < 4 ? queries - n : 4, values + first, stride, count,
+                             dim - first, sums + n, first);
+#else
+    for (size n = 0; n < queries; n++)
+        for (size j = 0; j < count; j++) {
+            const real *value = values + j * stride;
+#pragma omp simd
+            for (size i = 0; i < dim; i++) sums[n][i] += weights[n][j] * LOAD(value[i]);
         }
-        scores[j] = a, scores[j + 1] = b, scores[j + 2] = c, scores[j + 3] = d;
-    }
-    for (; j < count; j++) {
-        const real *key = keys + j * stride;
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (size i = 0; i < dim; i++) sum += q[i] * LOAD(key[i]);
-        scores[j] = sum;
-    }
+#endif
 }
 
-/* sums += weights[j] * value j. */
-static inline void FLOAT(mix)(const float *weights, const real *values, size stride, size count, size dim,
-                              float *sums) {
-    size j = 0;
-    for (; j + 4 <= count; j += 4) {
-        const real *v0 = values + j * stride, *v1 = v0 + stride, *v2 = v1 + stride, *v3 = v2 + stride;
-        float a = weights[j], b = weights[j + 1], c = weights[j + 2], d = weights[j + 3];
-#pragma omp simd
-        for (size i = 0; i < dim; i++)
-            sums[i] += (a * LOAD(v0[i]) + b * LOAD(v1[i])) + (c * LOAD(v2[i]) + d * LOAD(v3[i]));
+/* Some queries of heads that share a key head. */
+static void FLOAT(one_key_head)(const real *q, size queries, const real *keys, const real *values,
+                                const int64_t *pages, size page_size, size stride, size dim, size first_key,
+                                size num_keys, float scale, real *out) {
+    float scores[QUERIES][BLOCK], sums[QUERIES][MAX_HEAD_DIM], highest[QUERIES], total[QUERIES];
+    for (size n = 0; n < queries; n++) {
+        highest[n] = -INFINITY, total[n] = 0;
+        memset(sums[n], 0, sizeof(float) * dim);
     }
-    for (; j < count; j++) {
-        const real *value = values + j * stride;
-#pragma omp simd
-        for (size i = 0; i < dim; i++) sums[i] += weights[j] * LOAD(value[i]);
-    }
-}
-
-static void FLOAT(one_head)(const float *q, const real *keys, const real *values, const int64_t *pages,
-                            size page_size, size stride, size dim, size first_key, size num_keys, real *out) {
-    float scores[BLOCK], sums[MAX_HEAD_DIM];
-    float highest = -INFINITY, total = 0;
-    memset(sums, 0, sizeof(float) * dim);
     for (size page = first_key / page_size, start = first_key; start < num_keys; page++)
         for (size in_page = start % page_size; in_page < page_size && start < num_keys;) {
             size count = num_keys - start < page_size - in_page ? num_keys - start : page_size - in_page;
             count = count < BLOCK ? count : BLOCK;
             size place = (pages[page] * page_size + in_page) * stride;
-            FLOAT(score)(q, keys + place, stride, count, dim, scores);
-            float before = highest;
-            for (size j = 0; j < count; j++) highest = scores[j] > highest ? scores[j] : highest;
-            float shrink = exponential(before - highest), block_total = 0;
+            FLOAT(score)(q, queries, keys + place, stride, count, dim, scale, scores);
+            for (size n = 0; n < queries; n++) {
+                float *weights = scores[n], before = highest[n], block_total = 0, most = before;
+#pragma omp simd reduction(max : most)
+                for (size j = 0; j < count; j++) most = weights[j] > most ? weights[j] : most;
+                highest[n] = most;
 #pragma omp simd reduction(+ : block_total)
-            for (size j = 0; j < count; j++) {
-                scores[j] = exponential(scores[j] - highest);
-                block_total += scores[j];
+                for (size j = 0; j < count; j++) {
+                    weights[j] = exponential(weights[j] - most);
+                    block_total += weights[j];
+                }
+                float shrink = exponential(before - most);
+                total[n] = total[n] * shrink + block_total;
+                if (shrink != 1)
+                    for (size i = 0; i < dim; i++) sums[n][i] *= shrink;
             }
-            total = total * shrink + block_total;
-            if (shrink != 1)
-                for (size i = 0; i < dim; i++) sums[i] *= shrink;
-            FLOAT(mix)(scores, values + place, stride, count, dim, sums);
+            FLOAT(mix)(scores, queries, values + place, stride, count, dim, sums);
             in_page += count;
             start += count;
         }
-    float inverse = 1.0f / total;
-    for (size i = 0; i < dim; i++) out[i] = STORE(sums[i] * inverse);
+    for (size n = 0; n < queries; n++) {
+        float inverse = 1.0f / total[n];
+        for (size i = 0; i < dim; i++) out[n * dim + i] = STORE(sums[n][i] * inverse);
+    }
 }
 
 /* windows: query lengths, key lengths and first rows of all sequences. reach: how many of its last keys a query sees, 0
@@ -113,26 +149,28 @@ static void FLOAT(one_head)(const float *q, const real *keys, const real *values
 size FLOAT(paged_attention)(const real *q, size q_stride, size tokens, const real *k_cache, const real *v_cache,
                             size num_pages, const int64_t *page_table, size table_stride, const int64_t *windows,
                             size sequences, size heads, size kv_heads, size dim, size page_size, size reach,
-                            float scale, real *out) {
+                            float scale, real *out, size threads) {
     const int64_t *query_lens = windows, *kv_lens = windows + sequences, *query_start = kv_lens + sequences;
-    size share = heads / kv_heads;
-    float scaled[MAX_HEAD_DIM];
-    for (size s = 0; s < sequences; s++)
+    size share = heads / kv_heads, work = 0;
+    for (size s = 0; s < sequences; s++) {
         if (!is_there(query_lens[s], kv_lens[s], query_start[s], tokens, page_table + s * table_stride, table_stride,
                       page_size, num_pages))
             return s;
+        work += query_lens[s] * kv_lens[s] * heads * dim;
+    }
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads) if (threads > 1 && work > SERIAL_PRODUCTS)
     for (size s = 0; s < sequences; s++)
-        for (size n = 0; n < query_lens[s]; n++) {
-            size row = query_start[s] + n, num_keys = kv_lens[s] - query_lens[s] + n + 1;
-            size first_key = reach && reach < num_keys ? num_keys - reach : 0;
-            for (size h = 0; h < heads; h++) {
-                const real *query = q + row * q_stride + h * dim;
-                for (size i = 0; i < dim; i++) scaled[i] = LOAD(query[i]) * scale;
-                FLOAT(one_head)(scaled, k_cache + h / share * dim, v_cache + h / share * dim,
-                                page_table + s * table_stride, page_size, kv_heads * dim, dim, first_key, num_keys,
-                                out + (row * heads + h) * dim);
+        for (size h = 0; h < kv_heads; h++)
+            for (size n = 0; n < query_lens[s]; n++) {
+                size row = query_start[s] + n, num_keys = kv_lens[s] - query_lens[s] + n + 1;
+                size first_key = reach && reach < num_keys ? num_keys - reach : 0;
+                for (size first = 0; first < share; first += QUERIES) {
+                    size head = h * share + first, queries = share - first < QUERIES ? share - first : QUERIES;
+                    FLOAT(one_key_head)(q + row * q_stride + head * dim, queries, k_cache + h * dim, v_cache + h * dim,
+                                        page_table + s * table_stride, page_size, kv_heads * dim, dim, first_key,
+                                        num_keys, scale, out + (row * heads + head) * dim);
+                }
             }
-        }
     return -1;
 }
 

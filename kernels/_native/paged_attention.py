@@ -11,7 +11,7 @@ from kernels._native.limits import MAX_HEAD_DIM
 _PAGED_ATTENTION = functions(
     "paged_attention",
     POINTER, SIZE, SIZE, POINTER, POINTER, SIZE, POINTER, SIZE, POINTER, SIZE, SIZE, SIZE, SIZE, SIZE, SIZE, REAL,
-    POINTER,
+    POINTER, SIZE,
     returns=SIZE, takes_long=True,
 )  # fmt: skip
 
@@ -39,7 +39,7 @@ def paged_attention(
     refused = _PAGED_ATTENTION[q.dtype](
         q.data_ptr(), q.stride(0), tokens, k_cache.data_ptr(), v_cache.data_ptr(), num_pages, page_table.data_ptr(),
         page_table.shape[1], windows.data_ptr(), len(page_table), heads, kv_heads, dim, page_size, reach,
-        scale, out.data_ptr(),
+        scale, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if refused >= 0:
         raise ValueError(

@@ -7,21 +7,23 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 
 from kernels.activation import swiglu
+from kernels.decoder_layers import DecoderLayers
 from kernels.invariance import tile_rows
 from kernels.linear import Weight, linear
 from kernels.quantised_matrix import Quantization
 from kernels.quantised_pages import LayerCache
+from kernels.rotary import RotaryTable
 from language_worker.errors import MediaMismatch, ModelNotSupported
 from language_worker.models.base import LanguageModel, ModelSpec, PromptPositions, StepInputs
 from language_worker.models.feed_forward import ExpertMLP
-from language_worker.models.layers import BlockShape, DecoderBlock, RotaryPositions, run_blocks
+from language_worker.models.layers import BlockShape, DecoderBlock, RotaryPositions, run_blocks, whole_layers
 from transfer.checkpoint import Checkpoint, check_checkpoint, load_checkpoint
 from transfer.checkpoint_rules import Rule
 
@@ -146,8 +148,23 @@ class Decoder(RuledModel):
         for span in inputs.media:
             hidden.index_copy_(0, span.targets, span.rows)
         rotary = self.rotary.table(inputs.positions)
-        rows = run_blocks(self.blocks, hidden, self.final_norm, rotary, caches, inputs)
+        rows = self._in_one_call(hidden, rotary, caches, inputs)
+        if rows is None:
+            rows = run_blocks(self.blocks, hidden, self.final_norm, rotary, caches, inputs)
         return linear(rows, self.head)
+
+    @cached_property
+    def _whole_layers(self) -> DecoderLayers | None:
+        return whole_layers(self.blocks)
+
+    def _in_one_call(
+        self, hidden: torch.Tensor, rotary: RotaryTable, caches: Sequence[LayerCache], inputs: StepInputs
+    ) -> torch.Tensor | None:
+        """What `run_blocks` returns, where one call can do it; otherwise None, with nothing touched."""
+        if self._whole_layers is None or any(span.deeper for span in inputs.media):
+            return None
+        rows = self._whole_layers.forward(hidden, self.final_norm, rotary, caches, inputs.slots, inputs.attention)
+        return rows if rows is None or inputs.logit_rows is None else rows.index_select(0, inputs.logit_rows)
 
 
 def read_size(text: Mapping[str, Any], name: str) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from kernels.attention_mask import CAUSAL, AttentionMask
+from kernels.decoder_layers import DecoderLayers, LayerWeights
 from kernels.linear import Weight, linear
 from kernels.norm import add_rms_norm, rms_norm, rms_norm_heads
 from kernels.paged_attention import AttentionBatch, paged_attention
@@ -121,6 +122,25 @@ class DecoderBlock:
         optional = {"qkv.bias": self.qkv_bias, "o.bias": self.o_bias, "qk_norm.weight": self.qk_norm}
         return named | {f"{prefix}.{name}": tensor for name, tensor in optional.items() if tensor is not None}
 
+    def weights(self) -> LayerWeights | None:
+        """What a step through all layers in one call reads of this one; None where it has parts that such a step does
+        not know."""
+        window, causal = self.shape.mask.window, AttentionMask(window=self.shape.mask.window)
+        if not isinstance(self.mlp, GatedMLP) or self.shape.mask != causal:
+            return None
+        return LayerWeights(
+            input_norm=self.input_norm,
+            qkv=self.qkv,
+            qkv_bias=self.qkv_bias,
+            qk_norm=self.qk_norm,
+            o=self.o,
+            o_bias=self.o_bias,
+            post_norm=self.post_norm,
+            gate_up=self.mlp.gate_up,
+            down=self.mlp.down,
+            window=window,
+        )
+
     def forward(
         self,
         normed: torch.Tensor,
@@ -157,6 +177,17 @@ def _add_deeper(residual: torch.Tensor, media: Sequence[MediaSpan], layer: int) 
     for span in media:
         if layer < len(span.deeper):
             residual.index_add_(0, span.targets, span.deeper[layer])
+
+
+def whole_layers(blocks: Sequence[DecoderBlock]) -> DecoderLayers | None:
+    """The filled blocks as one op, where they can be."""
+    layers = [weights for block in blocks if (weights := block.weights()) is not None]
+    shape = blocks[0].shape
+    if len(layers) < len(blocks):
+        return None
+    return DecoderLayers(
+        layers, num_heads=shape.num_heads, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim, eps=shape.eps
+    )
 
 
 def run_blocks(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import kernels._native.linear
 import kernels.linear
-from kernels._native.limits import MAX_ROWS
+from kernels._native.limits import FEW_ROWS, MAX_ROWS
 from kernels.dispatch import Path, forced, has_native
 from kernels.halved_matrix import HalvedMatrix, halved
 from kernels.linear import linear
@@ -80,11 +80,11 @@ def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("columns", [5, 27, 261])
 def test_a_large_matrix_is_read_by_all_threads(columns: int, dtype: torch.dtype, threads: int) -> None:
     """Also where a thread would have fewer than four columns; a sum does not depend on which thread had it."""
-    x, bias = _draw(0, MAX_ROWS, 700, dtype=dtype), _draw(1, columns, dtype=dtype)
+    x, bias = _draw(0, FEW_ROWS, 700, dtype=dtype), _draw(1, columns, dtype=dtype)
     weight = _draw(2, columns, 700, dtype=dtype)
     numbers, scales = quantise_weight_int8(weight.float())
     exact = numbers.double() * scales.double()[:, None]
-    for num_rows in (1, 2, MAX_ROWS):
+    for num_rows in (1, 2, FEW_ROWS):
         rows = x[:num_rows]
         for own in (None, bias):
             offset = 0 if own is None else own.double()
@@ -246,3 +246,22 @@ def test_small_groups_serve_where_large_ones_do_not_divide() -> None:
         matrix.copy_(_draw(0, 2, inputs))
         assert matrix.group_size == group_size
         assert bool(unpack_int4(matrix.numbers, matrix.scales, torch.float32).isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_odd_rows_of_8_bit_products_change_no_other_row(dtype: torch.dtype) -> None:
+    """Rows of zeros, of numbers near the smallest, far apart, and not finite."""
+    numbers, scales = quantise_weight_int8(_draw(0, 9, 100))
+    x = _draw(1, 6, 100).to(dtype)
+    x[0], x[1] = 0, x[1] * 1e-37
+    x[2, 5] *= 1e4
+    oracle = x.double() @ (numbers.double() * scales.double()[:, None]).T
+    with forced("native"):
+        plain = int8_linear(x, numbers, scales)
+        assert torch.equal(plain[0], torch.zeros_like(plain[0]))
+        assert_matches(plain[1:2] * 1e37, oracle[1:2] * 1e37, reduced=100)
+        assert_matches(plain[2:3] / 1e4, oracle[2:3] / 1e4, reduced=100)
+        assert_matches(plain[3:], oracle[3:], reduced=100)
+        x[0, 3], x[4, 7] = torch.inf, torch.nan
+        odd = int8_linear(x, numbers, scales)
+    assert not odd[[0, 4]].isfinite().any() and torch.equal(odd[[1, 2, 3, 5]], plain[[1, 2, 3, 5]])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kernels._native import linear, norm, paged_attention, pages, rotary, selective_scan
+from kernels._native.limits import MAX_ROWS
 from kernels.dispatch import forced
 from kernels.pages import write_pages
 
@@ -99,7 +100,7 @@ WRONG: list[tuple[str, str, torch.Tensor]] = [
     ("linear", "weight", _of(6, 9, dtype=HALF)),
     ("linear", "weight", _of(8, 6, dtype=HALF).T),
     ("linear", "weight", _of(3, 8, dtype=HALF)),
-    ("linear", "x", _of(17, 8, dtype=HALF)),
+    ("linear", "x", _of(MAX_ROWS + 1, 8, dtype=HALF)),
     ("linear", "bias", _of(6)),
     ("linear", "bias", _of(5, dtype=HALF)),
     ("mixed_linear", "weight", _of(6, 8)),
