@@ -212,10 +212,10 @@ class ClusterConfig:
                 "language.draft_model is set, and a draft model's KV is not handed from prefill to decode workers; use "
                 "language workers, or decode_strategy 'speculative' without a draft model"
             )
-        if self.workers.is_split and fills_masks(folder, language.config_overrides):
+        if language.preemption == "swap" and fills_masks(folder, language.config_overrides):
             raise ConfigError(
-                f"{folder} is a model that fills in masks and has no final KV to hand from prefill to decode workers; "
-                "use language workers"
+                f"language.preemption is 'swap', and {folder} is a model that fills in masks: a canvas that has begun "
+                "holds all its pages and is never preempted; use 'recompute'"
             )
         if language.quantization == "none":
             language = dataclasses.replace(language, quantization=model.quantization)

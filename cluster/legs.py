@@ -70,8 +70,14 @@ class Bodies:
         }
 
     def _prefill(self, decode: WorkerAddress) -> dict[str, Any]:
-        wanted = self._request.sampling.prompt_logprobs
-        sampling = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, prompt_logprobs=wanted)
+        asked = self._request.sampling
+        sampling = SamplingParams(
+            max_tokens=asked.max_tokens,  # a prompt before masks is computed with them
+            temperature=0.0,
+            ignore_eos=True,
+            prompt_logprobs=asked.prompt_logprobs,
+            diffusion=asked.diffusion,
+        )
         body = self._generate(sampling, self._ticket, self._request.return_logits)
         return {**body, "kv_ticket": self._kv_ticket, "receiver": _reached_at(decode)}
 

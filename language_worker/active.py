@@ -81,8 +81,8 @@ class Sample:
 class ActiveRequest:
     """A request inside the engine. order: its age. samples: empty until its prompt is known and its rows reserved.
 
-    export: where the KV of its prompt goes. imports_kv: that KV comes from another engine; `arriving` are the rows as
-    they come, `header` says what they are, and `imported` is what was made of them.
+    export: where the KV of its prompt goes; of its answer nothing is wanted. imports_kv: that KV comes from another
+    engine; `arriving` are the rows as they come, `header` says what they are, and `imported` is what was made of them.
     """
 
     request: GenerateRequest
@@ -111,12 +111,22 @@ class ActiveRequest:
     is_counted: bool = False  # its prompt, in the totals
 
     @property
+    def num_media_rows(self) -> int:
+        return sum(item.rows for item in self.items or ())
+
+    @property
     def wants_prompt_logits(self) -> bool:
         return self.request.return_logits or self.request.sampling.prompt_logprobs is not None
 
     @property
     def is_done(self) -> bool:
         return bool(self.samples) and all(sample.is_done for sample in self.samples)
+
+    @property
+    def has_nothing_to_compute(self) -> bool:
+        """It passes its media on, and no KV."""
+        canvas = self.samples[0].seq.canvas
+        return canvas is not None and canvas.can_hand_over
 
     @property
     def num_forwards(self) -> tuple[int, int]:
@@ -193,7 +203,7 @@ class ActiveRequest:
         if spec.mask_token_id is not None:
             max_tokens = answer_length(params, len(self.prompt), max_model_len)
         else:
-            limit = max_model_len - len(self.prompt)
+            limit = 1 if self.export is not None else max_model_len - len(self.prompt)
             max_tokens = limit if params.max_tokens is None else min(params.max_tokens, limit)
         if self.wants_prompt_logits:
             self.collector = PromptCollector(
@@ -264,4 +274,6 @@ class ActiveRequest:
             stop_ids=(*eos_ids, *params.stop_token_ids),
             min_tokens=params.min_tokens,
             needs_prompt_pass=self.wants_prompt_logits and index == 0,
+            is_exported=self.export is not None,
+            has_prompt_kv=self.imported is not None and self.imported.num_tokens > 0,
         )

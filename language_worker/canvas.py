@@ -9,6 +9,10 @@ good enough to be used. All values, no tensors; a failed step changes nothing he
 
 Once the open block has no masks, its tokens leave and the next begins. A block may end before: nothing behind a token
 that ends the output is ever seen, so it is done when everything up to the first such token is filled.
+
+Where one engine computes prompts and another fills in masks, the first computes the canvas as it is at its beginning
+and hands over what that leaves of the prompt (`PromptKV`). The second computes all but the prompt in its first step,
+and then is where it would be if it had computed everything.
 """
 
 from collections.abc import Collection, Sequence
@@ -64,16 +68,36 @@ class BlockPlan:
         return cls(length=length, block_length=block_length, steps=tuple(each + (i < rest) for i in range(num_blocks)))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptKV:
+    """What goes from the engine that computes a canvas' prompt to the one that fills it in: `num_rows` of keys and
+    values, computed in sight of `num_masks` behind the prompt. The policy `none` uses nothing again: nothing goes."""
+
+    num_rows: int = 0
+    num_masks: int = 0
+
+    @classmethod
+    def of(cls, params: DiffusionParams, prompt_len: int, length: int) -> "PromptKV":
+        """For a canvas of `length` masks. Raises as `BlockPlan.of` does."""
+        plan = BlockPlan.of(params, length)
+        if params.kv_policy == "none":
+            return cls()
+        num_masks = length if params.canvas == "full" else plan.block_length
+        return cls(num_rows=prompt_len * params.num_copies, num_masks=num_masks)
+
+
 class Canvas:
     """prompt: its token ids. length: masks behind it. stop_ids: tokens that end the output once `min_tokens` are there.
+    is_exported: its prompt's KV is for another engine, and nothing is filled in here. has_prompt_kv: it came from one.
 
     block, start, end: which block is open and where it lies. step: steps that it has had. num_forwards, num_forwarded:
     forwards so far and the query positions in them.
     """
 
     __slots__ = (
-        "_fills", "_min_tokens", "_plan", "_stop_ids", "block", "end", "mask_id", "needs_prompt_pass", "num_forwarded",
-        "num_forwards", "params", "prompt_len", "start", "step", "tokens",
+        "_fills", "_is_fresh", "_min_tokens", "_plan", "_stop_ids", "block", "end", "is_exported", "mask_id",
+        "needs_prompt_pass", "num_forwarded", "num_forwards", "params", "prompt_kv", "prompt_len", "start", "step",
+        "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -86,12 +110,17 @@ class Canvas:
         stop_ids: Collection[int] = (),
         min_tokens: int = 0,
         needs_prompt_pass: bool = False,
+        is_exported: bool = False,
+        has_prompt_kv: bool = False,
     ) -> None:
         self.params = params
         self.mask_id = mask_id
         self.prompt_len = len(prompt)
         self.tokens = [*prompt, *[mask_id] * length]
         self.needs_prompt_pass = needs_prompt_pass
+        self.prompt_kv = PromptKV.of(params, len(prompt), length)
+        self.is_exported = is_exported
+        self._is_fresh = has_prompt_kv  # the prompt's KV is that of the canvas as it stands
         self.num_forwards = self.num_forwarded = 0
         self._plan = BlockPlan.of(params, length)
         self._stop_ids = frozenset(stop_ids)
@@ -100,8 +129,17 @@ class Canvas:
 
     @property
     def num_copies(self) -> int:
-        """Versions of the canvas that are computed side by side: guidance needs one without the prompt."""
-        return 2 if self.params.cfg_scale else 1
+        return self.params.num_copies
+
+    @property
+    def fills_next(self) -> bool:
+        """Whether the next step replaces masks."""
+        return not self.needs_prompt_pass and not self.is_exported
+
+    @property
+    def can_hand_over(self) -> bool:
+        """Everything that another engine needs of it is computed."""
+        return self.is_exported and not self.needs_prompt_pass and (self._is_fresh or not self.prompt_kv.num_rows)
 
     @property
     def visible_end(self) -> int:
@@ -118,9 +156,9 @@ class Canvas:
 
     def query_range(self) -> tuple[int, int]:
         """Positions that the next step computes."""
-        if self.needs_prompt_pass or self.is_refresh:
+        if self.needs_prompt_pass or (self.is_refresh and not self._is_fresh):
             return 0, self.visible_end
-        if self.params.kv_policy == "prefix":
+        if self.is_refresh or self.params.kv_policy == "prefix":
             return self.start, self.visible_end
         reach = self.params.vicinity
         return max(0, self.start - reach), min(self.visible_end, self.end + reach)
@@ -153,6 +191,9 @@ class Canvas:
         self.num_forwarded += num_forwarded
         if self.needs_prompt_pass:
             self.needs_prompt_pass = False
+            return
+        self._is_fresh = self.is_exported
+        if self.is_exported:
             return
         self.step += 1
         for fill in fills:

@@ -114,6 +114,8 @@ class Delivery:
         """The prompt is computed: the call ends once its KV is where it goes, or cannot get there."""
         call = self._calls[done.request_id]
         body = {"prefill_ms": done.total_ms, "prefill_preemptions": done.num_preemptions}
+        if done.num_forwards:
+            body |= {"prefill_forwards": done.num_forwards, "prefill_forwarded_tokens": done.num_forwarded_tokens}
         self._streams.end(done.request_id)
 
         def on_over(error: KVStreamFailed | None) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 
@@ -85,10 +86,8 @@ class Denoiser:
 
     def _spans(self, window: Window) -> Iterator[_Span]:
         """The canvas as it is, and with guidance once more with its prompt hidden."""
-        canvas, pages = _canvas(window), window.seq.pages
-        size = self._runner.cache.page_size
-        own = -(-window.seq.max_len // size)  # pages of one copy
-        rows: range | list[int] = range(window.length)  # of the prompt, all
+        canvas = _canvas(window)
+        rows: range | list[int] = range(window.length if canvas.needs_prompt_pass else 0)  # of the prompt, all or none
         if window.samples:
             rows = [position - window.start for position in canvas.open_positions()]
         for copy in range(window.num_copies):
@@ -96,46 +95,38 @@ class Denoiser:
             if copy:
                 num_hidden = max(0, min(window.end, canvas.prompt_len) - window.start)
                 ids[:num_hidden] = [canvas.mask_id] * num_hidden
-            held = pages[copy * own : (copy + 1) * own]
             yield _Span(
                 window=None if copy else window,
                 token_ids=ids,
                 start=window.start,
                 num_keys=canvas.visible_end,
-                pages=held,
+                pages=window.seq.pages_of_copy(copy, self._runner.cache.page_size),
                 logit_rows=rows,
             )
 
     def _logits(self, spans: Sequence[_Span]) -> torch.Tensor:
         """Rows asked for, span after span."""
         size, device = self._runner.cache.page_size, self._runner.device
-        starts: list[int] = []
         rows: list[int] = []
         positions, slots, total = [], [], 0
-        tables = [span.pages[: -(-span.num_keys // size)] for span in spans]
-        for span, table in zip(spans, tables, strict=True):
+        attention = _attention([(span, len(span.token_ids)) for span in spans], size)
+        for span in spans:
             own = torch.arange(span.start, span.start + len(span.token_ids))
             positions.append(own)
-            slots.append(torch.tensor(table)[own // size] * size + own % size)
+            slots.append(torch.tensor(span.pages)[own // size] * size + own % size)
             rows.extend(total + row for row in span.logit_rows)
-            starts.append(total)
             total += len(own)
-        width = max(map(len, tables))
-        attention = AttentionBatch(
-            page_table=torch.tensor([table + [0] * (width - len(table)) for table in tables]),
-            query_lens=[len(span.token_ids) for span in spans],
-            kv_lens=[span.num_keys for span in spans],
-            query_start=starts,
-        )
+        asking = [(span, len(span.logit_rows)) for span in spans if span.logit_rows]
         inputs = StepInputs(
             token_ids=torch.tensor([token_id for span in spans for token_id in span.token_ids]).to(device),
             positions=torch.cat(positions).to(device),
             slots=torch.cat(slots).to(device),
             attention=attention,
             media=self._runner.media_spans(
-                [(span.window, first) for span, first in zip(spans, starts, strict=True) if span.window is not None]
+                [(span.window, first) for span, first in zip(spans, attention.query_start, strict=True) if span.window]
             ),
             logit_rows=None if len(rows) == total else torch.tensor(rows, dtype=torch.int64).to(device),
+            last_attention=_attention(asking, size) if asking else None,
         )
         return self._runner.forward(inputs)
 
@@ -175,6 +166,18 @@ class Denoiser:
             return None
         logits = candidates.logits[row].float()
         return token_logprob(logits, candidates.token_ids[row], state.num_top, self._num_token_ids)
+
+
+def _attention(asking: Sequence[tuple[_Span, int]], page_size: int) -> AttentionBatch:
+    """So many queries of each span, whichever they are: every key of a canvas is seen by all."""
+    tables = [span.pages[: -(-span.num_keys // page_size)] for span, _ in asking]
+    width, query_lens = max(map(len, tables)), [count for _, count in asking]
+    return AttentionBatch(
+        page_table=torch.tensor([table + [0] * (width - len(table)) for table in tables]),
+        query_lens=query_lens,
+        kv_lens=[span.num_keys for span, _ in asking],
+        query_start=[0, *accumulate(query_lens)][:-1],
+    )
 
 
 def _canvas(window: Window) -> Canvas:

@@ -100,6 +100,11 @@ class DiffusionParams:
         if self.kv_policy != "dual" and self.vicinity:
             raise InvalidRequest("diffusion.vicinity belongs to kv_policy 'dual'; leave it out")
 
+    @property
+    def num_copies(self) -> int:
+        """Versions of a canvas that are computed side by side: guidance needs one without the prompt."""
+        return 2 if self.cfg_scale else 1
+
     def to_body(self) -> dict[str, Any]:
         """Plain map for the wire."""
         return asdict(self)

@@ -255,10 +255,13 @@ class Engine:
                 self._serve(window.seq.key, served, now)
 
     def _export(self, seq: TokenSequence) -> None:
-        """Send what became final of a prompt whose KV is for another engine."""
+        """Send what became final of a prompt whose KV is for another engine; of a canvas, all at once."""
         active = self._roster.active_of(seq.key)
         export = active.export
-        if export is not None:
+        if export is not None and seq.canvas is not None:
+            if seq.canvas.can_hand_over:
+                self._roster.guarded(active, lambda: self._hand_over(active, seq, export))
+        elif export is not None:
             self._roster.guarded(
                 active,
                 lambda: export.advance(
@@ -267,6 +270,12 @@ class Engine:
                     lambda: {} if self.spec.state is None else self.runner.export_state(seq),
                 ),
             )
+
+    def _hand_over(self, active: ActiveRequest, seq: TokenSequence, export: KVExport) -> None:
+        """A canvas was computed as it is at its beginning: that is all that is wanted here."""
+        assert seq.canvas is not None
+        export.advance(seq.canvas.prompt_kv.num_rows, lambda start, end: self.runner.export_rows(seq, start, end))
+        self._roster.hand_over(active)
 
     def _preview(self, window: Window) -> None:
         """Show the block that a canvas' step leaves, if its request asked for that."""

@@ -6,7 +6,7 @@ The only place of this half that resolves "auto". Knows no transport.
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ from language_worker.drafter import Drafter
 from language_worker.engine import Engine
 from language_worker.errors import ModelNotSupported
 from language_worker.handover.identity import kv_identity
-from language_worker.handover.rows import state_rows
+from language_worker.handover.rows import media_rows, state_rows
 from language_worker.lora import AdaptedCheckpoint
 from language_worker.models import open_model, resolve_model
 from language_worker.models.base import LanguageModel, ModelSpec
 from language_worker.models.decoder import Decoder
+from language_worker.models.windows import kept_by_all
 from language_worker.page_pool import PagePool
 from language_worker.prefix_cache import DIGEST_BYTES, PrefixCache
 from language_worker.roster import EngineLimits
@@ -74,7 +75,9 @@ def build_engine(
         return create_runner(model, config, size, (dtype, kv_dtype), device, tile_rows)
 
     runner = runner_of(model, _tile_rows(model, device) if config.batch_invariant else 0)
-    kv_window = _kv_window([model, *([] if draft_model is None else [draft_model])])
+    num_positions = size.num_pages * config.page_size
+    models = [model, *([] if draft_model is None else [draft_model])]  # over the same pages
+    kv_window = kept_by_all(tuple(one.spec.kv.window for one in models))
     scheduler = _scheduler(config, model.spec, size, _cache_root(checkpoint, dtype, config.page_size), kv_window)
     return Engine(
         runner=runner,
@@ -90,7 +93,9 @@ def build_engine(
             input_buffer_tokens=input_buffer_tokens,
             max_logits_bytes=config.max_logits_bytes,
             kv_buffer_tokens=config.kv_buffer_tokens
-            or size.num_pages * config.page_size + config.max_num_seqs * state_rows(model.spec, kv_dtype),
+            or num_positions
+            + config.max_num_seqs * state_rows(model.spec, kv_dtype)
+            + media_rows(model.spec, dtype, kv_dtype, num_positions),
         ),
         dtype=dtype,
         clock=clock,
@@ -147,13 +152,6 @@ def _tile_rows(model: LanguageModel, device: torch.device) -> int:
             f"batch_invariant is served for dense decoders on the CPU, not for {type(model).__name__} on {device.type}"
         )
     return model.tile_rows()
-
-
-def _kv_window(models: Sequence[LanguageModel]) -> int:
-    """How many of its last keys a query sees in whichever layer of all models over the same pages; 0 where one sees
-    all."""
-    windows = [model.spec.kv.window for model in models]
-    return max(windows) if all(windows) else 0
 
 
 def _scheduler(config: EngineConfig, spec: ModelSpec, size: CacheSize, root: bytes, kv_window: int) -> Scheduler:
@@ -265,11 +263,17 @@ def resolve_dtype(name: str, checkpoint: Checkpoint, device: torch.device | None
 
 
 def resolve_kv_dtype(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype) -> torch.dtype:
-    """What keys and values are stored in. ModelNotSupported for a model whose KV is not kept in 8 bits."""
+    """What keys and values are stored in. ModelNotSupported for a model whose KV is not kept in 8 bits, or not apart
+    from the cache."""
     if config.kv_cache_dtype != "auto" and spec.decode_strategy == "block_diffusion":
         raise ModelNotSupported(
             f"kv_cache_dtype {config.kv_cache_dtype!r} is not served for models that fill in masks, whose KV is "
             "computed again and again; use 'auto'"
+        )
+    if config.preemption == "swap" and spec.decode_strategy == "block_diffusion":
+        raise ModelNotSupported(
+            "preemption 'swap' has no effect for models that fill in masks, which are never preempted once they have "
+            "begun; use 'recompute'"
         )
     if spec.state is not None and (config.kv_cache_dtype != "auto" or config.preemption == "swap"):
         raise ModelNotSupported(
@@ -311,7 +315,7 @@ def resolve_cache(
             "raise kv_cache_tokens or kv_cache_bytes, or lower max_model_len"
         )
     num_swap_pages = 0
-    if config.preemption == "swap" and spec.decode_strategy != "block_diffusion":  # those are never preempted
+    if config.preemption == "swap":
         num_swap_pages = -(-config.swap_tokens // config.page_size) or num_pages
     return CacheSize(num_pages=num_pages, max_model_len=max_model_len, num_swap_pages=num_swap_pages)
 

@@ -146,7 +146,7 @@ class PageKeeper:
             self._copies[fresh[0]] = self._copies.get(prefix.partial, prefix.partial)
         seq.pages = [*prefix.pages, *fresh]
         seq.first_page = prefix.first_page
-        seq.kv_len = prefix.num_tokens
+        seq.kv_len = 0 if seq.canvas is not None else prefix.num_tokens  # of a canvas nothing is final
         if self.states is not None:
             self.states.start(seq, donor=prefix.donor, imported=seq.imported if prefix.is_imported else None)
         if self.cache is not None:
@@ -201,9 +201,9 @@ class PageKeeper:
 
     def put_aside(self, seq: Sequence) -> None:
         """Let go of the pages of a sequence that is preempted; what is final in them is kept in host memory, if that is
-        wanted and there is room. Pages that were yet to be filled from elsewhere can be filled so again."""
-        is_pending = seq.key in self._imports or not self._copies.keys().isdisjoint(seq.pages)
-        if self.swap is not None and not self.swap.withdraw(seq.key) and not is_pending:
+        wanted and there is room. By then they hold it: what a plan begins is filled with that plan."""
+        assert seq.key not in self._imports and self._copies.keys().isdisjoint(seq.pages), "preempted while it begins"
+        if self.swap is not None:
             first, end = self.first_seen_page(seq.kv_len), self.pages_for(seq.kv_len)
             pages = seq.pages[first - seq.first_page : end - seq.first_page]
             self.swap.put(seq.key, pages, first_page=first, num_tokens=seq.kv_len)

@@ -174,6 +174,11 @@ class Sequence:
         """Every input that is still needed has arrived."""
         return self.ready_len == len(self.tokens)
 
+    def pages_of_copy(self, copy: int, page_size: int) -> list[int]:
+        """Pages of one version of its canvas, which begins on a page of its own."""
+        own = -(-self.max_len // page_size)
+        return self.pages[copy * own : (copy + 1) * own]
+
     def media_rows(self, start: int, end: int) -> tuple[int, int]:
         """Range of media rows that belong to token positions [start, end)."""
         return bisect_left(self.media_positions, start), bisect_left(self.media_positions, end)

@@ -10,6 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -224,13 +225,15 @@ class Roster:
 
     def grant_media(self) -> None:
         """Reserve input buffers, oldest first, and queue the requests that got theirs, or whose KV has all come."""
-        for order in self._budget.grant():
-            active = self._by_order[order]
-            self.guarded(active, lambda active=active: self._admit_media(active))  # type: ignore[misc]
-        for active in self.handovers.grant():
-            self.guarded(active, lambda active=active: self._admit_kv(active))  # type: ignore[misc]
-        for active in self.handovers.take_complete():
-            self.guarded(active, lambda active=active: self._schedule(active))  # type: ignore[misc]
+        turns: list[tuple[Callable[[], list[ActiveRequest]], Callable[[ActiveRequest], None]]] = [
+            (lambda: [self._by_order[order] for order in self._budget.grant()], self._admit_media),
+            (self.handovers.grant, self._admit_kv),
+            (self.handovers.take_complete, self._schedule),
+            (self.handovers.take_passed_on, self.hand_over),
+        ]
+        for ready, act in turns:
+            for active in ready():
+                self.guarded(active, partial(act, active))
 
     def _admit_kv(self, active: ActiveRequest) -> None:
         """There is room for the request's KV: its rows may come, or its prompt may be computed for another engine."""
@@ -239,31 +242,33 @@ class Roster:
             self.outputs.append(MediaAdmitted(request_id=active.request.request_id, num_rows=total_rows))
         else:
             self.handovers.begin(active)
-            self._scheduler.add(active.samples[0].seq)
+            if not active.has_nothing_to_compute:
+                self._scheduler.add(active.samples[0].seq)
+
+    def hand_over(self, active: ActiveRequest) -> None:
+        """Of a canvas for another engine all KV has left: what goes behind it does, and that is all."""
+        assert active.export is not None
+        active.export.finish()
+        self.finish(active, self._clock())
 
     def _admit_media(self, active: ActiveRequest) -> None:
         """The request's rows are reserved: allocate them (which may fail for want of memory) and queue the request."""
-        rows = sum(item.rows for item in active.items or ())
+        num_planes, size = len(self._spec.media_planes), self._spec.hidden_size
         active.media = MediaRows(
-            rows,
-            self._spec.hidden_size,
-            dtype=self._dtype,
-            device=self._device,
-            num_planes=len(self._spec.media_planes),
+            active.num_media_rows, size, dtype=self._dtype, device=self._device, num_planes=num_planes
         )
         self._report_admitted(active)
         self._schedule(active)
 
     def _report_admitted(self, active: ActiveRequest) -> None:
-        rows = sum(item.rows for item in active.items or ())
-        request_id, num_restarts = active.request.request_id, active.num_restarts
-        self.outputs.append(MediaAdmitted(request_id=request_id, num_rows=rows, num_restarts=num_restarts))
+        request_id, rows, restarts = active.request.request_id, active.num_media_rows, active.num_restarts
+        self.outputs.append(MediaAdmitted(request_id=request_id, num_rows=rows, num_restarts=restarts))
 
     def _schedule(self, active: ActiveRequest) -> None:
         """The prompt is known and its rows are reserved: build the samples and queue them."""
         items = active.items or ()
         if active.header is not None:
-            self.handovers.unpack(active, device=self._device)
+            self.handovers.unpack(active, self._spec, device=self._device)
         active.expand(self._spec.media_token_id)
         if active.request.return_logits:
             intake.check_logits_size(len(active.prompt), self._spec.vocab_size, self._limits.max_logits_bytes)
@@ -307,9 +312,8 @@ class Roster:
         now = self._clock()
         late = [a for a in self._requests.values() if a.deadline is not None and a.deadline <= now]
         for active in late:
-            request_id = active.request.request_id
-            waited = round((now - active.submitted_at) * 1000)
-            self.on_fail(request_id, DeadlineExceeded(f"request {request_id} was not finished after {waited} ms"))
+            name, waited = active.request.request_id, round((now - active.submitted_at) * 1000)
+            self.on_fail(name, DeadlineExceeded(f"request {name} was not finished after {waited} ms"))
 
     def on_fail(self, request_id: str, error: EngineError) -> None:
         """End a request with `error`; one that is over already stays as it was."""

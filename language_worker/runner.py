@@ -99,7 +99,7 @@ class ModelRunner:
         for due in imports:
             kv = due.seq.imported
             assert isinstance(kv, ImportedRows)
-            slots = torch.tensor(self._slots(due.seq, due.start, due.end))
+            slots = torch.tensor(self._handed_slots(due.seq, due.start, due.end))
             self.cache.write_rows(slots, kv.rows[due.start : due.end])
 
     @torch.inference_mode()
@@ -135,8 +135,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def export_rows(self, seq: TokenSequence, start: int, end: int) -> torch.Tensor:
-        """The KV of positions [start, end) of a sequence that holds its pages: a copy in host memory."""
-        return self.cache.read_rows(torch.tensor(self._slots(seq, start, end), dtype=torch.int64))
+        """Rows [start, end) of the KV of a sequence that holds its pages: a copy in host memory."""
+        return self.cache.read_rows(torch.tensor(self._handed_slots(seq, start, end), dtype=torch.int64))
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepLogits:
@@ -193,6 +193,16 @@ class ModelRunner:
                     return self.model.forward(inputs, self.cache.layers)
             finally:
                 torch.set_num_threads(before)  # threads yet to come would take it over
+
+    def _handed_slots(self, seq: TokenSequence, start: int, end: int) -> list[int]:
+        """Where the rows lie that go from engine to engine: one for each position; of a canvas one for each of its
+        prompt's, version after version."""
+        if seq.canvas is None:
+            return self._slots(seq, start, end)
+        size, versions = self.cache.page_size, range(seq.canvas.num_copies)
+        tables = [seq.pages_of_copy(version, size) for version in versions]
+        slots = [table[p // size] * size + p % size for table in tables for p in range(seq.prompt_len)]
+        return slots[start:end]
 
     def _slots(self, seq: TokenSequence, position: int, end: int) -> list[int]:
         size, pages, gone = self.cache.page_size, seq.pages, seq.first_page

@@ -61,10 +61,6 @@ class SwapSpace:
             self._ins.pop(key, None)
             self._pool.release(key)
 
-    def withdraw(self, key: Key) -> bool:
-        """A sequence is preempted before its pages were copied in: they stay kept. False if none were to be."""
-        return self._ins.pop(key, None) is not None
-
     def take_moves(self) -> SwapMoves:
         """What became due since the last call."""
         moves = SwapMoves(outs=tuple(self._outs), ins=tuple(pair for pairs in self._ins.values() for pair in pairs))

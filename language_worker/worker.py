@@ -22,7 +22,7 @@ from language_worker.api import GenerateRequest
 from language_worker.config import EngineConfig
 from language_worker.delivery import Delivery
 from language_worker.engine_builder import build_engine
-from language_worker.errors import EngineError, EngineStopped, InvalidRequest, ModelNotSupported
+from language_worker.errors import EngineError, EngineStopped, InvalidRequest
 from language_worker.handover.exports import KVExport
 from language_worker.handover.prefill import PrefillSide
 from language_worker.media_stream import embedding_streams, kv_streams
@@ -52,11 +52,6 @@ class LanguageWorker:
         self._role: Role = role
         self._endpoint = endpoint
         self._engine = build_engine(model_path, config, input_buffer_tokens=transfer.input_buffer_tokens)
-        if role != "language" and self._engine.spec.mask_token_id is not None:
-            raise ModelNotSupported(
-                "a model that fills in masks has no final KV that could be handed on: serve it on language workers, "
-                "without prefill and decode workers"
-            )
         self._service = Service(endpoint, transfer)
         self._streams = (kv_streams if role == "decode" else embedding_streams)(self._service, self._engine, transfer)
         self._prefills = PrefillSide(self._service, self._engine, transfer) if role == "prefill" else None

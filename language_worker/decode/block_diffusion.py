@@ -11,7 +11,8 @@ from language_worker.request import Sequence
 
 
 class BlockDiffusion:
-    """`kv_len` stays 0; pages for the whole canvas are taken on admission, so nobody is preempted."""
+    """`kv_len` stays 0. Pages for the whole canvas are taken on admission, so nobody who has begun is preempted; who
+    waits for rows of media may be, and has nothing to lose."""
 
     alignment = 1
     lookahead = 1 << 40  # everything up to `max_len`
@@ -30,7 +31,7 @@ class BlockDiffusion:
             start=start,
             length=end - start,
             num_final=0,
-            samples=not canvas.needs_prompt_pass,
+            samples=canvas.fills_next,
             num_copies=canvas.num_copies,
         )
 

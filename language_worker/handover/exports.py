@@ -41,11 +41,13 @@ class KVExport:
         """Rows that so many positions and this state will take."""
         return num_tokens + KVHeader.of(num_tokens, state).num_state_rows(self._plane)
 
-    def announce(self, num_tokens: int, state: Mapping[str, torch.Tensor], media: Sequence[dict[str, Any]]) -> None:
+    def announce(
+        self, num_tokens: int, state: Mapping[str, torch.Tensor], media: Sequence[dict[str, Any]], num_masks: int = 0
+    ) -> None:
         """What will come. What of `state` is recurrent is filled when the positions that it stands for are final; its
         sizes stay."""
         self.is_announced = True
-        self._header, self._state = KVHeader.of(num_tokens, state, self._kv_of), state
+        self._header, self._state = KVHeader.of(num_tokens, state, self._kv_of, num_masks), state
         self._stream.announce(self.num_rows(num_tokens, state), [self._header.to_body(), *media])
 
     def advance(self, kv_len: int, read: ReadRows, read_state: ReadState = dict) -> None:
@@ -60,8 +62,13 @@ class KVExport:
         if kv_len == num_tokens and self._state:
             for name, tensor in read_state().items():
                 self._state[name].copy_(tensor)
-        if kv_len > num_tokens and self._state:
-            self._stream.write(num_tokens, {PLANE: pack_state(self._state, self._plane)})
+        if kv_len > num_tokens:
+            self.finish()
+
+    def finish(self) -> None:
+        """What goes behind the positions is complete, too: send it, once."""
+        if self._state:
+            self._stream.write(self._header.num_tokens, {PLANE: pack_state(self._state, self._plane)})
             self._state = {}
 
     def abort(self, code: str, message: str) -> None:

@@ -4,9 +4,12 @@
              one row of KVCache.read_rows each                         named tensors, as bytes
 
 The last position of the prompt is not among them: the decode engine computes it, and so has the logits that choose the
-first token, and nothing of sampling travels. **State** is whatever else a sequence needs: `LAST_INPUT`, the embedding
-row of a prompt that ends with one, and the recurrent state of models that have any, under the names of their spec.
-The header is the first item of the stream's announcement, before those of the media.
+first token, and nothing of sampling travels. Of a canvas, whose masks the decode engine all computes, every position of
+the prompt is, and under guidance once more as it is without the prompt; under the policy `none` none is.
+
+**State** is whatever else a sequence needs: `LAST_INPUT`, the embedding row of a prompt that ends with one; `MEDIA`,
+all embedding rows of a canvas, since a refresh computes the prompt anew; and the recurrent state of models that have
+any, under the names of their spec. The header is the first item of the announcement, before those of the media.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from transfer.tensors import PlaneSpec
 
 PLANE = "kv"
 LAST_INPUT = "last_input"
+MEDIA = "media"
 MAX_STATE_TENSORS = 1024
 POOL_BYTES = 256 * MIB  # of the receive pool, and of the memory shared with one peer
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "uint8": torch.uint8}
@@ -51,33 +55,46 @@ def state_rows(spec: ModelSpec, kv_dtype: torch.dtype) -> int:
     return -(-num_bytes // spec.kv.bytes_per_token(kv_dtype))
 
 
+def media_rows(spec: ModelSpec, dtype: torch.dtype, kv_dtype: torch.dtype, num_positions: int) -> int:
+    """Rows that the embedding rows of so many positions take, where they go along."""
+    if spec.mask_token_id is None or spec.media_token_id is None:
+        return 0
+    num_bytes = num_positions * len(spec.media_planes) * spec.hidden_size * dtype.itemsize
+    return -(-num_bytes // spec.kv.bytes_per_token(kv_dtype))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KVHeader:
     """What the rows are. state: (plane) name, dtype and shape of each tensor behind the positions, in order. kv_of:
-    what computed them, as `identity.kv_identity` says it."""
+    what computed them, as `identity.kv_identity` says it. num_masks: of a canvas, those behind the prompt that its KV
+    has seen."""
 
     num_tokens: int
     state: tuple[PlaneSpec, ...] = ()
     kv_of: str = ""
+    num_masks: int = 0
 
     @classmethod
-    def of(cls, num_tokens: int, state: Mapping[str, torch.Tensor], kv_of: str = "") -> KVHeader:
+    def of(cls, num_tokens: int, state: Mapping[str, torch.Tensor], kv_of: str = "", num_masks: int = 0) -> KVHeader:
         """For `num_tokens` positions and tensors [*shape]."""
         planes = tuple(plane_of(name, t[None]) for name, t in state.items())
-        return cls(num_tokens=num_tokens, state=planes, kv_of=kv_of)
+        return cls(num_tokens=num_tokens, state=planes, kv_of=kv_of, num_masks=num_masks)
 
     def num_state_rows(self, plane: PlaneSpec) -> int:
         return -(-sum(spec.row_bytes for spec in self.state) // plane.row_bytes)
 
     def to_body(self) -> dict[str, Any]:
-        return {"kv_tokens": self.num_tokens, "state": [spec.to_body() for spec in self.state], "kv_of": self.kv_of}
+        body = {"kv_tokens": self.num_tokens, "state": [spec.to_body() for spec in self.state], "kv_of": self.kv_of}
+        return body | ({"masks": self.num_masks} if self.num_masks else {})
 
     @classmethod
     def from_body(cls, body: object) -> KVHeader:
         """Strict inverse of `to_body`; KVMismatch for anything else."""
-        if not isinstance(body, Mapping) or set(body) != {"kv_tokens", "state", "kv_of"}:
-            raise KVMismatch("a stream of KV is announced by a map of kv_tokens, state and kv_of")
-        num_tokens, state, kv_of = body["kv_tokens"], body["state"], body["kv_of"]
+        if not isinstance(body, Mapping) or set(body) - {"masks"} != {"kv_tokens", "state", "kv_of"}:
+            raise KVMismatch("a stream of KV is announced by a map of kv_tokens, state, kv_of and, of a canvas, masks")
+        num_tokens, state, kv_of, num_masks = body["kv_tokens"], body["state"], body["kv_of"], body.get("masks", 0)
+        if type(num_masks) is not int or num_masks < 0:
+            raise KVMismatch(f"a stream of KV was announced as that of a canvas of {num_masks!r} masks")
         if type(num_tokens) is not int or num_tokens < 0 or not isinstance(state, (list, tuple)):
             raise KVMismatch(f"a stream of KV was announced with {num_tokens!r} tokens and a {type(state).__name__}")
         if not isinstance(kv_of, str):
@@ -85,7 +102,8 @@ class KVHeader:
         if len(state) > MAX_STATE_TENSORS:
             raise KVMismatch(f"a stream of KV was announced with {len(state)} tensors of state")
         try:
-            return cls(num_tokens=num_tokens, state=tuple(PlaneSpec.from_body(spec) for spec in state), kv_of=kv_of)
+            planes = tuple(PlaneSpec.from_body(spec) for spec in state)
+            return cls(num_tokens=num_tokens, state=planes, kv_of=kv_of, num_masks=num_masks)
         except TransferError as error:
             raise KVMismatch(f"the state of a stream of KV was announced wrongly: {error}") from error
 

@@ -73,11 +73,11 @@ class FakeWorker:
         self._calls[call.method].put(call)
 
 
-def send_tokens(call: IncomingCall, *token_ids: int, finish_reason: str | None = None) -> None:
+def send_tokens(call: IncomingCall, *token_ids: int, finish_reason: str | None = None, index: int = 0) -> None:
     """One part of an answer, as a language worker sends it."""
     chunk = TokenChunk(
         request_id=call.body["request_id"],
-        index=0,
+        index=index,
         token_ids=token_ids,
         text="".join(f"<{token}>" for token in token_ids),
         finish_reason=finish_reason,  # type: ignore[arg-type]

@@ -20,13 +20,11 @@ from cluster.errors import BadRequest, ConfigError
 from cluster.gateway.app import create_app
 from examples.sums import save_tokenizer
 from language_worker.config import EngineConfig
+from language_worker.engine_builder import build_engine, check_model
 from language_worker.errors import InvalidRequest, ModelNotSupported
-from language_worker.worker import LanguageWorker, Role
 from tests.cluster.gateway.harness import MODEL, events_of, make_context, run
 from tests.tiny_llada import CONFIG, MASK_ID, TOKENIZER, make_llada
 from tests.tiny_text_models import make_text_model
-from transfer.config import TransferConfig
-from transfer.endpoints.endpoint import open_endpoint
 
 SETTINGS = {"dtype": "float32", "device": "cpu", "num_threads": 1, "kv_cache_tokens": 8192}
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
@@ -198,25 +196,17 @@ def test_wrong_parameters_are_a_400_that_names_them(
 
 
 @pytest.mark.parametrize("layout", ["own", "llama"])
-def test_prefill_and_decode_apart_is_refused_before_anything_starts(layout: str, tmp_path: Path) -> None:
-    folder = make_llada(tmp_path, layout=layout)
+def test_nobody_is_preempted_so_nothing_is_swapped(layout: str, tmp_path: Path) -> None:
+    """Refused before anything starts, and by whoever builds an engine or looks at a folder."""
+    folder, own = make_llada(tmp_path, layout=layout), EngineConfig(**SETTINGS, preemption="swap")  # type: ignore[arg-type]
+    for check in (lambda: build_engine(folder, own), lambda: check_model(folder, own)):
+        with pytest.raises(ModelNotSupported, match=r"'swap' has no effect .* use 'recompute'"):
+            check()
     (folder / "model.safetensors").unlink()  # nothing of it is looked at
-    split = build_config({"model": {"path": str(folder)}, "workers": {"prefill": 1, "decode": 1}})
-    with pytest.raises(ConfigError, match=r"fills in masks.*language workers"):
-        split.resolve()
-    with pytest.raises(ConfigError, match="fills in masks"):
-        LLM(model=str(folder), **SETTINGS, workers={"prefill": 1, "decode": 1})
-    build_config({"model": {"path": str(folder)}}).resolve()
-
-
-@pytest.mark.parametrize("role", ["prefill", "decode"])
-def test_a_worker_of_half_a_split_refuses_it_too(folder: Path, role: Role) -> None:
-    endpoint = open_endpoint(f"inproc://masks-{role}")
-    try:
-        with pytest.raises(ModelNotSupported, match="fills in masks"):
-            LanguageWorker(folder, EngineConfig(**SETTINGS), TransferConfig(), endpoint, role)  # type: ignore[arg-type]
-    finally:
-        endpoint.close()
+    tree = {"model": {"path": str(folder)}, "language": {"preemption": "swap"}}
+    with pytest.raises(ConfigError, match=r"language.preemption is 'swap'.*fills in masks.*use 'recompute'"):
+        build_config(tree).resolve()
+    build_config({**tree, "language": {}}).resolve()
 
 
 def test_it_makes_no_drafts(folder: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cluster import LLM, DiffusionParams, SamplingParams
-from cluster.errors import BadRequest, ConfigError
+from cluster.errors import BadRequest
 from cluster.gateway.app import create_app
 from cluster.model_info import ModelInfo
 from cluster.prompts import image_bytes
@@ -143,11 +143,6 @@ def test_eight_bits_are_near(made: Made) -> None:
         logits = llm.logits(asked(ids, pictures)).double()
     wanted = oracle(torch.tensor(prompt))
     assert 1e-5 < float((logits - wanted).norm() / wanted.norm()) < 0.1
-
-
-def test_prefill_and_decode_apart_is_refused(made: Made) -> None:
-    with pytest.raises(ConfigError, match=r"fills in masks.*language workers"):
-        LLM(model=str(made.folder), **SETTINGS, workers={"prefill": 1, "decode": 1})
 
 
 def test_chat_is_the_published_conversation(made: Made) -> None:

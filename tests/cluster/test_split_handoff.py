@@ -14,6 +14,7 @@ from cluster.directory import WorkerDirectory
 from cluster.handoff import Handoff
 from cluster.served import RunningRequest, ServedRequest
 from language_worker.api import SamplingParams, TokenLogprob
+from language_worker.diffusion_params import DiffusionParams
 from tests.cluster.fake_workers import FakeWorker, Names, end_generate, send_tokens
 from tests.e2e.front import Gathered
 from tests.e2e.serving import eventually
@@ -84,7 +85,8 @@ def test_three_legs_and_their_tickets(rig: Rig) -> None:
     assert prefill.body["receiver"]["address"] == rig.decode[0].entry.address
     assert embed.body["receiver"]["address"] == rig.prefill[0].entry.address
     assert generate.body["sampling"] == SAMPLING.to_body()
-    assert SamplingParams.from_body(prefill.body["sampling"]).max_tokens == 1
+    needed = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
+    assert prefill.body["sampling"] == needed.to_body(), "no more than the prompt needs"
     embed.end(EMBEDDED)
     prefill.end(PREFILLED)
     send_tokens(generate, 5, 6, finish_reason="stop")
@@ -93,6 +95,19 @@ def test_three_legs_and_their_tickets(rig: Rig) -> None:
     assert sink.tokens() == [5, 6]
     assert (stats.hops["prefill_worker"], stats.hops["kv_bytes"], stats.hops["rows"]) == ("prefill-0", 64, 4)
     assert {view.num_running for view in rig.directory.views()} == {0}
+
+
+def test_who_computes_a_prompt_before_masks_is_told_of_them(rig: Rig) -> None:
+    diffusion = DiffusionParams(kv_policy="prefix", canvas="block", block_length=2, cfg_scale=1.5)
+    sink, _ = rig.submit(sampling=replace(SAMPLING, n=2, diffusion=diffusion))
+    generate, prefill = rig.decode[0].take("generate"), rig.prefill[0].take("prefill")
+    told = SamplingParams.from_body(prefill.body["sampling"])
+    assert (told.n, told.max_tokens, told.diffusion) == (1, SAMPLING.max_tokens, diffusion)
+    prefill.end({**PREFILLED, "prefill_forwards": 1, "prefill_forwarded_tokens": 10})
+    send_tokens(generate, 5, finish_reason="stop")
+    send_tokens(generate, 5, finish_reason="stop", index=1)
+    end_generate(generate, 2)
+    assert sink.finish().hops["prefill_forwarded_tokens"] == 10
 
 
 def test_the_answer_waits_for_what_the_prompt_says(rig: Rig) -> None:

@@ -31,7 +31,7 @@ LEDGER = (
     "num_requests_running",
     "num_requests_waiting",
 )
-TOPOLOGIES = ({"embedding", "language"}, {"embedding", "prefill", "decode"})
+TOPOLOGIES = ({"embedding", "language"}, {"embedding", "prefill", "decode"}, {"prefill", "decode"})
 T = TypeVar("T")
 _SAMPLE = re.compile(r'^tandem:(\w+)\{worker="([^"]+)"\} (\S+)$', re.MULTILINE)
 

@@ -1,4 +1,5 @@
-"""LLaDA-V with its halves in processes of their own gives what it gives in one, and what the restated loop gives."""
+"""LLaDA-V with its parts in processes of their own gives what it gives in one, and what the restated loop gives: its
+halves, and its tower, prompts and masks."""
 
 from __future__ import annotations
 
@@ -33,8 +34,17 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("transport", "block_size", "default_tokens"), [("curve", 5, 1), ("ipc", 16, 8192)])
-def test_apart_is_as_together(tmp_path: Path, transport: str, block_size: int, default_tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("kinds", "transport", "block_size", "default_tokens"),
+    [
+        (("language",), "ipc", 16, 8192),
+        (("prefill", "decode"), "curve", 5, 1),
+    ],
+    ids=["halves", "thirds"],
+)
+def test_apart_is_as_together(
+    tmp_path: Path, kinds: tuple[str, ...], transport: str, block_size: int, default_tokens: int
+) -> None:
     made = make_llada_v(tmp_path, seed=4)
     pictures = [random_image(*size, seed=9) for size in ((57, 90), (100, 20), (30, 30))]
     prompts: list[dict[str, Any]] = []
@@ -55,11 +65,12 @@ def test_apart_is_as_together(tmp_path: Path, transport: str, block_size: int, d
     with LLM(model=str(made.folder), language=ENGINE, embedding=EMBED, **transfer) as llm:
         together = [answer.outputs[0].token_ids for answer in llm.generate(prompts, asked)]
     with ExitStack() as stack:
-        processes = {kind: WorkerProcess(kind) for kind in ("embedding", "language")}
+        processes = {kind: WorkerProcess(kind) for kind in ("embedding", *kinds)}
         for process in processes.values():
             stack.callback(process.close)
         folder = str(made.folder)
-        front = open_workers(stack, folder, transfer, transport, processes, embedding=EMBED, language=ENGINE)
+        engines = dict.fromkeys(kinds, ENGINE)
+        front = open_workers(stack, folder, transfer, transport, processes, embedding=EMBED, **engines)
         info = ModelInfo.load(made.folder)
         requests = [request_from_prompt(info, p, s) for p, s in zip(prompts, asked, strict=True)]
         sinks = [front.submit(request)[0] for request in requests]  # all at once

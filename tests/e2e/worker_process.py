@@ -1,6 +1,6 @@
 """A worker in a process of its own: opens and closes workers as JSON lines on standard input ask; answers each line.
 
-    python -m tests.e2e.worker_process embedding|language
+    python -m tests.e2e.worker_process embedding|language|prefill|decode
     {"do": "open", "model": DIR, "address": "ipc://...", "curve": false, "transfer": {...}, "config": {...}}
     {"do": "allow", "public_keys": [...]}   {"do": "stats"}   {"do": "close"}
 
@@ -73,7 +73,7 @@ class _Host:
         if self._kind == "embedding":
             self._worker = EmbeddingWorker(model, EmbedConfig(**config), shared, endpoint)
         else:
-            self._worker = LanguageWorker(model, EngineConfig(**config), shared, endpoint)
+            self._worker = LanguageWorker(model, EngineConfig(**config), shared, endpoint, self._kind)  # type: ignore[arg-type]
         self._worker.start()
         return {"address": self._worker.address, "public_key": self._worker.public_key}
 
