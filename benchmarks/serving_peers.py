@@ -66,7 +66,8 @@ class Peer(Protocol):
 
 
 class Ours:
-    """Tandem's `LLM`: both halves, joined by in-memory endpoints. No answer is remembered: the caches of embeddings and of prefixes are off.
+    """Tandem's `LLM`: both halves, joined by in-memory endpoints. Nothing is remembered: caches of embeddings and of
+    prefixes are off.
 
     language: further settings of the language half.
     """

@@ -128,7 +128,7 @@ class LanguageWorker:
             if export is not None:
                 export.abort(code, message)
             return
-        self._delivery.add(request.request_id, call, export)
+        self._delivery.add(request.request_id, call, export, tokens_per_part=request.tokens_per_part)
         self._engine.submit(request, export=export, imports_kv=imports_kv)
         if self._is_over:  # the engine ended since it was asked above: nobody else takes what was submitted
             self._end()

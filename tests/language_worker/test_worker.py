@@ -358,12 +358,12 @@ def test_a_call_that_comes_while_the_engine_breaks_is_not_left_without_an_answer
     def broken() -> None:
         raise MemoryError("no more")
 
-    def add_late(*args: Any) -> None:
+    def add_late(*args: Any, **options: Any) -> None:
         worker._engine.scheduler.plan = broken  # type: ignore[method-assign]
         worker._engine.wake()
         worker._thread.join(30)
         assert not worker._thread.is_alive()
-        add(*args)
+        add(*args, **options)
 
     worker._delivery.add = add_late  # type: ignore[method-assign]
     answer, _ = client.generate(request_id="a", prompt_token_ids=[1])
