@@ -17,6 +17,7 @@ import cluster.handoff
 from cluster.directory import WorkerAddress, WorkerDirectory
 from cluster.errors import NoWorker, RequestTimeout, WorkerLost
 from cluster.handoff import MAX_ATTEMPTS, Handoff
+from cluster.legs import TOKENS_PER_PART
 from cluster.served import RequestStats, RunningRequest, ServedRequest
 from language_worker.api import SamplingParams, TokenChunk
 from tests.cluster.fake_workers import FakeWorker, Names, end_generate, send_tokens
@@ -159,6 +160,14 @@ def _serve(call: IncomingCall, *tokens: int) -> None:
     end_generate(call, len(tokens))
 
 
+def test_an_answer_that_is_read_whole_may_come_in_larger_parts(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    rig.submit(is_streamed=False)
+    call = rig.language[0].take("generate")
+    assert call.body["tokens_per_part"] == TOKENS_PER_PART
+    _serve(call, 1)
+
+
 def test_text_meets_a_language_worker_only(make_rig: MakeRig) -> None:
     rig = make_rig()
     outcome, _ = rig.submit(timeout_s=60)
@@ -167,7 +176,7 @@ def test_text_meets_a_language_worker_only(make_rig: MakeRig) -> None:
     assert call.body.pop("request_id").startswith("request-")
     assert call.body == {
         "prompt_token_ids": [1, 2, 3], "num_media": 0, "sampling": SAMPLING.to_body(), "ticket": None,
-        "return_logits": False,
+        "return_logits": False, "tokens_per_part": 1,
     }  # fmt: skip
     call.body["request_id"] = "x"
     _serve(call, 5, 6, 7)
