@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -58,6 +60,23 @@ def test_tensors_on_the_cpu_take_the_torch_path() -> None:
         with dispatch.forced("torch"):
             assert dispatch.twin("norm", ROWS) is None
     assert dispatch.twin("norm", ROWS) is None
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, wherever its pointers lead."""
+    seen: list[object] = []
+
+    @contextlib.contextmanager
+    def device(index: int) -> Iterator[None]:
+        seen.append(index)
+        yield
+        seen.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    elsewhere, here = dispatch._launching_on(3, "norm"), dispatch._load("norm")
+    assert elsewhere.ELEMENTS == here.ELEMENTS
+    assert torch.equal(elsewhere.rms_norm(2 * ROWS, WEIGHT, 1e-6, False), here.rms_norm(2 * ROWS, WEIGHT, 1e-6, False))
+    assert seen == [3, "left"]
 
 
 def test_other_dtypes_are_refused_on_the_triton_path_only() -> None:
