@@ -51,11 +51,11 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[
             {"gate_up_ptr": pointer, "out_ptr": pointer, "row_stride": "i32", "width": "i32", "num_elements": "i32"},
             {"BLOCK": activation.BLOCK}, {},
         )  # fmt: skip
-        for tanh in (False, True):
+        for formula, number in activation.FORMULAS.items():
             yield (
-                f"gelu {short}{' tanh' if tanh else ''}", activation.gelu_kernel,
+                f"gelu {short} {formula}", activation.gelu_kernel,
                 {"x_ptr": pointer, "out_ptr": pointer, "num_elements": "i32"},
-                {"TANH": tanh, "BLOCK": activation.BLOCK}, {},
+                {"FORMULA": number, "BLOCK": activation.BLOCK}, {},
             )  # fmt: skip
         for heads, half in ((32, 64), (8, 128)):
             yield (
