@@ -91,3 +91,5 @@ def _check_dtype(dtype: torch.dtype) -> None:
 def _check_pages(op: str, cache: torch.Tensor, scales: torch.Tensor) -> None:
     if scales.shape != cache.shape[:-1]:
         raise ValueError(f"{op}: a cache {tuple(cache.shape)} needs one scale per row, got {tuple(scales.shape)}")
+    if not cache.is_contiguous() or not scales.is_contiguous():
+        raise ValueError(f"{op}: not contiguous: cache strides {cache.stride()}, scales strides {scales.stride()}")

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._triton.launch import ceil_div, next_power_of_2
+from kernels._triton.launch import ceil_div, misfit, next_power_of_2
 
 ELEMENTS = 4096  # of one program's tile: wide enough to fill a memory transaction queue, small enough not to spill
 
@@ -60,8 +60,9 @@ def layer_norm_kernel(
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float, round_before_weight: bool) -> torch.Tensor:
     """See kernels.norm.rms_norm."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows = _rows(x)
-    _launch_rms(rows, None, weight, out, eps, round_before_weight)
+    if weight is not None:
+        weight = _factors("rms_norm", x, weight)
+    _launch_rms(_rows(x), None, weight, out, eps, round_before_weight)
     return out
 
 
@@ -69,6 +70,9 @@ def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See kernels.norm.add_rms_norm. ValueError when the residual's rows cannot be written in place."""
+    if residual.shape != x.shape or residual.dtype != x.dtype:
+        raise misfit("add_rms_norm", x=x, residual=residual)
+    weight = _factors("add_rms_norm", x, weight)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     stream = _rows(residual)
     if stream.data_ptr() != residual.data_ptr():
@@ -79,14 +83,16 @@ def add_rms_norm(
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
     """See kernels.norm.layer_norm."""
+    has_bias = bias is not None
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows = _rows(x)
+    rows, weight = _rows(x), _factors("layer_norm", x, weight)
+    bias = weight if bias is None else _factors("layer_norm", x, bias)
     num_rows, width = rows.shape
     if num_rows and width:
         tile_rows, block, warps = tile(width)
         layer_norm_kernel[(ceil_div(num_rows, tile_rows),)](
-            rows, weight, weight if bias is None else bias, out, rows.stride(0), num_rows, width, eps,
-            HAS_BIAS=bias is not None, ROWS=tile_rows, BLOCK=block, num_warps=warps,
+            rows, weight, bias, out, rows.stride(0), num_rows, width, eps,
+            HAS_BIAS=has_bias, ROWS=tile_rows, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return out
 
@@ -116,6 +122,13 @@ def _launch_rms(
         HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, ROUND=round_before_weight,
         ROWS=tile_rows, BLOCK=block, num_warps=warps,
     )  # fmt: skip
+
+
+def _factors(op: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A weight or bias [D] of x [..., D], its numbers neighbours."""
+    if weight.shape != x.shape[-1:]:
+        raise misfit(op, x=x, weight=weight)
+    return weight.contiguous()
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
