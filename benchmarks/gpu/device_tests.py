@@ -16,7 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 WITHOUT_DEVICE = {  # what they test is not on the device
-    "test_compile.py", "test_cpu_turn.py", "test_dispatch.py", "test_gpu_benchmarks.py", "test_on_device.py",
+    "test_compile.py", "test_cpu_turn.py", "test_dispatch.py", "test_gpu_benchmarks.py", "test_native_checks.py",
+    "test_native_library.py", "test_on_device.py",
 }  # fmt: skip
 
 
