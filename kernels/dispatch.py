@@ -116,6 +116,13 @@ def is_interpreted() -> bool:
     return has_triton() and bool(_load("launch").IS_INTERPRETED)
 
 
+def deciding(x: torch.Tensor, *weights: torch.Tensor | None) -> torch.Tensor:
+    """The tensor by which an op chooses its path: x, or a weight whose gradient is recorded."""
+    if torch.is_grad_enabled():
+        return next((weight for weight in weights if weight is not None and weight.requires_grad), x)
+    return x
+
+
 def _is_recorded(tensor: torch.Tensor) -> bool:
     return tensor.requires_grad and torch.is_grad_enabled()
 

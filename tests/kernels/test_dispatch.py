@@ -12,7 +12,8 @@ import torch
 
 from kernels import dispatch
 from kernels.errors import TritonUnavailable
-from kernels.norm import rms_norm
+from kernels.linear import linear
+from kernels.norm import add_rms_norm, rms_norm, rms_norm_heads
 
 ROWS, WEIGHT = torch.ones(2, 8), torch.ones(8)
 
@@ -60,6 +61,20 @@ def test_tensors_on_the_cpu_take_the_torch_path() -> None:
         with dispatch.forced("torch"):
             assert dispatch.twin("norm", ROWS) is None
     assert dispatch.twin("norm", ROWS) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_weights_are_not_lost(dtype: torch.dtype) -> None:
+    """The C twins, which small rows take, record nothing."""
+    x, weight = torch.randn(2, 8).to(dtype), torch.randn(8, 8).to(dtype).requires_grad_()
+    for result in (
+        rms_norm(x, weight[0], 1e-6),
+        rms_norm_heads(x[:, None].expand(2, 8, 8), weight, 1e-6),
+        add_rms_norm(x, x.clone(), weight[0], 1e-6)[0],
+        linear(x, weight),
+    ):
+        (gradient,) = torch.autograd.grad(result.float().square().sum(), weight)
+        assert bool(gradient.any())
 
 
 def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
