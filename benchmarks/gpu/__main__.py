@@ -112,7 +112,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-tests", action="store_true", help="do not run the tests first")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print("benchmarks.gpu: torch sees no GPU on this machine; nothing was run", file=sys.stderr)
+        print(
+            "benchmarks.gpu: torch sees no GPU here; nothing was run (CPU: benchmarks.bench_kernels)",
+            file=sys.stderr,
+        )
         return NO_GPU
     start = time.monotonic()
     results = [] if options.no_tests else _run_tests()

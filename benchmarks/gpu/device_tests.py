@@ -40,7 +40,7 @@ def files() -> list[Path]:
 def command(path: Path) -> list[str]:
     """How one file is run."""
     options = ["-q", "-p", "no:cacheprovider", "-p", "tests.kernels.on_device"]
-    options += ["-W", "ignore::pytest.PytestConfigWarning"]  # pytest-timeout need not be there
+    options += ["-W", "default"]  # of other versions of what the tests use; pytest-timeout need not be there
     return [sys.executable, "-m", "pytest", *options, str(path)]
 
 
