@@ -1,1 +1,1 @@
-"""GPU tests and kernel benchmarks in one command: `python -m benchmarks.gpu`. Needs torch, triton, pytest, hypothesis."""
+"""GPU tests and kernel benchmarks: `python -m benchmarks.gpu`. Needs torch, triton, pytest and hypothesis only."""
