@@ -35,9 +35,13 @@ def rms_norm(
 def rms_norm_heads(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """`rms_norm` of every head of x [T, H, D] with its own row of weight [H, D], same floating dtype; any strides.
 
-    Has no Triton twin. Returns a new tensor like `x`.
+    Returns a new tensor like `x`.
     """
-    small = native("norm", deciding(x, weight))
+    lead = deciding(x, weight)
+    triton = twin("norm", lead)
+    if triton is not None:
+        return triton.rms_norm_heads(x, weight, eps)  # type: ignore[no-any-return]
+    small = native("norm", lead)
     if small is not None:
         return small.rms_norm(x, weight, eps)  # type: ignore[no-any-return]
     return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)

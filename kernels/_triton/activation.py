@@ -48,11 +48,10 @@ def gelu_kernel(x_ptr, out_ptr, num_elements, FORMULA: tl.constexpr, BLOCK: tl.c
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """See kernels.activation.swiglu."""
     width = gate_up.shape[-1] // 2
-    rows = gate_up.reshape(-1, 2 * width)
-    if rows.stride(-1) != 1:
-        rows = rows.contiguous()
     out = torch.empty((*gate_up.shape[:-1], width), dtype=gate_up.dtype, device=gate_up.device)
     if out.numel():
+        rows = gate_up.reshape(-1, 2 * width)
+        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
         swiglu_kernel[(ceil_div(out.numel(), BLOCK),)](rows, out, rows.stride(0), width, out.numel(), BLOCK=BLOCK)
     return out
 

@@ -57,12 +57,46 @@ def layer_norm_kernel(
     tl.store(out_ptr + rows * width + columns, result.to(x.dtype), mask=inside)
 
 
+@triton.jit
+def rms_norm_heads_kernel(
+    x_ptr, weight_ptr, out_ptr, token_stride, head_stride, num_rows, num_heads, width, eps,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    columns = tl.arange(0, BLOCK)[None, :]
+    inside = (rows < num_rows) & (columns < width)
+    head = rows % num_heads
+    start = x_ptr + rows // num_heads * token_stride + head * head_stride
+    x = tl.load(start + columns, mask=inside, other=0.0)
+    wide = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, axis=1)[:, None] / width + eps)
+    weight = tl.load(weight_ptr + head * width + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + rows * width + columns, (wide * scale * weight).to(x.dtype), mask=inside)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float, round_before_weight: bool) -> torch.Tensor:
     """See kernels.norm.rms_norm."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if weight is not None:
         weight = _factors("rms_norm", x, weight)
     _launch_rms(_rows(x), None, weight, out, eps, round_before_weight)
+    return out
+
+
+def rms_norm_heads(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """See kernels.norm.rms_norm_heads. ValueError when the weight has not a row for each head."""
+    if weight.shape != x.shape[1:]:
+        raise misfit("rms_norm_heads", x=x, weight=weight)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if out.numel():
+        x = x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+        num_tokens, num_heads, width = x.shape
+        num_rows = num_tokens * num_heads
+        tile_rows, block, warps = tile(width)
+        rms_norm_heads_kernel[(ceil_div(num_rows, tile_rows),)](
+            x, weight.contiguous(), out, x.stride(0), x.stride(1), num_rows, num_heads, width, eps, ROWS=tile_rows,
+            BLOCK=block, num_warps=warps,
+        )  # fmt: skip
     return out
 
 

@@ -40,6 +40,13 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[
                     {"HAS_RESIDUAL": residual, "HAS_WEIGHT": True, "ROUND": residual,
                      "ROWS": rows, "BLOCK": block}, {"num_warps": warps},
                 )  # fmt: skip
+            if width == 128:
+                yield (
+                    f"rms_norm_heads {short} {width}", norm.rms_norm_heads_kernel,
+                    {"x_ptr": pointer, "weight_ptr": pointer, "out_ptr": pointer, "eps": "fp32", **dict.fromkeys(
+                        ("token_stride", "head_stride", "num_rows", "num_heads", "width"), "i32")},
+                    {"ROWS": rows, "BLOCK": block}, {"num_warps": warps},
+                )  # fmt: skip
             yield (
                 f"layer_norm {short} {width}", norm.layer_norm_kernel,
                 {"x_ptr": pointer, "weight_ptr": pointer, "bias_ptr": pointer, "out_ptr": pointer, "x_stride": "i32",

@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 import torch
 
+from kernels.activation import swiglu
 from kernels.blocks import copy_pages, place_rows, store_rows
 from kernels.dispatch import Path, forced
-from kernels.norm import add_rms_norm, layer_norm, rms_norm
+from kernels.norm import add_rms_norm, layer_norm, rms_norm, rms_norm_heads
 from kernels.paged_attention import AttentionBatch, paged_attention
 from kernels.pages import write_pages
 from kernels.quantise import read_quantised_pages, write_quantised_pages
 from kernels.rotary import RotaryTable, rotate
 from kernels.varlen_attention import varlen_attention
-from tests.kernels.paths import PATHS
+from tests.kernels.paths import PATHS, WITH_NATIVE
 
 TWO = torch.tensor([1, 6])
 ZEROS = torch.tensor([0, 0])
@@ -55,6 +56,7 @@ OPS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "write_pages": (write_pages, {**CACHES, "k": _of(2, 3, 8), "v": _of(2, 3, 8), "slots": TWO}),
     "rms_norm": (rms_norm, {"x": _of(2, 8), "weight": _of(8), "eps": 1e-6}),
     "add_rms_norm": (add_rms_norm, {"x": _of(2, 8), "residual": _of(2, 8), "weight": _of(8), "eps": 1e-6}),
+    "rms_norm_heads": (rms_norm_heads, {"x": _of(2, 3, 8), "weight": _of(3, 8), "eps": 1e-6}),
     "layer_norm": (layer_norm, {"x": _of(2, 8), "weight": _of(8), "bias": _of(8), "eps": 1e-6}),
     "paged_attention": (_attend, {"q": _of(2, 6, 8), "k": _of(2, 4, 3, 8), "v": _of(2, 4, 3, 8)}),
     "varlen_attention": (varlen_attention, {**dict.fromkeys("qkv", _of(4, 2, 8)), "cu_seqlens": [0, 3, 4]}),
@@ -78,6 +80,7 @@ WRONG: list[tuple[str, str, torch.Tensor]] = [
     ("rms_norm", "weight", _of(7)),
     ("add_rms_norm", "residual", _of(3, 8)),
     ("add_rms_norm", "weight", _of(9)),
+    ("rms_norm_heads", "weight", _of(2, 8)),
     ("layer_norm", "weight", _of(7)),
     ("layer_norm", "bias", _of(7)),
     ("paged_attention", "q", _of(2, 6, 7)),
@@ -100,6 +103,17 @@ def test_what_does_not_fit_is_refused(op: str, name: str, other: torch.Tensor) -
         function(**arguments)
         with pytest.raises(ValueError, match=op):
             function(**(arguments | {name: other}))
+
+
+@pytest.mark.parametrize("path", WITH_NATIVE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_nothing_is_written_and_gated_where_there_is_nothing(path: Path, dtype: torch.dtype) -> None:
+    caches = torch.zeros(2, 4, 3, 8, dtype=dtype), torch.zeros(2, 4, 3, 8, dtype=dtype)
+    none = torch.zeros(0, 3, 8, dtype=dtype)
+    with forced(path):
+        write_pages(*caches, none, none, TWO[:0])
+        assert swiglu(torch.zeros(3, 0, dtype=dtype)).shape == (3, 0)
+        assert rms_norm_heads(none, torch.ones(3, 8, dtype=dtype), 1e-6).shape == (0, 3, 8)
 
 
 @pytest.mark.parametrize("path", PATHS)
