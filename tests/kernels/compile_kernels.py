@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 
 from kernels._triton import activation, attention, norm, pages, rotary, varlen_attention
 
+MASKS = (("sliding", 1, 1024), ("bidirectional", 0, 0), ("blocks of 32", 32, 0))  # (name, block length, window)
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}  # float16 compiles to the same with other instructions
 
 
@@ -93,12 +94,14 @@ def _attention(
         "num_heads": "i32", "head_dim": "i32", "scale": "fp32", "softcap": "fp32", "split_keys": "i32",
     }  # fmt: skip
     cases = [
-        (f"window {window}, head {dim}", group, dim, window, 16, True)
+        (f"window {window}, head {dim}", group, dim, window, 16, 1, 0)
         for dim in (64, 128, 256)
         for group, window in ((7, 1), (7, 4), (4, 512))
     ]
-    cases += [(f"segments, head {dim}", 1, dim, varlen_attention.MOST_ROWS, 0, False) for dim in (64, 80)]
-    for name, group, dim, window, page, causal in cases:
+    cases += [(f"segments, head {dim}", 1, dim, varlen_attention.MOST_ROWS, 0, 0, 0) for dim in (64, 80)]
+    if dtype == torch.bfloat16:  # masks that cost registers beside the causal one
+        cases += [(f"{name}, head 128", 4, 128, 512, 16, block, sliding) for name, block, sliding in MASKS]
+    for name, group, dim, window, page, block, sliding in cases:
         size = torch.empty(0, dtype=dtype).element_size()
         if size == 4 and dim > 128:
             continue  # takes the torch path
@@ -108,10 +111,10 @@ def _attention(
             if is_packed
             else attention.shape_for(group, dim, window, size)
         )
-        for split in (False, True) if causal and window < 16 else (False,):
+        for split in (False, True) if block and window < 16 else (False,):
             constants = {
                 "GROUP": group, "ROWS": shape.rows, "KEYS": shape.keys, "DIM": max(16, triton.next_power_of_2(dim)),
-                "PAGE": page, "BLOCK": int(causal), "WINDOW": 0, "SOFTCAP": False, "SPLIT": split, "LSE": False,
+                "PAGE": page, "BLOCK": block, "WINDOW": sliding, "SOFTCAP": False, "SPLIT": split, "LSE": False,
                 "UPCAST": False,
             }  # fmt: skip
             options = {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
