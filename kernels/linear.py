@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels._native.limits import FEW_ROWS, MIN_COLUMNS, SMALL_WEIGHTS
-from kernels.dispatch import native
+from kernels.dispatch import deciding, native
 from kernels.halved_matrix import HalvedMatrix
 from kernels.invariance import in_tiles, is_batch_invariant
 from kernels.quantised_matrix import QuantisedMatrix
@@ -36,7 +36,7 @@ def _linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch
         return weight.linear(x, bias)
     if 0 < x.shape[0] <= FEW_ROWS and (x.dtype == torch.bfloat16 or weight.numel() > SMALL_WEIGHTS):
         fits = weight.shape[0] >= MIN_COLUMNS and weight.is_contiguous()
-        quick = native("linear", x, x.numel()) if fits else None
+        quick = native("linear", deciding(x, weight, bias), x.numel()) if fits else None
         if quick is not None:
             return quick.linear(x, weight, bias)  # type: ignore[no-any-return]
     return F.linear(x, weight, bias)

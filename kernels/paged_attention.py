@@ -44,9 +44,9 @@ class AttentionBatch:
     query_lens: Sequence[int]
     kv_lens: Sequence[int]
     query_start: Sequence[int]
-    _plans: dict[int, _Plan] = dataclasses.field(default_factory=dict)  # by how many keys a query sees
+    _plans: dict[Any, _Plan] = dataclasses.field(default_factory=dict)  # by keys that a query sees, heads and dtype
     _slots: list[slice | torch.Tensor] | None = None  # of each sequence's keys, where all of them are seen
-    _tiles: Any = None  # what the Triton path prepared
+    _tiles: dict[Any, Any] = dataclasses.field(default_factory=dict)  # what the Triton path prepared, by heads
     _each: AttentionBatch | None = None  # the same queries, one by one
     _are_alone: bool = False
     _short: tuple[_SmallWindows | None] | None = None  # all windows, where a C path may answer them
@@ -68,7 +68,8 @@ class AttentionBatch:
 
         Raises ValueError when the lengths contradict each other or the page table.
         """
-        if window not in self._plans:
+        kind = window, heads_per_key, dtype
+        if kind not in self._plans:
             self.check(page_size)
             small = _SmallWindows.build(self, small_width) if small_width else None
             seen = list(self.kv_lens)
@@ -77,13 +78,13 @@ class AttentionBatch:
             groups = _group(self.query_lens, seen, with_short=small is None)
             if self._are_alone:
                 groups = [[i] for group in groups for i in group]
-            self._plans[window] = _Plan(
+            self._plans[kind] = _Plan(
                 groups=tuple(
                     _Group.build(self, members, page_size, heads_per_key, dtype, device, window) for members in groups
                 ),
                 small=small,
             )
-        return self._plans[window]
+        return self._plans[kind]
 
     def short_windows(self, page_size: int, width: int) -> _SmallWindows | None:
         """All windows for a C path, where all are short and few enough; width: numbers of all heads of a token. Raises
@@ -96,15 +97,16 @@ class AttentionBatch:
         return self._short[0]
 
     def tiles(self, triton: ModuleType, q: torch.Tensor, page_size: int, heads_per_key: int) -> tuple[Any, Any]:
-        """(tiles, shape) of the Triton path for all layers. Raises ValueError as `prepare` does."""
-        if self._tiles is None:
+        """(tiles, shape) of the Triton path for all layers of such heads. Raises ValueError as `prepare` does."""
+        kind = heads_per_key, q.shape[-1], q.element_size()
+        if kind not in self._tiles:
             self.check(page_size)
             shape = triton.shape_for(heads_per_key, q.shape[-1], max(self.query_lens, default=1), q.element_size())
             tiles = triton.plan(
                 self.page_table, self.query_lens, self.kv_lens, self.query_start, shape, heads_per_key, q.device
             )
-            self._tiles = tiles, shape
-        return self._tiles  # type: ignore[no-any-return]
+            self._tiles[kind] = tiles, shape
+        return self._tiles[kind]  # type: ignore[no-any-return]
 
     def live(self, page_size: int, device: torch.device) -> tuple[LivePages, AttentionBatch]:
         """The pages in use, and this batch over a cache of nothing else. Raises ValueError as `prepare` does."""

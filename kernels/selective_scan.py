@@ -89,7 +89,7 @@ def selective_update(
         return quick(x, _steps(dt, weights), b, c, weights.a, weights.skip.float(), states, spans, gate)
     wide, steps = x.float(), _steps(dt, weights)
     h = states.index_select(0, slots)
-    h.mul_(torch.exp(steps[:, :, None] * weights.a)).add_((steps * wide)[:, :, None] * b.float()[:, None])
+    h.mul_((steps[:, :, None] * weights.a).exp_()).addcmul_((steps * wide)[:, :, None], b.float()[:, None])
     states.index_copy_(0, slots, h)
     y = torch.bmm(h, c.float()[:, :, None])[:, :, 0].addcmul_(wide, weights.skip.float()).to(x.dtype)
     return y if gate is None else y.mul_(F.silu(gate))
