@@ -58,7 +58,7 @@ serve-job pod ─> head (jobs, state) <──────── Ray ────
 * The **gateway pod** is ready when a canary prompt got its token (startup) and as long as a worker of every kind lives
   (`/ready`). Before it ends it drains: `tandem stop`.
 * A **worker pod** that ends leaves its unfinished requests to another worker, which computes them again
-  (docs/operating.md, When a worker dies). Budgets (`maxUnavailable`) keep evictions from taking several at a time.
+  (docs/operating.md, When a worker dies). Budgets keep evictions from taking more than `maxUnavailable` of a group's `replicas` at a time.
 * **Secrets** are generated at the first installation, kept by upgrades and not deleted with the release. Keys of the
   encrypted transfer are no secrets of Kubernetes: each process draws its own and only ever shows the public half.
   Keeping them takes a look at the cluster, which tools that only render (`helm template`, Argo CD, kustomize) do not
