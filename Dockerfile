@@ -44,7 +44,9 @@ FROM base AS gpu
 RUN pip install --constraint constraints.txt torch triton
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     pip install --constraint constraints.txt /wheels/*.whl
-ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility TRITON_CACHE_DIR=/tmp/triton
+# Which devices a container sees is said by who starts it (--gpus, a device plugin): an image that asks for all of them would give
+# them to pods on the node that asked for none.
+ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility TRITON_CACHE_DIR=/tmp/triton
 USER 1000:1000
 WORKDIR /home/tandem
 EXPOSE 8000

@@ -11,7 +11,7 @@ This page is written by `python helm/generate.py` from `values.yaml`.
 ```console
 $ docker build --target cpu --tag REGISTRY/tandem:0.1.0 . && docker push REGISTRY/tandem:0.1.0
 $ helm install tandem helm/ --set image.repository=REGISTRY/tandem       # the small demo model, on CPUs
-$ helm test tandem                                                        # a prompt of one word gets its token
+$ helm test tandem                                                        # waits until a prompt of one word got its token
 ```
 
 `helm install` prints the commands that ask the first question. Values for the common cases lie in `examples/`:
@@ -94,7 +94,7 @@ head while `autoscaling.enabled`: Ray's autoscaler asks the Kubernetes API for p
 | pods of one RayCluster | each other | `ray.ports`: node services, agent, metrics, worker processes |
 | pods of one RayCluster | head | `ray.ports.gcs`, `dashboard` |
 | serve job, `networkPolicy.jobs` | head | `ray.ports.dashboard` |
-| every pod | `networkPolicy.dns` | 53 |
+| every pod | `networkPolicy.dns` | `networkPolicy.dnsPorts` |
 | gateway and worker pods | `model.s3.cidr`, where the model comes from S3 | `model.s3.port` |
 | gateway pod | with `config.gateway.media_hosts`: public addresses | 80, 443 |
 | gateway pod | `config.gateway.media_private_networks` | all |

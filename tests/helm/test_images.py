@@ -55,6 +55,12 @@ def test_images_are_pinned_and_run_as_nobody_special(stage: str) -> None:
     assert words[0] == "tandem" and build_parser().parse_args(words[1:]).model == "/opt/tandem/demo-model"
 
 
+def test_an_image_asks_for_no_devices_of_its_own() -> None:
+    """With NVIDIA's runtime it would be given them also where its pod asked for none."""
+    settings = [arguments for stage in FINAL_STAGES for name, arguments in _stages()[stage] if name == "ENV"]
+    assert settings and not any("VISIBLE_DEVICES" in setting for setting in settings)
+
+
 def test_the_model_of_the_chart_s_defaults_is_in_the_images() -> None:
     (copied,) = {arguments for _, arguments in _stages()["cpu"] if arguments.endswith("demo-model")}
     assert (ROOT / copied.split()[0] / "config.json").is_file()

@@ -91,6 +91,13 @@ def test_any_name_of_a_release_makes_names_that_kuberay_and_services_take(name: 
         assert re.fullmatch("[a-z]([a-z0-9-]{0,61}[a-z0-9])?", service["metadata"]["name"])
 
 
+def test_common_labels_are_on_every_object_and_every_pod() -> None:
+    objects = rendered("scheduling")
+    assert all(item["metadata"]["labels"]["team"] == "inference" for item in objects)
+    for where, pod in pod_templates(objects):
+        assert pod["metadata"]["labels"]["team"] == "inference", where
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_every_node_says_how_many_gpus_it_has(case: str) -> None:
     """Also none: without the word Ray offers whatever the container sees, which on a node with GPUs may be all of them."""
