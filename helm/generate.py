@@ -31,6 +31,7 @@ OBJECTS = {"type": "array", "items": {"type": "object"}}
 NAMES = {"type": "array", "items": {"type": "string"}}
 FREE = {"type": "object"}
 PORT = {"type": "integer", "minimum": 1, "maximum": 65535}
+SOME_PORTS = {"type": "array", "items": PORT, "minItems": 1}  # none would be all
 COUNT = {"type": "integer", "minimum": 0}
 POSITIVE = {"type": "integer", "minimum": 1}
 QUANTITY = {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?(m|Ki|Mi|Gi|Ti|k|M|G|T)?$"}
@@ -76,6 +77,7 @@ PORTS = (
     "lastPort",
 )  # fmt: skip
 MAPS = ("annotations", "podAnnotations")
+SECRET_KEY = {"type": "string", "pattern": "^[A-Za-z0-9._-]+$"}
 SECRET = {"type": "string", "pattern": "^([a-z0-9]([a-z0-9.-]*[a-z0-9])?)?$"}
 LISTS = (
     "imagePullSecrets", "tolerations", "topologySpreadConstraints", "extraEnv", "extraVolumes", "extraVolumeMounts",
@@ -87,10 +89,10 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(MAPS, STRINGS),
     **dict.fromkeys(("commonLabels", "labels", "nodeSelector"), LABELS),
     **dict.fromkeys(("existingSecret", "claimName"), SECRET),
-    **dict.fromkeys(("apiServerPorts", "dnsPorts"), {"type": "array", "items": PORT, "minItems": 1}),
-    **dict.fromkeys(("auth.api.key", "auth.ray.key"), {"type": "string", "pattern": "^[A-Za-z0-9._-]+$"}),
+    **dict.fromkeys(("apiServerPorts", "dnsPorts"), SOME_PORTS),
+    **dict.fromkeys(("auth.api.key", "auth.ray.key"), SECRET_KEY),
     "image.repository": {"type": "string", "minLength": 1},
-    "dns": OBJECTS | {"minItems": 1},  # none would be all: rules without peers admit everybody
+    "dns": OBJECTS | {"minItems": 1},
     **dict.fromkeys(LISTS, OBJECTS),
     **dict.fromkeys(("sharedMemory", "scratch", "sizeLimit"), QUANTITY),
     **dict.fromkeys(("gpus", "replicas", "maxUnavailable"), COUNT),

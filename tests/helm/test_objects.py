@@ -100,7 +100,7 @@ def test_common_labels_are_on_every_object_and_every_pod() -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_node_says_how_many_gpus_it_has(case: str) -> None:
-    """Also none: without the word Ray offers whatever the container sees, which on a node with GPUs may be all of them."""
+    """Also none: untold, Ray offers whatever the container sees, which on a node with GPUs may be all of them."""
     for cluster in of_kind(rendered(case), "RayCluster"):
         for group in (cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"]):
             limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
