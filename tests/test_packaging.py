@@ -18,6 +18,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 TOP_LEVEL = ("kernels", "transfer", "embedding_worker", "language_worker", "cluster")
@@ -34,6 +35,13 @@ CORE = (
 
 def _pyproject() -> dict[str, dict[str, dict[str, object]]]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def _optional(extra: str) -> list[str]:
+    """The requirements of an extra."""
+    found = _pyproject()["project"]["optional-dependencies"][extra]
+    assert isinstance(found, list)
+    return found
 
 
 def _loaded_by(*modules: str) -> set[str]:
@@ -72,6 +80,18 @@ def test_transformers_does_not_take_our_kernels_for_theirs() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_torch_s_build_for_cuda_pins_is_pinned_nowhere_else() -> None:
+    """A plain index gives that build, and pip finds no answer where our constraints name another version."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    names = {line.partition("==")[0].lower() for line in lines if line and not line.startswith("#")}
+    assert "torch" in names and len(names) > 80
+    assert not {name for name in names if name == "triton" or name.startswith(("nvidia-", "cuda-"))}
+    for extra in ("gpu", "dev"):
+        (wanted,) = [text for text in _optional(extra) if text.startswith("triton")]
+        assert Requirement(wanted).specifier.contains("3.7.1") and Requirement(wanted).specifier.contains("3.9.0")
+        assert not Requirement(wanted).specifier.contains("3.10.0"), "its default of float fusion is another one"
 
 
 def test_packages_are_listed_by_hand_and_all_of_them() -> None:
