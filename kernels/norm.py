@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels.dispatch import fused, native, twin
+from kernels.dispatch import ANY_SIZE, fused, native, twin
 
 
 def rms_norm(
@@ -24,8 +24,9 @@ def rms_norm(
     triton = twin("norm", x)
     if triton is not None:
         return triton.rms_norm(x, weight, eps, round_before_weight)  # type: ignore[no-any-return]
-    if weight is not None and not round_before_weight and (small := native("norm", x)) is not None:
-        return small.rms_norm(x, weight, eps)  # type: ignore[no-any-return]
+    quick = None if round_before_weight and weight is not None else native("norm", x, ANY_SIZE)
+    if quick is not None:
+        return quick.rms_norm(x, weight, eps)  # type: ignore[no-any-return]
     if round_before_weight and weight is not None:
         return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
     return F.rms_norm(x, x.shape[-1:], weight, eps)
@@ -36,9 +37,9 @@ def rms_norm_heads(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.T
 
     Has no Triton twin. Returns a new tensor like `x`.
     """
-    small = native("norm", x)
-    if small is not None:
-        return small.rms_norm(x, weight, eps)  # type: ignore[no-any-return]
+    quick = native("norm", x, ANY_SIZE)
+    if quick is not None:
+        return quick.rms_norm(x, weight, eps)  # type: ignore[no-any-return]
     return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
 
 
@@ -49,7 +50,7 @@ def add_rms_norm(
 
     x, residual: [..., D] of equal dtype. The sum is written into `residual`, which is also what comes back second.
     """
-    quick = fused("norm", x) if residual.is_contiguous() else twin("norm", x)
+    quick = fused("norm", x, ANY_SIZE) if residual.is_contiguous() else twin("norm", x)
     if quick is not None:
         return quick.add_rms_norm(x, residual, weight, eps)  # type: ignore[no-any-return]
     residual.add_(x)

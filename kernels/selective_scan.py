@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from kernels._native.limits import MAX_STATE
-from kernels.dispatch import native, twin
+from kernels.dispatch import ANY_SIZE, native, twin
 from kernels.state_batch import StateBatch
 
-ANY_SIZE = 1 << 62
 CHUNK_ELEMENTS = 1 << 20  # decays held at one time on the torch path
 
 

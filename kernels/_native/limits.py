@@ -11,5 +11,6 @@ MAX_GROUP = 2048  # inputs that share a scale of 4-bit numbers
 MAX_HEAD_DIM = 256  # of attention
 MAX_STATE = 256  # numbers of a channel's recurrent state
 SMALL_WEIGHTS = 1 << 18  # of a matrix: larger ones are read from memory, by as many threads as torch has
+SHARED_NUMBERS = 1 << 17  # of a tensor: more are shared out among torch's threads
 
 IN_C = {"MAX_ROWS": MAX_ROWS, "MAX_GROUP": MAX_GROUP, "MAX_HEAD_DIM": MAX_HEAD_DIM, "MAX_STATE": MAX_STATE}
