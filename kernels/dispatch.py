@@ -1,8 +1,8 @@
 """Which path an op takes: its Triton twin (`kernels/_triton/`), its C twin (`kernels/_native/`) or its torch path.
 
-CUDA tensors of float16, bfloat16 or float32 take the Triton twin where Triton is installed. On the CPU small tensors of
-float32 or bfloat16 take the C twin of ops that have one, where a C compiler is installed. Everything else takes torch,
-inputs whose gradient is recorded too: the twins have none.
+CUDA tensors of float16, bfloat16 or float32 take the Triton twin where Triton is installed. On the CPU tensors of
+float32 or bfloat16 (of some ops small ones only) take the C twin of ops that have one, where a C compiler is installed.
+Everything else takes torch, inputs whose gradient is recorded too: the twins have none.
 `forced` overrides that for tests and comparisons. Importing this package never imports Triton, and compiles nothing.
 """
 
@@ -27,6 +27,7 @@ Path: TypeAlias = Literal["torch", "triton", "native"]
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32})
 _NATIVE_FLOATS = frozenset({torch.bfloat16, torch.float32})
 NATIVE_NUMBERS = 1 << 17  # of a tensor on the CPU: larger ones keep both torch's threads busy, and calls cost little
+ANY_SIZE = 1 << 62  # for ops whose C twin shares its work out among torch's threads
 _forced: ContextVar[Path | None] = ContextVar("kernel_path", default=None)
 
 
@@ -64,12 +65,12 @@ def twin(module: str, tensor: torch.Tensor) -> ModuleType | None:
     return _launching_beside(tensor, module)
 
 
-def fused(module: str, tensor: torch.Tensor) -> ModuleType | None:
-    """`twin`, or `kernels._native.<module>` when an op on `tensor` is to take the C path.
+def fused(module: str, tensor: torch.Tensor, most: int = NATIVE_NUMBERS) -> ModuleType | None:
+    """`twin`, or `kernels._native.<module>` when an op on `tensor` (of at most `most` numbers) is to take the C path.
 
     Raises TritonUnavailable or NativeUnavailable when a path is forced and cannot be taken.
     """
-    return twin(module, tensor) or native(module, tensor)
+    return twin(module, tensor) or native(module, tensor, most)
 
 
 def native(module: str, tensor: torch.Tensor, most: int = NATIVE_NUMBERS) -> ModuleType | None:

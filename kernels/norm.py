@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels.dispatch import deciding, fused, native, twin
+from kernels.dispatch import ANY_SIZE, deciding, fused, native, twin
 
 
 def rms_norm(
@@ -25,8 +25,9 @@ def rms_norm(
     triton = twin("norm", lead)
     if triton is not None:
         return triton.rms_norm(x, weight, eps, round_before_weight)  # type: ignore[no-any-return]
-    if weight is not None and not round_before_weight and (small := native("norm", lead)) is not None:
-        return small.rms_norm(x, weight, eps)  # type: ignore[no-any-return]
+    quick = None if round_before_weight and weight is not None else native("norm", lead, ANY_SIZE)
+    if quick is not None:
+        return quick.rms_norm(x, weight, eps)  # type: ignore[no-any-return]
     if round_before_weight and weight is not None:
         return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
     return F.rms_norm(x, x.shape[-1:], weight, eps)
@@ -41,9 +42,9 @@ def rms_norm_heads(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.T
     triton = twin("norm", lead)
     if triton is not None:
         return triton.rms_norm_heads(x, weight, eps)  # type: ignore[no-any-return]
-    small = native("norm", lead)
-    if small is not None:
-        return small.rms_norm(x, weight, eps)  # type: ignore[no-any-return]
+    quick = native("norm", lead, ANY_SIZE)
+    if quick is not None:
+        return quick.rms_norm(x, weight, eps)  # type: ignore[no-any-return]
     return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
 
 
@@ -55,7 +56,7 @@ def add_rms_norm(
     x, residual: [..., D] of equal dtype. The sum is written into `residual`, which is also what comes back second.
     """
     lead = deciding(x, weight, residual)
-    quick = fused("norm", lead) if residual.is_contiguous() else twin("norm", lead)
+    quick = fused("norm", lead, ANY_SIZE) if residual.is_contiguous() else twin("norm", lead)
     if quick is not None:
         return quick.add_rms_norm(x, residual, weight, eps)  # type: ignore[no-any-return]
     residual.add_(x)

@@ -69,8 +69,8 @@ def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """As many threads of torch's as the parameter says; every matrix counts as large."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
-    for module in (kernels.linear, kernels._native.linear):
-        monkeypatch.setattr(module, "SMALL_WEIGHTS", 0)
+    monkeypatch.setattr(kernels.linear, "CACHED_WEIGHTS", 0)
+    monkeypatch.setattr(kernels._native.linear, "SMALL_WEIGHTS", 0)
     yield request.param
     torch.set_num_threads(before)
 
