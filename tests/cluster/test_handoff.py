@@ -639,7 +639,7 @@ def test_cancel_while_the_calls_are_being_made(make_rig: MakeRig, attempt: int) 
         """Hands out the running request before its calls are made, as another thread might have it."""
 
         def submit(self, request: ServedRequest, sink: Any) -> RunningRequest:
-            run = cluster.handoff._Run(self._service, self._directory, request, sink)
+            run = cluster.handoff._Run(self._service, self._directory, self._suspects, self._release, request, sink)
             runs.append(run)
             run.start()
             return run
