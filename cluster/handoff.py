@@ -43,9 +43,13 @@ CRASH_CODES = frozenset({"PeerLost", "EngineFailed"})  # the process died, or th
 class Handoff:
     """Hands requests to the workers of one directory."""
 
-    def __init__(self, service: Service, directory: WorkerDirectory) -> None:
+    def __init__(
+        self, service: Service, directory: WorkerDirectory, on_attempt: Callable[[str], None] = lambda reason: None
+    ) -> None:
+        """on_attempt: told of every attempt, from any thread: "first", or the code of the loss that it makes good."""
         self._service = service
         self._directory = directory
+        self._on_attempt = on_attempt
         self._suspects: Suspects[_Run] = Suspects(directory.is_alive)
         directory.listen(self._release)
 
@@ -53,13 +57,16 @@ class Handoff:
         """Start a request. Raises NoWorker at once when no live worker can take it, RequestTimeout when it has no time
         left, TransferError when the chosen worker cannot be called (EndpointClosed: the service is closed).
         """
-        run = _Run(self._service, self._directory, self._suspects, self._release, request, sink)
+        run = self._new_run(request, sink)
         try:
             run.start()
         except BaseException:
             self._suspects.leave(run)
             raise
         return run
+
+    def _new_run(self, request: ServedRequest, sink: Sink) -> _Run:
+        return _Run(self._service, self._directory, self._suspects, self._release, self._on_attempt, request, sink)
 
     def _release(self) -> None:
         """Let go on what waits and may; later, since the others of a lost worker's requests end right after one."""
@@ -82,6 +89,7 @@ class _Run:
         directory: WorkerDirectory,
         suspects: Suspects[_Run],
         release: Callable[[], None],
+        on_attempt: Callable[[str], None],
         request: ServedRequest,
         sink: Sink,
     ) -> None:
@@ -89,6 +97,7 @@ class _Run:
         self._directory = directory
         self._suspects = suspects
         self._release = release
+        self._on_attempt = on_attempt
         self._request = _seeded(request)
         self._sink = sink
         self._media_key = _digest(request.media) if request.media else ""
@@ -96,6 +105,7 @@ class _Run:
         self._lock = threading.Lock()
         self._attempt: Attempt | None = None
         self._num_attempts = 0
+        self._reason = "first"  # of the next attempt
         self._asked: dict[str, WorkerAddress | None] = {}  # what was known by the names of those that were chosen
         self._lost: dict[str, WorkerAddress | None] = {}
         self._started_s = time.monotonic()
@@ -130,6 +140,7 @@ class _Run:
             self._attempt = attempt
             is_cancelled = self._cancelled
         attempt.start()
+        self._on_attempt(self._reason)
         if is_cancelled:
             attempt.cancel()
 
@@ -193,6 +204,7 @@ class _Run:
             self._end_cancelled()
             return
         self._lost[worker] = self._asked.get(worker)
+        self._reason = failure.code
         verdict = self._judge(worker, failure)
         if verdict is Verdict.GUILTY:
             logger.error("request %s is given up: workers crash of it, %s last", self._request.request_id, worker)

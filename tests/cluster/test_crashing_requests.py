@@ -56,6 +56,7 @@ def test_a_request_that_ran_at_two_crashes_gets_no_third_worker(make_rig: MakeRi
     error = outcome.wait().error
     assert isinstance(error, CrashingRequest) and "language-0, language-1" in str(error)
     assert not any(worker.has_calls() for worker in rig.language)
+    assert rig.attempts == ["first", "PeerLost" if how == "its process dies" else "EngineFailed"]
     answer = http_error(error)
     assert answer.status == 422 and "retry-after" not in answer.headers, "clients do not send it again by themselves"
     assert "language-0" not in str(answer.body)

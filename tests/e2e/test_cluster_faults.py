@@ -6,6 +6,7 @@ A worker is stopped (SIGSTOP) before it is killed where a test needs requests th
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 from collections import Counter
@@ -138,6 +139,9 @@ def test_a_language_worker_is_killed_under_load(
         _check_whole(streamed, text)
     num_taken_over = sum(streamed.usage["hops"].get("attempts", 1) > 1 for streamed in outcomes if streamed.usage)
     assert 0 < num_taken_over < NUM_STREAMS, "the worker that died served some of the streams, not all"
+    page = wide_serving.client.get("/metrics").text
+    (num_anew,) = re.findall(r'^tandem:request_attempts_total\{reason="PeerLost"\} (\S+)$', page, re.MULTILINE)
+    assert float(num_anew) >= num_taken_over
 
     _await_new_process(wide_cluster, victim)
     _await_up(wide_serving)
