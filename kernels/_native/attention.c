@@ -18,21 +18,8 @@ static int is_there(size query_len, size kv_len, size first_row, size tokens, co
     return 1;
 }
 
-#define FLOAT(name) name##_float32
-#define real float
-#define LOAD(value) (value)
-#define STORE(value) (value)
-#include "attention.c"
-#undef FLOAT
-#undef real
-#undef LOAD
-#undef STORE
-
-#define FLOAT(name) name##_bfloat16
-#define real bfloat16
-#define LOAD(value) widened(value)
-#define STORE(value) narrowed(value)
-#include "attention.c"
+#define BODY "attention.c"
+#include "formats.h"
 
 #else
 

@@ -30,6 +30,7 @@ from kernels._native.limits import IN_C
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
+HEADERS = ("common.h", "formats.h")
 UNITS = ("pointwise.c", "attention.c", "linear.c", "scan.c")
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = (
@@ -68,7 +69,7 @@ def _built(compiler: str, threads: str) -> Path:
     flags = [*FLAGS, threads, *(WIDE_FLAGS if "avx512f" in _processor() else ())]
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_TIMEOUT_S).stdout
     digest = hashlib.blake2b(repr((compiler, version, flags, _processor())).encode(), digest_size=16)
-    for name in ("common.h", *UNITS):
+    for name in (*HEADERS, *UNITS):
         digest.update((SOURCES / name).read_bytes())
     command = [compiler, *flags, *(str(SOURCES / name) for name in UNITS)]
     name = f"native-{digest.hexdigest()}.so"

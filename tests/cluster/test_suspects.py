@@ -104,14 +104,14 @@ def test_one_culprit_among_many_is_found_within_three_crashes_and_nobody_else_is
     num_requests: int, num_workers: int, seed: int
 ) -> None:
     rng = random.Random(seed)
-    suspects = _suspects()
+    suspects: Suspects[int] = Suspects(lambda worker: False)
     serial = 0
     workers: list[WorkerAddress] = []
     running: dict[int, WorkerAddress] = {}
 
     def start(request: int) -> None:
         running[request] = rng.choice(workers)
-        suspects.enter(request, [running[request]])  # type: ignore[arg-type]
+        suspects.enter(request, [running[request]])
 
     def spawn() -> WorkerAddress:
         nonlocal serial
@@ -130,23 +130,23 @@ def test_one_culprit_among_many_is_found_within_three_crashes_and_nobody_else_is
         there = [request for request, worker in running.items() if worker == crashed]
         rng.shuffle(there)
         for request in there:
-            verdict = suspects.judge(request, crashed, is_sure=True)  # type: ignore[arg-type]
+            verdict = suspects.judge(request, crashed, is_sure=True)
             del running[request]
             is_found |= verdict is Verdict.GUILTY
             assert verdict is not Verdict.GUILTY or request == culprit
             if verdict is Verdict.ANEW:
                 start(request)
             elif verdict is Verdict.TRIAL:
-                suspects.wait(request)  # type: ignore[arg-type]
+                suspects.wait(request)
             else:
-                suspects.leave(request)  # type: ignore[arg-type]
+                suspects.leave(request)
         while not is_found and culprit not in running:
             for request in suspects.release(_always):
-                start(request)  # type: ignore[arg-type]
+                start(request)
             ends = [request for request in running if request != culprit and rng.random() < 0.7] or list(running)
             for request in ends:
                 if request != culprit:
                     del running[request]
-                    suspects.leave(request)  # type: ignore[arg-type]
+                    suspects.leave(request)
     assert is_found and num_crashes in (2, 3)
     assert num_crashes == 2 or num_requests > 1
