@@ -21,6 +21,7 @@ import pytest
 from cluster.actors import WorkerHealth
 from cluster.launch import RayCluster
 from tests.e2e.serving import Serving, Streamed, ask_demo_question, chat_body, eventually, long_body, png
+from tests.e2e.test_topologies import check_topology
 from tests.tiny_models import random_image
 
 pytestmark = pytest.mark.ray
@@ -105,6 +106,10 @@ def _picture(seed: int) -> bytes:
 
 def _num_pending(futures: list[Future[Any]]) -> int:
     return sum(not future.done() for future in futures)
+
+
+def test_two_workers_of_each_kind_answer_as_one_process_does(wide_cluster: RayCluster) -> None:
+    check_topology(wide_cluster, is_split=False)
 
 
 def test_a_language_worker_is_killed_under_load(
