@@ -5,17 +5,24 @@ With workers that do what a test says, as in `test_handoff`, and with engines th
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
+from cluster.config import GatewayConfig
+from cluster.demo import MODEL_DIR
 from cluster.directory import WorkerAddress, WorkerDirectory
 from cluster.errors import CrashingRequest, RequestTimeout, http_error
+from cluster.gateway_server import GatewayServer
 from cluster.handoff import Handoff
+from cluster.model_info import ModelInfo
 from cluster.served import ServedRequest
 from language_worker.api import SamplingParams
 from language_worker.config import EngineConfig
@@ -169,6 +176,31 @@ def test_who_waits_does_so_within_its_deadline(make_rig: MakeRig, monkeypatch: p
     for _, pass_deadline in timers:
         pass_deadline()
     assert isinstance(twice.one.wait().error, RequestTimeout) and isinstance(twice.two.wait().error, RequestTimeout)
+
+
+def test_the_gateway_answers_it_with_an_error_that_is_final_and_counts_the_attempts() -> None:
+    service = Service(open_endpoint(f"inproc://{Names.fresh('gateway')}"), TransferConfig())
+    config = GatewayConfig(host="127.0.0.1", port=0)
+    server = GatewayServer(config, "model", ModelInfo.load(str(MODEL_DIR)), 512, service)
+    with ExitStack() as stack:
+        workers = [stack.enter_context(FakeWorker("language", f"language-{i}")) for i in range(3)]
+        stack.callback(server.close)
+        server.start([worker.entry for worker in workers])
+        url = f"http://127.0.0.1:{server.port}"
+        body = {"model": "model", "prompt": "hi", "max_tokens": 2}
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(httpx.post, f"{url}/v1/completions", json=body, timeout=2 * WAIT_S)
+            for worker in workers[:2]:
+                worker.take("generate").fail("EngineFailed", "no more")
+            answer = asked.result()
+        page = httpx.get(f"{url}/metrics", timeout=WAIT_S).text
+    assert answer.status_code == 422 and answer.json()["error"]["code"] == "crashing_request"
+    assert not workers[2].has_calls()
+    counted = dict(re.findall(r'^tandem:request_attempts_total\{reason="(\w+)"\} (\S+)$', page, re.MULTILINE))
+    assert {reason: float(count) for reason, count in counted.items() if float(count)} == {
+        "first": 1,
+        "EngineFailed": 1,
+    }
 
 
 # -- engines that break -----------------------------------------------------------------------------------------------
