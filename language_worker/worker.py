@@ -167,7 +167,7 @@ class LanguageWorker:
     def _end(self) -> None:
         """Fail everything that the engine has, and say so."""
         with self._ending:
-            self._delivery.deliver(self._engine.close())
+            self._delivery.deliver(self._engine.close(self._failure))
 
 
 def _ticket(body: Mapping[str, Any], request: GenerateRequest) -> Ticket | None:

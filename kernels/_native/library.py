@@ -30,8 +30,8 @@ from kernels._native.limits import IN_C, SHARED_NUMBERS
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
+HEADERS = ("common.h", "formats.h", "ops.h", "columns.h")
 UNITS = ("pointwise.c", "attention.c", "linear.c", "quantised_linear.c", "scan.c", "decoder_layers.c")
-HEADERS = ("common.h", "ops.h", "columns.h")
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = (
     "-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",

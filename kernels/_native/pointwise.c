@@ -5,21 +5,8 @@
 
 #include "ops.h"
 
-#define FLOAT(name) name##_float32
-#define real float
-#define LOAD(value) (value)
-#define STORE(value) (value)
-#include "pointwise.c"
-#undef FLOAT
-#undef real
-#undef LOAD
-#undef STORE
-
-#define FLOAT(name) name##_bfloat16
-#define real bfloat16
-#define LOAD(value) widened(value)
-#define STORE(value) narrowed(value)
-#include "pointwise.c"
+#define BODY "pointwise.c"
+#include "formats.h"
 
 #else
 

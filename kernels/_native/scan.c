@@ -45,21 +45,8 @@ static inline float softplus(float x) {
     return (x > 0.0f ? x : 0.0f) + 2.0f * ratio * series;
 }
 
-#define FLOAT(name) name##_float32
-#define real float
-#define LOAD(value) (value)
-#define STORE(value) (value)
-#include "scan.c"
-#undef FLOAT
-#undef real
-#undef LOAD
-#undef STORE
-
-#define FLOAT(name) name##_bfloat16
-#define real bfloat16
-#define LOAD(value) widened(value)
-#define STORE(value) narrowed(value)
-#include "scan.c"
+#define BODY "scan.c"
+#include "formats.h"
 
 #else
 

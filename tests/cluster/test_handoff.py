@@ -102,7 +102,8 @@ class Rig:
         self.service.start()
         self.directory = HookedDirectory(self.service)
         self.directory.replace([worker.entry for worker in self.language + self.embedding])
-        self.handoff = Handoff(self.service, self.directory)
+        self.attempts: list[str] = []
+        self.handoff = Handoff(self.service, self.directory, self.attempts.append)
 
     def submit(self, media: tuple[bytes, ...] = (), **values: Any) -> tuple[Outcome, RunningRequest]:
         outcome = Outcome()
@@ -336,6 +337,7 @@ def test_a_worker_lost_after_the_first_token_is_replaced_and_no_token_comes_twic
     end_generate(again, 4)
     stats = outcome.wait().stats
     assert stats is not None and stats.hops["attempts"] == 2 and outcome.tokens == [5, 6, 7, 8]
+    assert rig.attempts == ["first", "PeerLost"]
 
 
 def test_a_request_without_a_seed_gets_one_that_all_its_workers_are_told(make_rig: MakeRig) -> None:
@@ -366,6 +368,7 @@ def test_a_worker_that_came_back_may_take_over_from_the_one_that_took_over_from_
         _serve(reborn.take("generate"), 5, 6)
         stats = outcome.wait().stats
     assert stats is not None and stats.hops["attempts"] == 3 and outcome.tokens == [5, 6]
+    assert rig.attempts == ["first", "EngineStopped", "EngineStopped"]
 
 
 def test_an_answer_that_would_be_another_one_is_an_error_and_nothing_wrong_is_delivered(make_rig: MakeRig) -> None:
@@ -648,7 +651,7 @@ def test_cancel_while_the_calls_are_being_made(make_rig: MakeRig, attempt: int) 
         """Hands out the running request before its calls are made, as another thread might have it."""
 
         def submit(self, request: ServedRequest, sink: Any) -> RunningRequest:
-            run = cluster.handoff._Run(self._service, self._directory, request, sink)
+            run = self._new_run(request, sink)
             runs.append(run)
             run.start()
             return run

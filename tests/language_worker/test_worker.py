@@ -337,16 +337,22 @@ def test_close_fails_running_calls(client: Client) -> None:
 
 
 def test_an_engine_that_breaks_fails_its_calls_and_says_so(client: Client) -> None:
-    def broken() -> None:
+    engine = client.worker._engine
+    plan = engine.scheduler.plan
+
+    def broken() -> Any:
+        if not engine.scheduler.waiting:
+            return plan()
         raise MemoryError("no more")
 
-    client.worker._engine.scheduler.plan = broken  # type: ignore[method-assign]
+    engine.scheduler.plan = broken  # type: ignore[method-assign]
     answer, _ = client.generate(request_id="a", prompt_token_ids=[1])
     answer.wait()
-    assert answer.failure is not None and answer.failure.code == "EngineStopped"
+    assert answer.failure is not None and answer.failure.code == "EngineFailed" and "no more" in answer.failure.message
     later, _ = client.generate(request_id="b", prompt_token_ids=[1])
     later.wait()
     assert later.failure is not None and "no more" in later.failure.message
+    assert later.failure.code == "EngineStopped", "it was not there when the engine broke"
     assert not client.worker.is_healthy
 
 
