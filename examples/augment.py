@@ -28,12 +28,15 @@ NO_ORDER = MAX_DIGITS
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PictureBatch:
-    """Canvases as patches, how many cells of each are real, the answers, and a label per cell."""
+    """Canvases as RGB in 0..255 and as patches, how many cells of each are real, the answers, where each digit's centre
+    lies from the left, and a label per cell."""
 
+    pixels: Tensor
     patches: Tensor
     cells_wide: Tensor
     numbers: tuple[str, ...]
     colours: tuple[str, ...]
+    centres: tuple[tuple[float, ...], ...]
     digit_labels: Tensor
     order_labels: Tensor
     colour_labels: Tensor
@@ -49,7 +52,7 @@ def draw_batch(rng: numpy.random.Generator, size: int, max_digits: int = MAX_DIG
     order_labels = torch.full((size, CELLS_WIDE), NO_ORDER)
     placed: list[tuple[int, float, float, float]] = []
     chosen: list[int] = []
-    numbers, colours, cells_wide = [], [], []
+    numbers, colours, cells_wide, centres = [], [], [], []
     for row in range(size):
         layout = draw_layout(rng, int(rng.integers(1, max_digits + 1)))
         colour = names[int(rng.integers(len(names)))]
@@ -64,17 +67,20 @@ def draw_batch(rng: numpy.random.Generator, size: int, max_digits: int = MAX_DIG
         numbers.append("".join(str(glyphs.digits[i]) for i in ids))
         colours.append(colour)
         cells_wide.append(layout.width // CELL)
+        centres.append(tuple(x for x, _ in layout.centres))
     _paste(alpha, placed, _warped_tiles(rng, torch.from_numpy(glyphs.ink[chosen]), placed))
     alpha = alpha[:, None, TILE:-TILE, TILE:-TILE]
-    pixels = background[:, :, None, None] + alpha * (ink - background)[:, :, None, None]
+    pixels = (background[:, :, None, None] + alpha * (ink - background)[:, :, None, None]).round()
     width = torch.tensor(cells_wide)
     colour_labels = torch.tensor([names.index(colour) for colour in colours])
     real = torch.arange(CELLS_WIDE)[None, :] < width[:, None]
     return PictureBatch(
-        patches=to_patches(pixels.round()),
+        pixels=pixels,
+        patches=to_patches(pixels),
         cells_wide=width,
         numbers=tuple(numbers),
         colours=tuple(colours),
+        centres=tuple(centres),
         digit_labels=_both_rows(digit_labels, real),
         order_labels=_both_rows(order_labels, real),
         colour_labels=_both_rows(colour_labels[:, None].expand(size, CELLS_WIDE), real),

@@ -93,13 +93,18 @@ class Llada(nn.Module):
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[1]))
 
-    def forward(self, token_ids: Tensor, is_real: Tensor) -> Tensor:
-        """token_ids, is_real [B, L] -> logits [B, L, V]; nobody looks at what is not real."""
+    def forward(
+        self, token_ids: Tensor, is_real: Tensor, rows: Tensor | None = None, is_row: Tensor | None = None
+    ) -> Tensor:
+        """token_ids, is_real [B, L] -> logits [B, L, V]; nobody looks at what is not real. rows [N, width]: what takes
+        the place of embeddings where `is_row`, in order."""
         parts: Any = self.model["transformer"]
         head = self.shape.d_model // self.shape.n_heads
         frequencies = self.shape.rope_theta ** (-torch.arange(0, head, 2) / head)
         angles = (torch.arange(token_ids.shape[1])[:, None] * frequencies).repeat(1, 2)
         x = parts["wte"](token_ids)
+        if rows is not None and is_row is not None:
+            x = x.masked_scatter(is_row[..., None], rows.to(x.dtype))
         for block in parts["blocks"]:
             x = block(x, angles.cos(), angles.sin(), is_real[:, None, None])
         logits: Tensor = parts["ff_out"](parts["ln_f"](x))
