@@ -18,14 +18,14 @@ from examples.reader_accuracy import measure
 from examples.reader_model import Reader, Tower, save
 from examples.train.progress import progress_bar
 from examples.train_reader_text import ReadingPlan, train_text
-from examples.train_reader_vision import SeeingPlan, train_tower
+from examples.train_reader_vision import ColumnHeads, SeeingPlan, train_tower
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     torch.set_num_threads(arguments.threads)
     console = Console()
-    reader = _read(arguments, console, _see(arguments, console))
+    reader = _read(arguments, console, *_see(arguments, console))
     num_bytes = save(reader, arguments.out)
     console.print(f"{num_bytes / 1e6:.2f} MB of weights in {arguments.out}")
     with LLM(model=str(arguments.out), dtype="float32", device="cpu") as llm:
@@ -47,20 +47,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _see(arguments: argparse.Namespace, console: Console) -> Tower:
+def _see(arguments: argparse.Namespace, console: Console) -> tuple[Tower, ColumnHeads]:
     plan = SeeingPlan(steps=arguments.vision_steps, num_micro_batches=arguments.micro_batches)
     with progress_bar(console, "seeing", plan.steps) as report:
         return train_tower(arguments.seed, plan, report, _state_file(arguments, "seeing"))
 
 
-def _read(arguments: argparse.Namespace, console: Console, tower: Tower) -> Reader:
+def _read(arguments: argparse.Namespace, console: Console, tower: Tower, heads: ColumnHeads) -> Reader:
     plan = ReadingPlan(steps=arguments.text_steps, num_micro_batches=arguments.micro_batches)
 
     def checkpoint(step: int, reader: Reader) -> None:
         save(reader, arguments.out)
 
     with progress_bar(console, "reading", plan.steps) as report:
-        return train_text(arguments.seed, tower, plan, report, checkpoint, _state_file(arguments, "reading"))
+        return train_text(arguments.seed, tower, heads, plan, report, checkpoint, _state_file(arguments, "reading"))
 
 
 def _state_file(arguments: argparse.Namespace, phase: str) -> Path | None:

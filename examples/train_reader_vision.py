@@ -31,10 +31,10 @@ from examples.train.trainer import Limits, Report, Share, Trainer, split_evenly
 class SeeingPlan:
     """How long and how hard the first phase trains."""
 
-    steps: int = 3000
+    steps: int = 3600
     batch_size: int = 48
     num_micro_batches: int = 1
-    learning_rate: float = 2e-3
+    learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
     average_decay: float = 0.995
     warp: float = 0.5
@@ -89,7 +89,9 @@ class Seeing:
         return Share(loss, figures)
 
 
-def train_tower(seed: int, plan: SeeingPlan, report: Report, state_file: Path | None = None) -> Tower:
+def train_tower(
+    seed: int, plan: SeeingPlan, report: Report, state_file: Path | None = None
+) -> tuple[Tower, ColumnHeads]:
     """A tower whose rows tell digits, their order and their colour; its weights are an average."""
     torch.manual_seed(seed)
     rng = numpy.random.default_rng([seed, 1])
@@ -113,4 +115,4 @@ def train_tower(seed: int, plan: SeeingPlan, report: Report, state_file: Path | 
     Trainer(state, Seeing(tower, heads), draw, schedule, steps=plan.steps, limits=limits, state_file=state_file).run(
         report
     )
-    return average.model
+    return average.model, heads

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from examples import train_reader
-from examples.augment import NO_DIGIT, draw_batch
+from examples.augment import NO_DIGIT, PictureBatch, draw_batch
 from examples.digits import COLOURS
 from examples.reader import (
     FEATURES,
@@ -53,9 +53,26 @@ def _average(average: nn.Module, model: nn.Module, step: int) -> None:
         kept.lerp_(current, 1.0 - min(0.995, (step + 1) / (step + 10)))
 
 
+def _assert_near(found: nn.Module, wanted: nn.Module) -> None:
+    for name, value in found.state_dict().items():
+        torch.testing.assert_close(value, wanted.state_dict()[name], atol=2e-6, rtol=1e-4)
+
+
+def _column_loss(heads: ColumnHeads, rows: Tensor, pictures: PictureBatch) -> Tensor:
+    digit, order = heads.columns(rows).split(NO_DIGIT + 1, dim=-1)
+    labels = column_labels(pictures, pictures.numbers, NO_DIGIT)
+    colours = torch.tensor([list(COLOURS).index(colour) for colour in pictures.colours])
+    loss = 0.2 * functional.cross_entropy(heads.colour(rows.mean(1)), colours)
+    for scores, wanted, weight in zip((digit, order), labels, (1.0, 0.5), strict=True):
+        loss = loss + weight * functional.cross_entropy(scores.flatten(0, 1), wanted.repeat(1, FEATURES).flatten())
+        together = scores.unflatten(1, (FEATURES, FEATURES)).mean(1)
+        loss = loss + weight * functional.cross_entropy(together.flatten(0, 1), wanted.flatten())
+    return loss
+
+
 def test_seeing_gives_the_numbers_of_a_plain_loop() -> None:
     plan = SeeingPlan(steps=3, batch_size=3)
-    trained = train_tower(5, plan, Heard())
+    trained, trained_heads = train_tower(5, plan, Heard())
     torch.manual_seed(5)
     tower, heads = Tower(), ColumnHeads()
     average, rng = copy.deepcopy(tower), numpy.random.default_rng([5, 1])
@@ -64,61 +81,59 @@ def test_seeing_gives_the_numbers_of_a_plain_loop() -> None:
     for step in range(3):
         optimizer.param_groups[0]["lr"] = plan.learning_rate * ((step + 1) / 100)
         pictures = draw_batch(rng, 3, max_digits=2, warp=plan.warp)
-        rows = tower(squares(pictures)[0])
-        digit, order = heads.columns(rows).split(NO_DIGIT + 1, dim=-1)
-        labels = column_labels(pictures, pictures.numbers, NO_DIGIT)
-        colours = torch.tensor([list(COLOURS).index(colour) for colour in pictures.colours])
-        loss = 0.2 * functional.cross_entropy(heads.colour(rows.mean(1)), colours)
-        for scores, wanted, weight in zip((digit, order), labels, (1.0, 0.5), strict=True):
-            loss = loss + weight * functional.cross_entropy(scores.flatten(0, 1), wanted.repeat(1, FEATURES).flatten())
-            together = scores.unflatten(1, (FEATURES, FEATURES)).mean(1)
-            loss = loss + weight * functional.cross_entropy(together.flatten(0, 1), wanted.flatten())
-        _step(optimizer, loss, parameters)
+        _step(optimizer, _column_loss(heads, tower(squares(pictures)[0]), pictures), parameters)
         _average(average, tower, step)
-    for name, value in trained.state_dict().items():
-        torch.testing.assert_close(value, average.state_dict()[name], atol=2e-6, rtol=1e-4)
+    _assert_near(trained, average)
+    _assert_near(trained_heads, heads)
 
 
 def test_reading_gives_the_numbers_of_a_plain_loop() -> None:
     torch.manual_seed(8)
-    plan, seen, tower = ReadingPlan(steps=4, batch_size=2, snapshot_every=3), [], Tower()
-    before = weights(tower)
-    trained = train_text(5, tower, plan, Heard(), lambda step, _: seen.append(step))
-    assert seen == [3, 4] and weights(tower) == weights(trained.tower) == before
+    plan, seen, tower, heads = ReadingPlan(steps=4, batch_size=2, snapshot_every=3), [], Tower(), ColumnHeads()
+    plain_tower, plain_heads = copy.deepcopy(tower), copy.deepcopy(heads)
+    trained = train_text(5, tower, heads, plan, Heard(), lambda step, _: seen.append(step))
+    assert seen == [3, 4]
     torch.manual_seed(6)
-    plain, rng = Reader(tower), numpy.random.default_rng([5, 2])
+    plain, rng = Reader(plain_tower), numpy.random.default_rng([5, 2])
     average = copy.deepcopy(plain)
-    parameters = [*plain.text.parameters(), plain.newline]
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=plan.weight_decay)
+    text, vision = [*plain.text.parameters(), plain.newline], [*plain_tower.parameters(), *plain_heads.parameters()]
+    groups = [{"params": text}, {"params": vision}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=plan.weight_decay)
     for step in range(4):
-        optimizer.param_groups[0]["lr"] = plan.learning_rate * ((step + 1) / 100)
+        for group, rate in zip(optimizer.param_groups, (plan.learning_rate, plan.vision_learning_rate), strict=True):
+            group["lr"] = rate * ((step + 1) / 100)
         pictures = draw_batch(rng, 2, warp=plan.warp)
         batch = converse(pictures, draw_samples(rng, pictures))
         squeezed, fitted = squares(pictures)
-        rows = plain.arranged(tower(squeezed), tower(fitted), batch.widths)
+        overview = plain_tower(squeezed)
+        rows = plain.arranged(overview, plain_tower(fitted).detach(), batch.widths)
         logits = plain.text.logits(plain.hidden(batch.token_ids, batch.is_real, rows))
-        _step(optimizer, functional.cross_entropy(logits.transpose(1, 2), batch.labels), parameters)
+        loss = functional.cross_entropy(logits.transpose(1, 2), batch.labels)
+        _step(optimizer, loss + 0.3 * _column_loss(plain_heads, overview, pictures), [*text, *vision])
         _average(average, plain, step)
-    for name, value in trained.state_dict().items():
-        torch.testing.assert_close(value, average.state_dict()[name], atol=2e-6, rtol=1e-4)
+    _assert_near(trained, average)
 
 
 def test_micro_batches_give_the_big_batchs_gradient() -> None:
     torch.manual_seed(2)
-    rng, reader = numpy.random.default_rng(0), Reader(Tower().requires_grad_(False))
+    rng, reader = numpy.random.default_rng(0), Reader(Tower())
     drawn = []
     for size in (1, 3):
         pictures = draw_batch(rng, size)
         drawn.append(converse(pictures, draw_samples(rng, pictures)))
-    objective, gradients = Reading(reader), []
-    counts: Mapping[str, int] = {"hidden": sum(objective.counts(batch)["hidden"] for batch in drawn)}
+    objective = Reading(reader, ColumnHeads(), 0.3)
+    own = [objective.counts(batch) for batch in drawn]
+    counts = {name: sum(count[name] for count in own) for name in ("hidden", "pictures")}
     shares = [objective.share(batch, 0, counts).loss for batch in drawn]
     sum(shares[1:], shares[0]).backward()
     gradients = torch.cat([p.grad.flatten() for p in reader.parameters() if p.grad is not None])
     reader.zero_grad()
-    means = [objective.share(batch, 0, objective.counts(batch)).loss for batch in drawn]
-    hidden = [objective.counts(batch)["hidden"] / counts["hidden"] for batch in drawn]
-    (means[0] * hidden[0] + means[1] * hidden[1]).backward()
+    for batch, count in zip(drawn, own, strict=True):  # answers and columns weigh differently in each part
+        answers = Reading(reader, ColumnHeads(), 0.0).share(batch, 0, count).loss
+        (answers * count["hidden"] / counts["hidden"]).backward()
+        rows = reader.tower(squares(batch.pictures)[0])
+        columns = _column_loss(objective.heads, rows, batch.pictures)
+        (0.3 * columns * count["pictures"] / counts["pictures"]).backward()
     wanted = torch.cat([p.grad.flatten() for p in reader.parameters() if p.grad is not None])
     torch.testing.assert_close(gradients, wanted, atol=1e-6, rtol=1e-4)
 
@@ -161,13 +176,14 @@ class Stopping(Heard):
 
 
 def _sees(heard: Heard, file: Path | None) -> nn.Module:
-    return train_tower(9, SeeingPlan(steps=4, batch_size=3, num_micro_batches=2, snapshot_every=2), heard, file)
+    plan = SeeingPlan(steps=4, batch_size=3, num_micro_batches=2, snapshot_every=2)
+    return nn.ModuleList(train_tower(9, plan, heard, file))
 
 
 def _reads(heard: Heard, file: Path | None) -> nn.Module:
     torch.manual_seed(4)
     plan = ReadingPlan(steps=4, batch_size=2, num_micro_batches=2, snapshot_every=2)
-    return train_text(9, Tower(), plan, heard, lambda *_: None, file)
+    return train_text(9, Tower(), ColumnHeads(), plan, heard, lambda *_: None, file)
 
 
 @pytest.mark.parametrize("phase", [_sees, _reads])
