@@ -142,6 +142,7 @@ def test_a_wheel_holds_every_module_and_the_demo(tmp_path: Path) -> None:
         entry_points = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
         assert "tandem = cluster.__main__:main" in archive.read(entry_points).decode()
         weights = archive.getinfo("cluster/demo/model/model.safetensors").file_size
+        masked = [archive.getinfo(f"cluster/demo/{n}/model.safetensors").file_size for n in ("diffusion", "reader")]
     modules = {path.relative_to(ROOT).as_posix() for top in TOP_LEVEL for path in (ROOT / top).rglob("*.py")}
     demo = ROOT / "cluster" / "demo"
     data = {path.relative_to(ROOT).as_posix() for path in demo.rglob("*") if path.is_file() and path.suffix != ".pyc"}
@@ -152,10 +153,14 @@ def test_a_wheel_holds_every_module_and_the_demo(tmp_path: Path) -> None:
         "model/tokenizer.json",
         "model/preprocessor_config.json",
         "images/questions.json",
+        "diffusion/config.json",
+        "reader/config.json",
+        "reader/tokenizer.json",
     ):
         assert f"cluster/demo/{name}" in inside
     assert sum(name.startswith("cluster/demo/images/") and name.endswith(".png") for name in inside) >= 4
     assert 1_000_000 < weights <= 8 * 1024 * 1024
+    assert min(masked) > 100_000 and sum(masked) <= 8 * 1024 * 1024
 
 
 def test_a_script_s_llm_needs_neither_ray_nor_zeromq_nor_a_web_server() -> None:
