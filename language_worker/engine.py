@@ -160,7 +160,8 @@ class Engine:
         if plan.windows:
             self._run(plan)
         self._stats = self._read_stats()
-        return StepReport(outputs=self._roster.drain(), did_run=bool(plan.windows or plan.preempted))
+        outputs = self._roster.drain()
+        return StepReport(outputs=outputs, did_run=bool(plan.windows or plan.preempted or outputs))
 
     def _move_pages(self, plan: StepPlan) -> None:
         """Everything that a plan wants in pages before it runs, in this order."""

@@ -39,7 +39,8 @@ Output = MediaAdmitted | PromptLogits | TokenChunk | RequestDone | RequestFailed
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepReport:
-    """Outputs of one engine step; `did_run`: the model ran or pages moved: another step may be due at once."""
+    """Outputs of one engine step; `did_run`: the model ran, pages moved or something came out (a request that fails on
+    admission leaves its room to the next): another step may be due at once. Without it, none is before a wake."""
 
     outputs: tuple[Output, ...]
     did_run: bool

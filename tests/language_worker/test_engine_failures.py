@@ -119,6 +119,19 @@ def test_input_buffer_is_granted_whole_and_oldest_first(tiny: Path) -> None:
     _assert_empty(engine)
 
 
+def test_a_request_that_fails_when_it_has_room_leaves_it_to_the_next(tiny: Path) -> None:
+    """The logits of the first are too large to return, which shows when its rows are reserved. Nothing but the step
+    that says so could wake the engine for the second."""
+    engine = make_engine(tiny, rows=4, max_logits_bytes=4096)
+    for name, values in (("bad", {"return_logits": True}), ("good", {})):
+        engine.submit(request(name, (1, PAD, 2), num_media=1, **values))
+        engine.announce(name, 4, [{"grid": [1, 4, 4], "rows": 4}])
+    results, admitted = Results(), []
+    while (report := engine.step()).did_run:
+        admitted += results.take(report)
+    assert type(results["bad"].error) is InvalidRequest and "good" in admitted
+
+
 def test_a_broken_stream_fails_its_request_only(tiny: Path) -> None:
     engine = make_engine(tiny)
     engine.submit(request("bad", (1, 2, 3, PAD), num_media=1))
