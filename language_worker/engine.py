@@ -235,8 +235,9 @@ class Engine:
     def _fail_window(self, plan: StepPlan, error: Exception) -> None:
         active = self._roster.active_of(plan.windows[0].seq.key)
         logger.error("request %s failed in its step", active.request.request_id, exc_info=error)
-        message = f"the model step failed: {type(error).__name__}: {error}"
-        self._roster.on_fail(active.request.request_id, StepFailed(message))
+        if not isinstance(error, StepFailed):
+            error = StepFailed(f"the model step failed: {type(error).__name__}: {error}")
+        self._roster.on_fail(active.request.request_id, error)
 
     def _apply(self, plan: StepPlan, step: StepLogits, choices: Iterable[list[list[Choice]]]) -> None:
         for part in step.prompt_slices:

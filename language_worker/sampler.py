@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from language_worker.api import SamplingParams, TokenLogprob
+from language_worker.errors import StepFailed
 from language_worker.sampling_state import SamplingState
 
 TOP_K_BLOCKS = 512  # of ids, whose largest logits bound the k-th from below
@@ -63,20 +64,35 @@ def argmax_rows(logits: torch.Tensor) -> list[int]:
     """Lowest id among the largest logits of each row [R, V].
 
     On the CPU numpy's argmax finds it (both promise the first of equals; torch's took 5-30 times as long for 32,000
-    to 152,000 ids, and longer still in bfloat16).
+    to 152,000 ids, and longer still in bfloat16). For both NaN is larger than any number. Raises StepFailed if a row's
+    largest logit is not finite.
     """
     if logits.device.type == "cpu":
-        ids: list[int] = logits.float().numpy().argmax(axis=-1).tolist()
-        return ids
-    found: list[int] = logits.argmax(dim=-1).tolist()
+        ids = torch.from_numpy(logits.float().numpy().argmax(axis=-1))
+    else:
+        ids = logits.argmax(dim=-1)
+    _check_finite(logits.gather(1, ids[:, None]))
+    found: list[int] = ids.tolist()
     return found
 
 
+def _check_finite(largest: torch.Tensor) -> None:
+    """Of each row; where the model's arithmetic broke down no token is the right one."""
+    if not bool(largest.isfinite().all()):
+        raise StepFailed(
+            "the model's logits are not finite (NaN or infinity), so no token can be chosen; if it happens again, try "
+            "another dtype or quantization, or look at the checkpoint's weights"
+        )
+
+
 def draw_tokens(logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
-    """Inverse-CDF draw per row from logits [R, V] float32, after temperature and filters; ids [R] int64."""
+    """Inverse-CDF draw per row from logits [R, V] float32, after temperature and filters; ids [R] int64. Raises
+    StepFailed if a row's largest logit is not finite."""
     device = logits.device
     temperature = torch.tensor([s.params.temperature for s in states], dtype=torch.float64, device=device)
-    weights = (logits - logits.amax(dim=-1, keepdim=True)).double().div_(temperature[:, None]).exp_()
+    largest = logits.amax(dim=-1, keepdim=True)
+    _check_finite(largest)
+    weights = (logits - largest).double().div_(temperature[:, None]).exp_()
     draws = torch.tensor([state.draw() for state in states], dtype=torch.float64, device=device)
     filtered = [r for r, s in enumerate(states) if _filters(s.params)]
     if not filtered:

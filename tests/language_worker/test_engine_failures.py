@@ -22,7 +22,7 @@ from language_worker.errors import (
     StepFailed,
 )
 from language_worker.media import MediaRows
-from tests.language_worker.helpers import ManualClock, Media, Results, drive, make_engine, prompt, request
+from tests.language_worker.helpers import GREEDY, ManualClock, Media, Results, drive, make_engine, prompt, request
 from tests.tiny_tokenizer import TOKEN_IDS
 
 PAD = TOKEN_IDS["<|image_pad|>"]
@@ -246,6 +246,34 @@ def test_a_step_that_raises_for_one_request_harms_no_other(tiny: Path) -> None:
     for n in ("r0", "r1", "r3"):
         if poison not in (*healthy[n].tokens(), *prompt(5, int(n[1]))):
             assert results[n].tokens() == healthy[n].tokens()
+    _assert_empty(engine)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(seed=3, max_tokens=12, ignore_eos=True, top_k=20)])
+def test_logits_that_are_not_finite_fail_their_request_alone(
+    wrong: float, sampling: SamplingParams, tiny: Path
+) -> None:
+    """In the middle of its answer; no token is made up."""
+    engine = make_engine(tiny)
+    forward, poisoned = engine.runner.model.forward, []
+
+    def poison(inputs, caches):
+        logits = forward(inputs, caches)
+        row = next((i for i, lens in enumerate(inputs.attention.kv_lens) if lens == 23), None)
+        if row is not None and logits.shape[0] == len(inputs.attention.kv_lens):
+            poisoned.append(row)
+            logits[row] = wrong
+        return logits
+
+    engine.runner.model.forward = poison
+    asked = [request("good", prompt(5), sampling), request("bad", prompt(20, 1), sampling)]
+    results = drive(engine, asked)
+    assert len(poisoned) == 2, "in the batch and alone"
+    assert type(results["bad"].error) is StepFailed and "not finite" in str(results["bad"].error)
+    healthy = drive(make_engine(tiny), asked)
+    assert results["bad"].tokens() == healthy["bad"].tokens()[:3]
+    assert results["good"].tokens() == healthy["good"].tokens()
     _assert_empty(engine)
 
 
