@@ -1,7 +1,7 @@
 """Engine: inbox, plan, run, apply, emit. One thread calls `step`; any thread may submit, announce, cancel, wake.
 
 A request that fails takes nobody with it: a step that raises is run again window by window, and only those that still
-raise fail. Requests live in the roster, sequences in the scheduler, tensors in the runner. Knows no transport.
+raise fail; handing out what a step brought is guarded request by request. Requests live in the roster, sequences in the scheduler, tensors in the runner. Knows no transport.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -240,21 +241,31 @@ class Engine:
         self._roster.on_fail(active.request.request_id, error)
 
     def _apply(self, plan: StepPlan, step: StepLogits, choices: Iterable[list[list[Choice]]]) -> None:
+        """Hand out what a step brought; whatever goes wrong in that for one request ends this request alone."""
         for part in step.prompt_slices:
-            self._collect(part.window.seq.key, part.window.start, step.logits[part.first_row :][: part.length])
+            rows = step.logits[part.first_row :][: part.length]
+            self._guarded(part.window, partial(self._collect, part.window.seq.key, part.window.start, rows))
         chosen = {id(window): served for window, served in zip(step.sampling, choices, strict=True)}
         now = self._clock()
         self._roster.counters["computed_tokens_total"] += plan.num_tokens
         for window in plan.windows:
-            served = chosen.get(id(window))
-            if window.fills:
-                self._preview(window)
-            self.scheduler.commit(window, () if served is None else [choice.token_id for choice in served[0]])
-            if window.drafts and served is not None:
-                self._count_drafts(len(window.drafts), len(served[0]) - 1)
-            self._export(window.seq)
-            if served is not None and window.seq.status is Status.RUNNING:  # else its export failed
-                self._serve(window.seq.key, served, now)
+            self._guarded(window, partial(self._conclude, window, chosen.get(id(window)), now))
+
+    def _guarded(self, window: Window, action: Callable[[], None]) -> None:
+        """Run `action` for the window's request, unless that has failed with another of its windows."""
+        if window.seq.status is Status.RUNNING:
+            self._roster.guarded(self._roster.active_of(window.seq.key), action)
+
+    def _conclude(self, window: Window, served: list[list[Choice]] | None, now: float) -> None:
+        """A window's step ran; served: the choices of the samples that its logits serve."""
+        if window.fills:
+            self._preview(window)
+        self.scheduler.commit(window, () if served is None else [choice.token_id for choice in served[0]])
+        if window.drafts and served is not None:
+            self._count_drafts(len(window.drafts), len(served[0]) - 1)
+        self._export(window.seq)
+        if served is not None and window.seq.status is Status.RUNNING:  # else its export failed
+            self._serve(window.seq.key, served, now)
 
     def _export(self, seq: TokenSequence) -> None:
         """Send what became final of a prompt whose KV is for another engine."""

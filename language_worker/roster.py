@@ -330,11 +330,11 @@ class Roster:
 
     def finish(self, active: ActiveRequest, now: float) -> None:
         """Every sample has ended: report and forget the request."""
-        if active.ranking is not None:
-            self.outputs += active.ranking.best(active.request.sampling)
+        best = () if active.ranking is None else active.ranking.best(active.request.sampling)
+        last: tuple[Output, ...] = (*best, active.report(now))  # all that may fail, while it can still fail the request
         self._forget(active)
         self.counters["request_success_total"] += 1
-        self.outputs.append(active.report(now))
+        self.outputs += last
 
 
 def _typed(request_id: str, error: Exception) -> EngineError:

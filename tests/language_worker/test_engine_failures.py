@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from language_worker import intake, roster
+from language_worker.active import ActiveRequest
 from language_worker.api import GenerateRequest, SamplingParams
 from language_worker.errors import (
     Cancelled,
@@ -22,6 +23,9 @@ from language_worker.errors import (
     StepFailed,
 )
 from language_worker.media import MediaRows
+from language_worker.outputs import PromptCollector
+from language_worker.scheduler import Scheduler
+from language_worker.stop import StopChecker
 from tests.language_worker.helpers import GREEDY, ManualClock, Media, Results, drive, make_engine, prompt, request
 from tests.tiny_tokenizer import TOKEN_IDS
 
@@ -274,6 +278,44 @@ def test_logits_that_are_not_finite_fail_their_request_alone(
     healthy = drive(make_engine(tiny), asked)
     assert results["bad"].tokens() == healthy["bad"].tokens()[:3]
     assert results["good"].tokens() == healthy["good"].tokens()
+    _assert_empty(engine)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (ActiveRequest, "report"),
+        (ActiveRequest, "take_prompt_logprobs"),
+        (StopChecker, "push"),
+        (PromptCollector, "add"),
+        (Scheduler, "commit"),
+        (Scheduler, "fork"),
+    ],
+)
+def test_what_fails_while_results_are_handed_out_fails_its_request_alone(
+    kind: type, name: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both of its samples end; the others of the step, before and behind it, go on."""
+    engine, broken = make_engine(tiny), []
+    original = getattr(kind, name)
+
+    def break_once(self: Any, *args: Any) -> Any:
+        broken.append(name)
+        if len(broken) == 2:
+            raise RuntimeError("a bug behind the step")
+        return original(self, *args)
+
+    sampling = SamplingParams(temperature=0, max_tokens=6, n=2, prompt_logprobs=1, ignore_eos=True)
+    asked = [request(f"r{i}", prompt(4, i), sampling) for i in range(3)]
+    healthy = drive(make_engine(tiny), asked)
+    monkeypatch.setattr(kind, name, break_once)
+    results = drive(engine, asked)
+    failed = [name for name, result in results.items() if result.error is not None]
+    assert len(failed) == 1 and len(broken) > 2
+    assert type(results[failed[0]].error) is StepFailed and "a bug behind the step" in str(results[failed[0]].error)
+    for name in set(healthy) - set(failed):
+        assert results[name].done is not None
+        assert [results[name].tokens(i) for i in range(2)] == [healthy[name].tokens(i) for i in range(2)]
     _assert_empty(engine)
 
 
