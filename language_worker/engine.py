@@ -1,7 +1,8 @@
 """Engine: inbox, plan, run, apply, emit. One thread calls `step`; any thread may submit, announce, cancel, wake.
 
 A request that fails takes nobody with it: a step that raises is run again window by window, and only those that still
-raise fail; handing out what a step brought is guarded request by request. Requests live in the roster, sequences in the scheduler, tensors in the runner. Knows no transport.
+raise fail; handing out what a step brought is guarded request by request. Requests live in the roster, sequences in the
+scheduler, tensors in the runner. Knows no transport.
 """
 
 from __future__ import annotations

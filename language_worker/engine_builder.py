@@ -41,6 +41,7 @@ from transfer.checkpoint_dtype import checkpoint_dtype
 logger = logging.getLogger(__name__)
 
 CPU_CACHE_BYTES = 512 << 20
+STEP_LOGITS_BYTES = 64 << 20  # of the prompt logits that one step may compute: others wait meanwhile
 BY_DEVICE = "by device"  # what a layout says whose tensors are of several dtypes
 KV_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -169,6 +170,7 @@ def _scheduler(config: EngineConfig, spec: ModelSpec, size: CacheSize, root: byt
         max_num_seqs=config.max_num_seqs,
         max_step_tokens=max(config.max_step_tokens, size.max_model_len if strategy.is_whole else 0),
         max_prefill_chunk=0 if strategy.is_whole else config.max_prefill_chunk,
+        max_prompt_logits=max(1, min(config.max_logits_bytes, STEP_LOGITS_BYTES) // (4 * spec.vocab_size)),
         prefix_cache=PrefixCache(pool, config.page_size, root) if has_prefixes else None,
         min_partial_chunk=config.min_partial_chunk,
         has_state=spec.state is not None,
