@@ -540,7 +540,7 @@ def _planted(name: str) -> Iterator[None]:
 
 @pytest.mark.parametrize("name", sorted(PLANTED))
 def test_a_planted_bug_is_caught(name: str) -> None:
-    with _planted(name), pytest.raises((AssertionError, EngineError, LookupError)):
+    with _planted(name), pytest.raises((AssertionError, EngineError, LookupError, ValueError)):
         run_state_machine_as_test(
             Traffic, settings=_settings(1500, phases=[Phase.generate], report_multiple_bugs=False)
         )
