@@ -55,7 +55,7 @@ def load_model(name: str, cache: Path, num_requests: int) -> BenchModel:
 
 
 def text_requests(count: int) -> tuple[BenchRequest, ...]:
-    """About 60 tokens of text, no two alike from the first words on."""
+    """24 to 37 tokens of text, no two alike from the first words on."""
     return tuple(
         BenchRequest(
             prompt=_chat(f"{i}: {QUESTIONS[i % len(QUESTIONS)]} {QUESTIONS[(i + 1) % len(QUESTIONS)]}", image=""),

@@ -17,9 +17,10 @@ import torch
 
 from cluster.config import ClusterConfig, build_config, flat_overrides
 from cluster.local import LocalWorkers
-from cluster.outputs import OutputBuilder, RequestOutput, per_prompt
+from cluster.outputs import OutputBuilder, RequestOutput, per_prompt, sampling_of
 from cluster.progress import progress_bar
-from cluster.prompts import is_conversation, is_single_prompt, request_from_messages, request_from_prompt
+from cluster.prompts import batch_of, is_conversation, is_single_prompt, request_from_messages, request_from_prompt
+from cluster.remote_errors import known_failure
 from cluster.served import RequestStats, ServedRequest
 from language_worker.api import SamplingParams, TokenChunk
 from language_worker.tokenizer import Tokenizer
@@ -81,9 +82,11 @@ class LLM:
         *,
         use_progress: bool = False,
     ) -> list[RequestOutput]:
-        """Answers in the prompts' order. The first request that fails ends the call with its error."""
-        batch = [prompts] if is_single_prompt(prompts) else list(prompts)
-        sampling = per_prompt(params or SamplingParams(), len(batch))
+        """Answers in the prompts' order. The first request that fails ends the call with its error: what a worker
+        refuses is of that worker's error class (language_worker.errors, embedding_worker.errors).
+        """
+        batch: list[Prompt] = batch_of(prompts, is_single_prompt(prompts), "prompts")
+        sampling = per_prompt(params, len(batch))
         requests = [request_from_prompt(self._info, p, s) for p, s in zip(batch, sampling, strict=True)]
         return self._run(requests, use_progress)
 
@@ -95,15 +98,15 @@ class LLM:
         use_progress: bool = False,
     ) -> list[RequestOutput]:
         """Answers to one conversation (a list of OpenAI messages) or to a list of them, in order."""
-        batch = [messages] if is_conversation(messages) else list(messages)
-        sampling = per_prompt(params or SamplingParams(), len(batch))
-        requests = [request_from_messages(self._info, m, s) for m, s in zip(batch, sampling, strict=True)]  # type: ignore[arg-type]
+        batch: list[Messages] = batch_of(messages, is_conversation(messages), "messages")
+        sampling = per_prompt(params, len(batch))
+        requests = [request_from_messages(self._info, m, s) for m, s in zip(batch, sampling, strict=True)]
         return self._run(requests, use_progress)
 
     def stream(self, prompt: Prompt | Messages, params: SamplingParams | None = None) -> Iterator[TokenChunk]:
         """The chunks of one answer as they come. Leaving the loop early cancels the request."""
-        request = self._request(prompt, params or SamplingParams())
-        with _Flight(self._workers, [request]) as flight:
+        request = self._request(prompt, sampling_of(params))
+        with self._flight([request]) as flight:
             for _, event in flight.events():
                 if isinstance(event, TokenChunk):
                     yield event
@@ -111,7 +114,7 @@ class LLM:
     def logits(self, prompt: Prompt | Messages) -> torch.Tensor:
         """float32 logits [number of prompt positions (images expanded), vocabulary] of one prompt."""
         request = self._request(prompt, SamplingParams(max_tokens=1, temperature=0.0), return_logits=True)
-        with _Flight(self._workers, [request]) as flight:
+        with self._flight([request]) as flight:
             for _, event in flight.events():
                 if isinstance(event, RequestStats):
                     return _joined_logits(event.hops["logits"])
@@ -125,11 +128,17 @@ class LLM:
         build: Callable[..., ServedRequest] = request_from_messages if is_conversation(prompt) else request_from_prompt
         return build(self._info, prompt, sampling, return_logits=return_logits)
 
+    def _flight(self, requests: Sequence[ServedRequest]) -> _Flight:
+        """No more at a time than the workers let wait, so that a long list is not refused for its length."""
+        config = self.config
+        most = min(MAX_SUBMITTED, config.language.max_waiting, config.embedding.max_waiting_requests)
+        return _Flight(self._workers, requests, most)
+
     def _run(self, requests: Sequence[ServedRequest], use_progress: bool) -> list[RequestOutput]:
         requests = [replace(request, is_streamed=False) for request in requests]
         builders = [OutputBuilder(request) for request in requests]
         outputs: list[RequestOutput | None] = [None] * len(requests)
-        with _Flight(self._workers, requests) as flight, progress_bar(len(requests), use_progress) as advance:
+        with self._flight(requests) as flight, progress_bar(len(requests), use_progress) as advance:
             for i, event in flight.events():
                 if isinstance(event, TokenChunk):
                     builders[i].add(event)
@@ -140,10 +149,11 @@ class LLM:
 
 
 class _Flight:
-    """A list of requests under way: a bounded number at a time. Leaving it cancels what still runs."""
+    """A list of requests under way: `most` at a time. Leaving it cancels what still runs."""
 
-    def __init__(self, workers: LocalWorkers, requests: Sequence[ServedRequest]) -> None:
+    def __init__(self, workers: LocalWorkers, requests: Sequence[ServedRequest], most: int) -> None:
         self._workers = workers
+        self._most = most
         self._requests = requests
         self._queue: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._running: dict[int, Any] = {}
@@ -169,11 +179,11 @@ class _Flight:
                 del self._running[i]
                 self._submit()
             if isinstance(event, Exception):
-                raise event
+                raise known_failure(event)
             yield i, event
 
     def _submit(self) -> None:
-        while self._next < len(self._requests) and len(self._running) < MAX_SUBMITTED:
+        while self._next < len(self._requests) and len(self._running) < self._most:
             i, self._next = self._next, self._next + 1
             self._running[i] = self._workers.handoff.submit(self._requests[i], _QueueSink(self._queue, i))
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.errors import BadRequest
 from cluster.served import RequestStats, ServedRequest
-from language_worker.api import TokenChunk, TokenLogprob
+from language_worker.api import SamplingParams, TokenChunk, TokenLogprob
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,12 +92,22 @@ class _Sample:
         )
 
 
-def per_prompt(params: Any, num_prompts: int) -> Sequence[Any]:
-    """`params` for each prompt: one for all, or one each. Raises ValueError when the counts differ."""
+def per_prompt(params: Any, num_prompts: int) -> list[SamplingParams]:
+    """`params` for each prompt: one for all, or one each, or None for the defaults. Raises ValueError when the counts
+    differ, BadRequest for anything else."""
     if not isinstance(params, (list, tuple)):
-        return [params] * num_prompts
+        return [sampling_of(params)] * num_prompts
     if len(params) != num_prompts:
         raise ValueError(
             f"{len(params)} sampling parameters were given for {num_prompts} prompts; give one, or one each"
         )
+    return [sampling_of(one) for one in params]
+
+
+def sampling_of(params: Any) -> SamplingParams:
+    """`params`, or the defaults for None. Raises BadRequest for anything else."""
+    if params is None:
+        return SamplingParams()
+    if not isinstance(params, SamplingParams):
+        raise BadRequest(f"`params` is {type(params).__name__}; use SamplingParams(max_tokens=...)", "params")
     return params

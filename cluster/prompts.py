@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,15 @@ def is_single_prompt(prompts: Any) -> bool:
     if isinstance(prompts, (str, bytes, bytearray, Mapping)):  # bytes are no prompt, and no list of prompts either
         return True
     return isinstance(prompts, Sequence) and bool(prompts) and all(type(item) is int for item in prompts)
+
+
+def batch_of(value: Any, is_single: bool, param: str) -> list[Any]:
+    """The prompts or conversations of a call. Raises BadRequest for what is neither one nor a list of them."""
+    if is_single:
+        return [value]
+    if not isinstance(value, Iterable):
+        raise BadRequest(f"`{param}` is one of them or a list of them, not {type(value).__name__}", param)
+    return list(value)
 
 
 def is_conversation(value: Any) -> bool:

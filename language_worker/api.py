@@ -12,6 +12,7 @@ from language_worker.diffusion_params import DiffusionParams
 from language_worker.errors import EngineError, InvalidRequest
 
 MAX_SAMPLES = 128
+MIN_REPETITION_PENALTY = 0.01  # logits are divided by it, and must stay finite
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_STRINGS = 16
@@ -32,10 +33,11 @@ class SamplingParams:
     are generated and the n with the highest mean log-probability per token returned, best first (None: n).
     seed: sample i at output position p depends on (seed, i, p) only; None draws a seed per request.
     temperature 0 is greedy, ties going to the lowest id. top_k 0 or -1, top_p 1 and min_p 0 are off.
-    Penalties: repetition over prompt and output, presence and frequency over the output.
+    Penalties: repetition (0.01 to 100, 1 is off) over prompt and output, presence and frequency over the output.
     logit_bias: token id -> added to its logit. allowed_token_ids: nothing else is chosen (None: everything may be);
     banned_token_ids: never chosen, whatever allows or favours them. stop: strings that end the text (never emitted).
-    min_tokens: EOS, stop ids and stop strings do not end the output before that many tokens; the ids are not chosen.
+    min_tokens: so many tokens come first: EOS and stop ids are not chosen among them, and a stop string that ends in
+    their text ends nothing; one that ends behind it does, wherever it begins, and what of it is held back stays so.
     logprobs / prompt_logprobs: how many alternatives to report beside the token itself (None: no report).
     diffusion: for models that fill in masks (None: their defaults); max_tokens is then the canvas' length.
     """
@@ -73,7 +75,7 @@ class SamplingParams:
         _check_number("min_p", self.min_p, 0.0, 1.0)
         _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_open=True)
+        _check_number("repetition_penalty", self.repetition_penalty, MIN_REPETITION_PENALTY, 100.0)
         _check_int("min_tokens", self.min_tokens, 0, MAX_INT if self.max_tokens is None else self.max_tokens)
         _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True)
         _check_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS, optional=True)

@@ -48,7 +48,8 @@ class EngineConfig:
     "": none.
     config_overrides: entries to use instead of the checkpoint's config.json, or where it says nothing.
     draft_model: folder of a small text model with the same tokenizer, which makes the drafts instead; "": none.
-    max_waiting: requests that may wait before QueueFull. max_logits_bytes: cap on one request's returned logits.
+    max_waiting: requests that may wait before QueueFull. max_logits_bytes: cap on one request's returned logits, and
+    on those of prompts (return_logits, prompt_logprobs) that a step computes, which are never above 64 MiB.
     """
 
     dtype: DTypeName = "auto"

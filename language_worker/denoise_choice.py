@@ -16,6 +16,7 @@ import torch
 from kernels.philox import philox
 from kernels.sampling import SoftmaxStatistics, filter_cut, gumbel_max, softmax_statistics, token_logprobs
 from language_worker.canvas import Canvas
+from language_worker.errors import StepFailed
 from language_worker.sampling_state import SamplingState
 
 STEP_SHIFT = 8  # a draw's sample word holds the sample in its low bits and the step above them
@@ -55,6 +56,8 @@ def choose_tokens(
             for row, position in zip(range(rows.start, rows.stop), canvas.open_positions(), strict=True):
                 state.rules.apply(logits[row], {}, position - canvas.prompt_len)
     statistics = softmax_statistics(logits)
+    if not bool(statistics.log_sum_exp.isfinite().all()):
+        raise StepFailed("the model's logits are not finite (NaN or infinity), so no token can be chosen")
     ids, confidence, entropy = statistics.argmax, statistics.confidence, statistics.entropy
     if not all(state.params.is_greedy for state in states):
         ids = _draw(logits, canvases, states)

@@ -51,6 +51,7 @@ class Drafter:
         made: dict[int, list[int]] = {i: [] for i in going}
         while going:
             states = [state_of(windows[i].seq).after(made[i]) for i in going]
+            logits = logits.nan_to_num()  # a draft may be wrong
             for i, choice in zip(going, sample(logits, states, num_token_ids=self._num_token_ids), strict=True):
                 made[i].append(choice.token_id)
             going = [i for i in going if len(made[i]) < len(windows[i].drafts)]

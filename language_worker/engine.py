@@ -1,7 +1,8 @@
 """Engine: inbox, plan, run, apply, emit. One thread calls `step`; any thread may submit, announce, cancel, wake.
 
 A request that fails takes nobody with it: a step that raises is run again window by window, and only those that still
-raise fail. Requests live in the roster, sequences in the scheduler, tensors in the runner. Knows no transport.
+raise fail; handing out what a step brought is guarded request by request. Requests live in the roster, sequences in the
+scheduler, tensors in the runner. Knows no transport.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,14 +23,16 @@ from language_worker.api import GenerateRequest
 from language_worker.denoiser import Denoiser
 from language_worker.drafter import Drafter
 from language_worker.errors import Cancelled, EngineError, StepFailed
+from language_worker.figures import figures
 from language_worker.handover.exports import KVExport
 from language_worker.handover.rows import kv_plane
+from language_worker.limits import EngineLimits
 from language_worker.media import MediaRows
 from language_worker.outputs import Output, PromptLogits, StepReport
 from language_worker.plan import StepPlan, Window
 from language_worker.request import Sequence as TokenSequence
 from language_worker.request import Status
-from language_worker.roster import EngineLimits, Roster
+from language_worker.roster import Roster
 from language_worker.runner import ModelRunner, StepLogits
 from language_worker.sampler import Choice
 from language_worker.scheduler import Scheduler
@@ -36,12 +40,6 @@ from language_worker.tokenizer import Tokenizer
 from language_worker.verification import choose
 
 logger = logging.getLogger(__name__)
-
-STATS_COUNTERS = (
-    "prompt_tokens_total", "generation_tokens_total", "request_success_total", "request_failure_total",
-    "num_preemptions_total", "computed_tokens_total", "kv_pages_swapped_out_total", "kv_pages_swapped_in_total",
-    "kv_tokens_imported_total", "spec_decode_num_draft_tokens_total", "spec_decode_num_accepted_tokens_total",
-)  # fmt: skip
 
 
 class Engine:
@@ -160,7 +158,8 @@ class Engine:
         if plan.windows:
             self._run(plan)
         self._stats = self._read_stats()
-        return StepReport(outputs=self._roster.drain(), did_run=bool(plan.windows or plan.preempted))
+        outputs = self._roster.drain()
+        return StepReport(outputs=outputs, did_run=bool(plan.windows or plan.preempted or outputs))
 
     def _move_pages(self, plan: StepPlan) -> None:
         """Everything that a plan wants in pages before it runs, in this order."""
@@ -236,25 +235,36 @@ class Engine:
     def _fail_window(self, plan: StepPlan, error: Exception) -> None:
         active = self._roster.active_of(plan.windows[0].seq.key)
         logger.error("request %s failed in its step", active.request.request_id, exc_info=error)
-        message = f"the model step failed: {type(error).__name__}: {error}"
-        self._roster.on_fail(active.request.request_id, StepFailed(message))
+        if not isinstance(error, StepFailed):
+            error = StepFailed(f"the model step failed: {type(error).__name__}: {error}")
+        self._roster.on_fail(active.request.request_id, error)
 
     def _apply(self, plan: StepPlan, step: StepLogits, choices: Iterable[list[list[Choice]]]) -> None:
+        """Hand out what a step brought; whatever goes wrong in that for one request ends this request alone."""
         for part in step.prompt_slices:
-            self._collect(part.window.seq.key, part.window.start, step.logits[part.first_row :][: part.length])
+            rows = step.logits[part.first_row :][: part.length]
+            self._guarded(part.window, partial(self._collect, part.window.seq.key, part.window.start, rows))
         chosen = {id(window): served for window, served in zip(step.sampling, choices, strict=True)}
         now = self._clock()
         self._roster.counters["computed_tokens_total"] += plan.num_tokens
         for window in plan.windows:
-            served = chosen.get(id(window))
-            if window.fills:
-                self._preview(window)
-            self.scheduler.commit(window, () if served is None else [choice.token_id for choice in served[0]])
-            if window.drafts and served is not None:
-                self._count_drafts(len(window.drafts), len(served[0]) - 1)
-            self._export(window.seq)
-            if served is not None and window.seq.status is Status.RUNNING:  # else its export failed
-                self._serve(window.seq.key, served, now)
+            self._guarded(window, partial(self._conclude, window, chosen.get(id(window)), now))
+
+    def _guarded(self, window: Window, action: Callable[[], None]) -> None:
+        """Run `action` for the window's request, unless that has failed with another of its windows."""
+        if window.seq.status is Status.RUNNING:
+            self._roster.guarded(self._roster.active_of(window.seq.key), action)
+
+    def _conclude(self, window: Window, served: list[list[Choice]] | None, now: float) -> None:
+        """A window's step ran; served: the choices of the samples that its logits serve."""
+        if window.fills:
+            self._preview(window)
+        self.scheduler.commit(window, () if served is None else [choice.token_id for choice in served[0]])
+        if window.drafts and served is not None:
+            self._count_drafts(len(window.drafts), len(served[0]) - 1)
+        self._export(window.seq)
+        if served is not None and window.seq.status is Status.RUNNING:  # else its export failed
+            self._serve(window.seq.key, served, now)
 
     def _export(self, seq: TokenSequence) -> None:
         """Send what became final of a prompt whose KV is for another engine; of a canvas, all at once."""
@@ -320,19 +330,4 @@ class Engine:
         self._roster.counters["spec_decode_num_accepted_tokens_total"] += num_accepted
 
     def _read_stats(self) -> dict[str, float]:
-        pool, cache, roster = self.scheduler.pool, self.scheduler.pages.cache, self._roster
-        swap = self.scheduler.pages.swap
-        return {
-            "num_requests_running": roster.num_running,
-            "num_requests_waiting": roster.num_waiting,
-            "kv_cache_usage_perc": pool.num_in_use / pool.num_pages,
-            "kv_pages_referenced": pool.num_in_use,
-            "kv_pages_cached": pool.num_idle,
-            "kv_pages_swapped": 0 if swap is None else swap.num_in_use,
-            "prefix_cache_queries_total": 0 if cache is None else cache.num_queried,
-            "prefix_cache_hits_total": 0 if cache is None else cache.num_hit,
-            "input_buffer_rows_reserved": roster.num_rows_reserved,
-            "kv_row_bytes": self.kv_plane.row_bytes,
-            "kv_buffer_rows_reserved": roster.handovers.num_rows_reserved,
-            **{name: roster.counters[name] for name in STATS_COUNTERS},
-        }
+        return figures(self.scheduler, self._roster, self.kv_plane.row_bytes)

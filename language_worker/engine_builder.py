@@ -23,6 +23,7 @@ from language_worker.engine import Engine
 from language_worker.errors import ModelNotSupported
 from language_worker.handover.identity import kv_identity
 from language_worker.handover.rows import media_rows, state_rows
+from language_worker.limits import EngineLimits
 from language_worker.lora import AdaptedCheckpoint
 from language_worker.models import open_model, resolve_model
 from language_worker.models.base import LanguageModel, ModelSpec
@@ -30,7 +31,6 @@ from language_worker.models.decoder import Decoder
 from language_worker.models.windows import kept_by_all
 from language_worker.page_pool import PagePool
 from language_worker.prefix_cache import DIGEST_BYTES, PrefixCache
-from language_worker.roster import EngineLimits
 from language_worker.runner import ModelRunner
 from language_worker.runner_builder import CacheSize, create_runner
 from language_worker.scheduler import Scheduler
@@ -42,6 +42,7 @@ from transfer.checkpoint_dtype import checkpoint_dtype
 logger = logging.getLogger(__name__)
 
 CPU_CACHE_BYTES = 512 << 20
+STEP_LOGITS_BYTES = 64 << 20  # of the prompt logits that one step may compute: others wait meanwhile
 BY_DEVICE = "by device"  # what a layout says whose tensors are of several dtypes
 KV_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -167,6 +168,7 @@ def _scheduler(config: EngineConfig, spec: ModelSpec, size: CacheSize, root: byt
         max_num_seqs=config.max_num_seqs,
         max_step_tokens=max(config.max_step_tokens, size.max_model_len if strategy.is_whole else 0),
         max_prefill_chunk=0 if strategy.is_whole else config.max_prefill_chunk,
+        max_prompt_logits=max(1, min(config.max_logits_bytes, STEP_LOGITS_BYTES) // (4 * spec.vocab_size)),
         prefix_cache=PrefixCache(pool, config.page_size, root) if has_prefixes else None,
         min_partial_chunk=config.min_partial_chunk,
         has_state=spec.state is not None,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from language_worker.api import RequestDone, RequestFailed, TokenChunk, TokenLogprob
-from language_worker.sampler import token_logprob
+from language_worker.sampler import token_logprobs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +39,8 @@ Output = MediaAdmitted | PromptLogits | TokenChunk | RequestDone | RequestFailed
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepReport:
-    """Outputs of one engine step; `did_run`: the model ran or pages moved: another step may be due at once."""
+    """Outputs of one engine step; `did_run`: the model ran, pages moved or something came out (a request that fails on
+    admission leaves its room to the next): another step may be due at once. Without it, none is before a wake."""
 
     outputs: tuple[Output, ...]
     did_run: bool
@@ -62,13 +63,13 @@ class PromptCollector:
 
         True when this completed the prompt.
         """
-        fresh = logits[self._next - start :].float()
+        fresh = logits[self._next - start :]
         if not fresh.shape[0]:
             return False
         if self.logits is not None:
             self.logits[self._next : self._next + fresh.shape[0]].copy_(fresh)
         if self.logprobs is not None and self._num_top is not None:
             following = self._prompt[self._next + 1 : self._next + 1 + fresh.shape[0]]
-            self.logprobs += [token_logprob(row, t, self._num_top) for row, t in zip(fresh, following, strict=False)]
+            self.logprobs += token_logprobs(fresh, following, self._num_top)
         self._next += fresh.shape[0]
         return self._next == len(self._prompt)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -31,6 +30,7 @@ from language_worker.errors import (
 )
 from language_worker.handover.exports import KVExport
 from language_worker.handover.ledger import Handovers
+from language_worker.limits import EngineLimits
 from language_worker.media import InputBudget, MediaItem, MediaRows
 from language_worker.models.base import LanguageModel
 from language_worker.outputs import MediaAdmitted, Output
@@ -40,18 +40,6 @@ from language_worker.tools.machine import find_toolbox
 from transfer.tensors import PlaneSpec
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineLimits:
-    """Bounds of one engine, all resolved: tokens of a sequence, waiting requests, media rows, returned logits, rows of
-    KV between two engines."""
-
-    max_model_len: int
-    max_waiting: int
-    input_buffer_tokens: int
-    max_logits_bytes: int
-    kv_buffer_tokens: int = 0
 
 
 class Roster:
@@ -336,11 +324,11 @@ class Roster:
 
     def finish(self, active: ActiveRequest, now: float) -> None:
         """Every sample has ended: report and forget the request."""
-        if active.ranking is not None:
-            self.outputs += active.ranking.best(active.request.sampling)
+        best = () if active.ranking is None else active.ranking.best(active.request.sampling)
+        last: tuple[Output, ...] = (*best, active.report(now))  # all that may fail, while it can still fail the request
         self._forget(active)
         self.counters["request_success_total"] += 1
-        self.outputs.append(active.report(now))
+        self.outputs += last
 
 
 def _typed(request_id: str, error: Exception) -> EngineError:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from language_worker.api import SamplingParams, TokenLogprob
+from language_worker.errors import StepFailed
 from language_worker.sampling_state import SamplingState
 
+LOGPROB_BYTES = 1 << 20  # of log-probabilities that are computed together on a CPU; elsewhere 64 times as many
 TOP_K_BLOCKS = 512  # of ids, whose largest logits bound the k-th from below
 
 
@@ -63,20 +65,35 @@ def argmax_rows(logits: torch.Tensor) -> list[int]:
     """Lowest id among the largest logits of each row [R, V].
 
     On the CPU numpy's argmax finds it (both promise the first of equals; torch's took 5-30 times as long for 32,000
-    to 152,000 ids, and longer still in bfloat16).
+    to 152,000 ids, and longer still in bfloat16). For both NaN is larger than any number. Raises StepFailed if a row's
+    largest logit is not finite.
     """
     if logits.device.type == "cpu":
-        ids: list[int] = logits.float().numpy().argmax(axis=-1).tolist()
-        return ids
-    found: list[int] = logits.argmax(dim=-1).tolist()
+        ids = torch.from_numpy(logits.float().numpy().argmax(axis=-1))
+    else:
+        ids = logits.argmax(dim=-1)
+    _check_finite(logits.gather(1, ids[:, None]))
+    found: list[int] = ids.tolist()
     return found
 
 
+def _check_finite(largest: torch.Tensor) -> None:
+    """Of each row; where the model's arithmetic broke down no token is the right one."""
+    if not bool(largest.isfinite().all()):
+        raise StepFailed(
+            "the model's logits are not finite (NaN or infinity), so no token can be chosen; if it happens again, try "
+            "another dtype or quantization, or look at the checkpoint's weights"
+        )
+
+
 def draw_tokens(logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
-    """Inverse-CDF draw per row from logits [R, V] float32, after temperature and filters; ids [R] int64."""
+    """Inverse-CDF draw per row from logits [R, V] float32, after temperature and filters; ids [R] int64. Raises
+    StepFailed if a row's largest logit is not finite."""
     device = logits.device
     temperature = torch.tensor([s.params.temperature for s in states], dtype=torch.float64, device=device)
-    weights = (logits - logits.amax(dim=-1, keepdim=True)).double().div_(temperature[:, None]).exp_()
+    largest = logits.amax(dim=-1, keepdim=True)
+    _check_finite(largest)
+    weights = (logits - largest).double().div_(temperature[:, None]).exp_()
     draws = torch.tensor([state.draw() for state in states], dtype=torch.float64, device=device)
     filtered = [r for r, s in enumerate(states) if _filters(s.params)]
     if not filtered:
@@ -171,14 +188,31 @@ def _row_sums(weights: torch.Tensor) -> torch.Tensor:
 def token_logprob(row: torch.Tensor, token_id: int, num_top: int, num_token_ids: int | None = None) -> TokenLogprob:
     """Log-probability of `token_id` under logits row [V] float32, its rank, and the `num_top` best tokens, the last two
     among the first `num_token_ids` (None: all)."""
-    logprobs = torch.log_softmax(row, dim=-1)[:num_token_ids]
-    chosen = logprobs[token_id]
-    rank = int((logprobs > chosen).sum()) + 1
-    top: tuple[tuple[int, float], ...] = ()
-    if num_top:
-        values, ids = torch.topk(logprobs, min(num_top, logprobs.shape[-1]))
-        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return TokenLogprob(token_id=token_id, logprob=float(chosen), rank=rank, top=top)
+    return token_logprobs(row[None], [token_id], num_top, num_token_ids)[0]
+
+
+def token_logprobs(
+    logits: torch.Tensor, token_ids: Sequence[int], num_top: int, num_token_ids: int | None = None
+) -> list[TokenLogprob]:
+    """The same for each row of logits [R, V] of any float dtype, a few at a time: what that needs beside them stays
+    small, and in the processor's cache."""
+    found: list[TokenLogprob] = []
+    num_bytes = LOGPROB_BYTES if logits.device.type == "cpu" else 64 * LOGPROB_BYTES
+    num_rows = max(1, num_bytes // (4 * logits.shape[-1]))
+    for first in range(0, len(token_ids), num_rows):
+        ids = token_ids[first : first + num_rows]
+        logprobs = torch.log_softmax(logits[first : first + len(ids)].float(), dim=-1)[:, :num_token_ids]
+        chosen = logprobs.gather(1, torch.tensor(ids, device=logprobs.device)[:, None])
+        ranks = (logprobs > chosen).sum(dim=-1).tolist()
+        tops: list[tuple[tuple[int, float], ...]] = [()] * len(ids)
+        if num_top:
+            values, best = torch.topk(logprobs, min(num_top, logprobs.shape[-1]), dim=-1)
+            tops = [tuple(zip(*pair, strict=True)) for pair in zip(best.tolist(), values.tolist(), strict=True)]
+        found += [
+            TokenLogprob(token_id=token_id, logprob=logprob, rank=rank + 1, top=top)
+            for token_id, logprob, rank, top in zip(ids, chosen[:, 0].tolist(), ranks, tops, strict=True)
+        ]
+    return found
 
 
 def _filters(params: SamplingParams) -> bool:

@@ -9,6 +9,9 @@ Rules, in order
     or leaves it in host memory where there is room (`SwapSpace`), and waits again under its old age.
  3. What is left of `max_step_tokens` goes to running prefills, oldest first, in chunks. One whose media rows have not
     all arrived waits until `min_partial_chunk` tokens can be computed: a step reads all the weights for however few.
+    One whose logits are all asked for computes `max_prompt_logits` positions a step at most, together with its like.
+    One that cannot end in this step leaves a quarter of what is left to those behind it, running or waiting, so that a
+    short prompt does not stand behind a long one; what they do not take goes back to it.
  4. Waiting sequences are admitted oldest first while there are seats, budget, and pages for all known tokens plus one.
     The first that does not fit stops admission: nobody overtakes. Two exceptions for media whose rows have not all
     arrived: those that have every input go first, and a running sequence that can only wait for rows gives way to
@@ -33,9 +36,16 @@ from language_worker.request import Event, Sequence, Status
 from language_worker.state_slots import StateSlots
 from language_worker.swap_space import SwapSpace
 
+KEPT_PART = 4  # of a step's budget, one of so many parts is not for a prefill that needs more than all of it
+
 
 def _age(seq: Sequence) -> tuple[int, int]:
     return seq.key
+
+
+def _gives_prompt_logits(seq: Sequence) -> bool:
+    """The logits of every position of its next window are asked for."""
+    return seq.wants_prompt_logits and seq.kv_len < seq.prompt_len
 
 
 class Scheduler:
@@ -51,6 +61,7 @@ class Scheduler:
         max_num_seqs: int,
         max_step_tokens: int,
         max_prefill_chunk: int = 0,
+        max_prompt_logits: int = 0,
         prefix_cache: PrefixCache | None = None,
         min_partial_chunk: int = 1,
         kv_window: int = 0,
@@ -58,7 +69,8 @@ class Scheduler:
         has_state: bool = False,
     ) -> None:
         """kv_window: how many of its last keys a query sees in whichever layer; older pages are given back (0: all).
-        swap: where preempted sequences leave their KV (None: nowhere)."""
+        swap: where preempted sequences leave their KV (None: nowhere). max_prompt_logits: positions of prompts whose
+        logits are all asked for, in one step (0: as many as it has)."""
         self.pool = pool
         slots = StateSlots(max_num_seqs) if has_state else None
         self.pages = PageKeeper(pool, page_size, prefix_cache, window=kv_window, swap=swap, states=slots)
@@ -67,6 +79,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_step_tokens = max_step_tokens
         self.max_prefill_chunk = min(max_prefill_chunk or max_step_tokens, max_step_tokens)
+        self.max_prompt_logits = max(max_prompt_logits or max_step_tokens, strategy.alignment)
         self.min_partial_chunk = min_partial_chunk
         self.waiting: list[Sequence] = []  # both lists stay sorted by age
         self.running: list[Sequence] = []
@@ -110,10 +123,12 @@ class Scheduler:
             self.pages.trim(seq)
         preempted: list[Sequence] = []
         windows = self._plan_decodes(preempted)
+        num_decodes = len(windows)
         budget = self.max_step_tokens - sum(window.length for window in windows)
         budget = self._plan_prefills([s for s in self.running if not self._is_decode(s)], windows, budget)
         if not preempted:
-            self._admit(windows, budget, preempted)
+            budget = self._admit(windows, budget, preempted)
+        self._give_back(windows, num_decodes, budget)
         return StepPlan(
             windows=tuple(windows),
             preempted=tuple(preempted),
@@ -166,11 +181,37 @@ class Scheduler:
         for seq in seqs:
             if budget <= 0:
                 break
-            window = self._chunk(seq, budget)
+            limit = min(budget, self._room_for_logits(seq, windows))
+            window = self._chunk(seq, min(limit, self._share(seq, budget))) or self._chunk(seq, limit)
             if window is not None:
                 windows.append(window)
                 budget -= window.num_tokens
         return budget
+
+    def _share(self, seq: Sequence, budget: int) -> int:
+        """What a prefill may take of `budget` while others may want it."""
+        if self.strategy.is_whole or seq.missing <= budget:
+            return budget
+        return budget - budget // KEPT_PART
+
+    def _give_back(self, windows: list[Window], num_decodes: int, budget: int) -> None:
+        """What nobody took of the budget goes to the prefills that left it, oldest first."""
+        for i, window in enumerate(windows):
+            if budget <= 0 or self.strategy.is_whole:
+                break
+            if i >= num_decodes and window.end < len(window.seq.tokens):
+                room = self._room_for_logits(window.seq, windows[:i] + windows[i + 1 :])
+                longer = self._chunk(window.seq, min(window.length + budget, room))
+                if longer is not None and longer.length > window.length:
+                    windows[i] = longer
+                    budget -= longer.length - window.length
+
+    def _room_for_logits(self, seq: Sequence, windows: list[Window]) -> int:
+        """Positions that `seq` may compute beside `windows` for the sake of the logits that it wants of them."""
+        if not _gives_prompt_logits(seq) or seq.canvas is not None:
+            return self.max_step_tokens
+        asked = sum(window.length for window in windows if _gives_prompt_logits(window.seq))
+        return self.max_prompt_logits - asked
 
     def _is_decode(self, seq: Sequence) -> bool:
         return seq.missing == 1 and not self.strategy.is_whole
@@ -192,15 +233,16 @@ class Scheduler:
             return window
         return self.strategy.window(seq, window.length - excess) if window.length > excess else None
 
-    def _admit(self, windows: list[Window], budget: int, preempted: list[Sequence]) -> None:
+    def _admit(self, windows: list[Window], budget: int, preempted: list[Sequence]) -> int:
         stalled = self._stalled() if self.waiting else []
         while budget > 0 and (seq := self._next_waiting()) is not None:
             while not self._try_start(seq):
                 if not stalled or not seq.is_ready:
-                    return
+                    return budget
                 preempted.append(stalled[-1])
                 self._preempt(stalled.pop())
             budget = self._plan_prefills([seq], windows, budget)
+        return budget
 
     def _next_waiting(self) -> Sequence | None:
         """Whose turn it is by rules 4 and 5."""

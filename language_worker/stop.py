@@ -2,7 +2,11 @@
 
 Owns stop strings, stop ids and EOS, and the text held back because it may be the start of a stop string. Stop text is
 never emitted. The verdict does not depend on how the text is cut into tokens: the stop string that is complete first
-wins, the longest of those that end together.
+wins, the longest of those that end together. Where the output begins with so many tokens at least, a stop string that
+ends in their text is none; one that ends behind it is, wherever it begins.
+
+    held text   |-- of the first min_tokens tokens --|-- later --|
+                 no stop string ends in the first `_num_exempt` characters
 """
 
 from collections.abc import Iterable
@@ -22,9 +26,13 @@ class Verdict:
 
 
 class StopChecker:
-    """For one sample. `max_tokens`: generated tokens at most; `min_tokens`: nothing but length ends it earlier."""
+    """For one sample. `max_tokens`: generated tokens at most; `min_tokens`: nothing but length ends it with one of
+    these."""
 
-    __slots__ = ("_count", "_detokenizer", "_eos_ids", "_held", "_max_tokens", "_min_tokens", "_stop_ids", "_strings")
+    __slots__ = (
+        "_count", "_detokenizer", "_eos_ids", "_held", "_max_tokens", "_min_tokens", "_num_exempt", "_stop_ids",
+        "_strings",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -43,27 +51,22 @@ class StopChecker:
         self._stop_ids = frozenset(stop_ids)
         self._strings = tuple(stop_strings)
         self._held = ""
+        self._num_exempt = 0
         self._count = 0
 
     def push(self, token_id: int) -> Verdict:
         """Account for one generated token. After a verdict with a finish_reason nothing may be pushed."""
         self._count += 1
-        may_stop = self._count >= self._min_tokens
+        may_stop = self._count > self._min_tokens
         if may_stop and token_id in self._stop_ids:
             return self._end("stop", token_id)
         if may_stop and token_id in self._eos_ids:
             return self._end("stop", None)
-        text = self._detokenizer.push(token_id)
-        if not self._strings or not may_stop:
-            released = self._held + text
-            self._held = ""
-        else:
-            self._held += text
-            hit = first_stop(self._held, self._strings)
-            if hit is not None:
-                return self._cut(*hit)
-            keep = len(self._held) - unfinished_stop(self._held, self._strings)
-            released, self._held = self._held[:keep], self._held[keep:]
+        self._hold(self._detokenizer.push(token_id))
+        hit = first_stop(self._held, self._strings, self._num_exempt)
+        if hit is not None:
+            return self._cut(*hit)
+        released = self._release(len(self._held) - unfinished_stop(self._held, self._strings))
         if self._count < self._max_tokens:
             return Verdict(text=released)
         last = self._end("length", None)
@@ -71,29 +74,37 @@ class StopChecker:
 
     def flush(self) -> str:
         """Everything still held, for an output that is ended from outside."""
-        rest = self._held + self._detokenizer.flush()
-        self._held = ""
-        return rest
+        self._hold(self._detokenizer.flush())
+        return self._release(len(self._held))
+
+    def _hold(self, text: str) -> None:
+        self._held += text
+        if self._count <= self._min_tokens:
+            self._num_exempt = len(self._held)
+
+    def _release(self, num_chars: int) -> str:
+        released, self._held = self._held[:num_chars], self._held[num_chars:]
+        self._num_exempt = max(0, self._num_exempt - num_chars)
+        return released
 
     def _end(self, reason: Literal["stop", "length"], stop_reason: int | None) -> Verdict:
-        rest = self.flush()
-        if self._strings and self._count >= self._min_tokens:
-            hit = first_stop(rest, self._strings)
-            if hit is not None:
-                self._held = rest
-                return self._cut(*hit)
-        return Verdict(text=rest, finish_reason=reason, stop_reason=stop_reason)
+        self._hold(self._detokenizer.flush())
+        hit = first_stop(self._held, self._strings, self._num_exempt)
+        if hit is not None:
+            return self._cut(*hit)
+        return Verdict(text=self._release(len(self._held)), finish_reason=reason, stop_reason=stop_reason)
 
     def _cut(self, start: int, stop: str) -> Verdict:
         released, self._held = self._held[:start], ""
         return Verdict(text=released, finish_reason="stop", stop_reason=stop)
 
 
-def first_stop(text: str, strings: Iterable[str]) -> tuple[int, str] | None:
-    """(start, stop string) of the occurrence that ends first; the longest of those that end together."""
+def first_stop(text: str, strings: Iterable[str], num_exempt: int = 0) -> tuple[int, str] | None:
+    """(start, stop string) of the occurrence that ends first, behind the first `num_exempt` characters; the longest of
+    those that end together."""
     best: tuple[int, int, str] | None = None
     for stop in strings:
-        start = text.find(stop)
+        start = text.find(stop, max(0, num_exempt + 1 - len(stop)))
         if start >= 0 and (best is None or (start + len(stop), start) < best[:2]):
             best = (start + len(stop), start, stop)
     return None if best is None else (best[1], best[2])

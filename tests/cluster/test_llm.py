@@ -6,6 +6,7 @@ import base64
 import contextlib
 import io
 import json
+import pickle
 import random
 import threading
 from collections.abc import Iterator
@@ -19,7 +20,9 @@ from PIL import Image
 import cluster.demo
 from cluster import LLM, RequestOutput, SamplingParams
 from cluster.errors import BadRequest, ConfigError
+from embedding_worker.errors import BadImage
 from language_worker import delivery
+from language_worker.errors import InvalidRequest, PromptTooLong
 from transfer.errors import EndpointClosed, RemoteFailure
 
 DEMO = Path(cluster.demo.__file__).parent
@@ -125,6 +128,27 @@ def test_params_for_all_or_one_each(llm: LLM) -> None:
     assert _what(llm.generate(prompts, long)[1]) == _what(outputs[1])
     with pytest.raises(ValueError, match="1 sampling parameters were given for 2 prompts"):
         llm.generate(prompts, [short])
+    with pytest.raises(ValueError, match="0 sampling parameters were given for 2 prompts"):
+        llm.generate(prompts, [])
+    assert len(llm.generate(prompts[:1])[0].outputs[0].token_ids) > 0, "the defaults"
+
+
+@pytest.mark.parametrize("wrong", [{"max_tokens": 3}, [{"max_tokens": 3}], 3, "greedy"])
+def test_params_of_another_kind_are_named(llm: LLM, wrong: Any) -> None:
+    with pytest.raises(BadRequest, match="use SamplingParams"):
+        llm.generate(["Hello"], wrong)
+    with pytest.raises(BadRequest, match="use SamplingParams"):
+        llm.chat([{"role": "user", "content": "Hello"}], wrong)
+    with pytest.raises(BadRequest, match="use SamplingParams"):
+        next(llm.stream("Hello", wrong))
+
+
+def test_a_list_longer_than_what_may_wait_is_answered_whole() -> None:
+    with LLM(model=MODEL, **SETTINGS, max_waiting=3, max_waiting_requests=2, max_num_seqs=2) as llm:
+        image = _image_prompt(QUESTIONS[0]["file"], QUESTIONS[0]["question"])
+        params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+        outputs = llm.generate([[1, 2, 3], image] * 10, params)
+        assert [len(output.outputs[0].token_ids) for output in outputs] == [2] * 20
 
 
 def test_stop_logprobs_and_prompt_logprobs(llm: LLM) -> None:
@@ -236,29 +260,40 @@ def test_64_mixed_requests_at_once_equal_one_by_one(shared: LLM) -> None:
 
 def test_wrong_prompts_fail_before_anything_runs(llm: LLM) -> None:
     done = llm.stats()["language-0"]["request_success_total"]
-    wrong: list[Any] = [PLACED, {"prompt": "none", "images": [b"x"]}, {"text": "a"}, 3.5]
+    wrong: list[Any] = [PLACED, {"prompt": "none", "images": [b"x"]}, {"text": "a"}, 3.5, None]
     for prompt in wrong:
         with pytest.raises(BadRequest):
             llm.generate(["fine", prompt], GREEDY)
+    for nothing in (None, 3.5):
+        with pytest.raises(BadRequest, match=r"NoneType|float"):
+            llm.generate(nothing, GREEDY)  # type: ignore[arg-type]
+        with pytest.raises(BadRequest, match=r"NoneType|float"):
+            llm.chat(nothing, GREEDY)  # type: ignore[arg-type]
     with pytest.raises(BadRequest):
         llm.chat(["no messages"], GREEDY)  # type: ignore[arg-type]
     assert llm.stats()["language-0"]["request_success_total"] == done
 
 
 @pytest.mark.parametrize(
-    ("prompt", "params", "code"),
+    ("prompt", "params", "kind"),
     [
-        ({"prompt": PLACED, "images": [b"no image at all"]}, GREEDY, "BadImage"),
-        ([1] * 5000, GREEDY, "PromptTooLong"),
-        ([10**6], GREEDY, "InvalidRequest"),
+        ({"prompt": PLACED, "images": [b"no image at all"]}, GREEDY, BadImage),
+        ([1] * 5000, GREEDY, PromptTooLong),
+        ([10**6], GREEDY, InvalidRequest),
     ],
 )
 def test_what_a_worker_refuses_names_the_reason_and_spares_the_next(
-    llm: LLM, prompt: Any, params: SamplingParams, code: str
+    llm: LLM, prompt: Any, params: SamplingParams, kind: type[Exception]
 ) -> None:
-    with pytest.raises(RemoteFailure) as caught:
+    """It is an error of the worker's class, and what brought it."""
+    with pytest.raises(kind) as caught:
         llm.generate(["fine", prompt, "fine too"], params)
-    assert caught.value.code == code
+    assert isinstance(caught.value, RemoteFailure) and caught.value.code == kind.__name__
+    assert str(caught.value) == f"{kind.__name__}: {caught.value.message}"
+    with pytest.raises(kind):
+        next(llm.stream(prompt, params))
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert type(again) is type(caught.value) and str(again) == str(caught.value)
     _await_empty(llm)
     assert len(llm.generate(["fine", "fine too"], params)) == 2
 

@@ -143,6 +143,7 @@ def test_stop_tells_of_a_process_that_does_not_end(
 ) -> None:
     _folder(child)
     child.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, child.pid, os.WSTOPPED)  # of two signals that wait, SIGTERM would be heard first
     assert _stop(tmp_path, monkeypatch, "--timeout-s", "0.1") == 1
     assert f"process {child.pid} still runs" in capsys.readouterr().err
     child.kill()

@@ -41,6 +41,7 @@ LEDGER = (
     "kv_pages_referenced", "kv_buffer_rows_reserved", "kv_exports_open", "input_buffer_rows_reserved",
     "num_requests_running", "num_requests_waiting", "calls_incoming",
 )  # fmt: skip
+LACKING = {"prefill": set(), "decode": {"kv_exports_open", "transfer_streams_sending"}}  # figures, by kind of worker
 NAMES = itertools.count()
 
 
@@ -56,9 +57,10 @@ def _await_empty(stats_of: Any) -> None:
     """No page, row, stream or ticket is left anywhere; last acknowledgements may still be on their way."""
     pause = threading.Event()
     for _ in range(500):
-        left = {
-            worker: {name: stats[name] for name in LEDGER if stats.get(name)} for worker, stats in stats_of().items()
-        }
+        figures = stats_of()
+        for kind, stats in figures.items():
+            assert kind.startswith("embedding") or set(LEDGER) - stats.keys() <= LACKING[kind.split("-")[0]], kind
+        left = {worker: {name: stats[name] for name in LEDGER if stats.get(name)} for worker, stats in figures.items()}
         if not any(left.values()):
             return
         pause.wait(0.02)

@@ -20,7 +20,7 @@ BAD = [
     *(("top_k", v) for v in (-2, 1.5, None, 2**31, 2**63, 10**30)),
     *(("min_p", v) for v in (-0.1, 1.1)),
     *((name, v) for name in ("presence_penalty", "frequency_penalty") for v in (-2.1, 2.1, math.nan)),
-    *(("repetition_penalty", v) for v in (0, -1, math.inf)),
+    *(("repetition_penalty", v) for v in (0, -1, 1e-40, 0.0099, math.inf)),
     *(("logit_bias", v) for v in ([1], {-1: 0.0}, {"1": 0.0}, {1: 101.0}, {1: "x"}, {True: 1.0}, {2**31: 1.0}, None)),
     *(("stop", v) for v in ("", [""], [1], None, ["x"] * 17, "x" * 1001, {"a": 1}, b"x")),
     *(("stop_token_ids", v) for v in ([-1], [1.0], "12", None, [1] * 257, 5, [2**31], [10**30])),

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from language_worker.api import SamplingParams
 from language_worker.canvas import BlockPlan, Canvas, Fill
 from language_worker.diffusion_params import DiffusionParams
 from language_worker.engine import Engine
-from language_worker.errors import Cancelled, InvalidRequest
+from language_worker.errors import Cancelled, InvalidRequest, StepFailed
 from tests.language_worker.helpers import Result, drive, make_engine, prompt, request
 from tests.oracles_llada import (
     Choose,
@@ -202,6 +203,27 @@ def test_min_tokens_holds_the_end_back_by_position(engine: Engine) -> None:
     )
     result = drive(engine, [request("a", prompt(5, vocab=250), params)])["a"]
     assert len(result.tokens()) == 10 and result.tokens().index(TURN_ID) == 9
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_logits_that_are_not_finite_fail_their_request_alone(
+    temperature: float, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = SamplingParams(max_tokens=8, temperature=temperature, seed=1, diffusion=DiffusionParams(block_length=4))
+    asked = [request("good", prompt(5, vocab=250), params), request("bad", prompt(10, 1, vocab=250), params)]
+    healthy = drive(engine, asked)["good"].tokens()
+    forward = engine.runner.model.forward
+
+    def poison(inputs: Any, caches: Any) -> torch.Tensor:
+        logits = forward(inputs, caches)
+        if {14, 18} & set(inputs.attention.kv_lens):  # the second's first block, or all of it
+            logits[-1] = torch.nan
+        return logits
+
+    monkeypatch.setattr(engine.runner.model, "forward", poison)
+    results = drive(engine, asked)
+    assert type(results["bad"].error) is StepFailed and "not finite" in str(results["bad"].error)
+    assert results["good"].error is None and results["good"].tokens() == healthy
 
 
 def test_rules_on_ids_hold_at_every_position(engine: Engine) -> None:

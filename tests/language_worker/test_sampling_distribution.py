@@ -7,6 +7,7 @@ of fixed seeds; a p-value below 1e-5 would be a wrong sampler, not bad luck.
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -147,10 +148,29 @@ PARAMS = st.fixed_dictionaries(
 )
 
 
+class _Drawing:
+    """A state that draws a given number."""
+
+    def __init__(self, state: SamplingState, number: float) -> None:
+        self._state, self._number = state, number
+
+    def draw(self) -> float:
+        return self._number
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._state, name)
+
+
+def _spread(probabilities: np.ndarray) -> list[float]:
+    """Both ends of [0, 1), and the middle of what each token takes of it: by rising id, and by falling probability."""
+    middles = [p.cumsum() - p / 2 for p in (probabilities, np.sort(probabilities)[::-1])]
+    return [0.0, np.nextafter(1.0, 0.0), *np.concatenate(middles).clip(0.0, np.nextafter(1.0, 0.0)).tolist()]
+
+
 @settings(max_examples=600 if IS_SOAK else 150, deadline=None, derandomize=True)
 @given(values=PARAMS, seed=st.integers(0, 500))
 def test_the_support_is_that_of_the_oracle(values: dict, seed: int) -> None:
-    """No draw outside it; draws at both ends of [0, 1) reach its ends."""
+    """Draws spread over [0, 1), both ends among them, choose every token of it and no other."""
     try:
         params = SamplingParams(**values)
     except InvalidRequest:
@@ -159,8 +179,10 @@ def test_the_support_is_that_of_the_oracle(values: dict, seed: int) -> None:
     probabilities = _oracle(logits, params)
     if np.isnan(probabilities).any():
         return  # nothing is left to choose: refused on intake
-    drawn = {choice.token_id for choice in sample(logits.expand(64, -1), _states(params, 64))}
+    states = [_Drawing(state, number) for number in _spread(probabilities) for state in _states(params, 1)]
+    drawn = {choice.token_id for choice in sample(logits.expand(len(states), -1), states)}
     assert drawn <= set(np.flatnonzero(probabilities).tolist())
+    assert drawn >= set(np.flatnonzero(probabilities > 1e-9).tolist())
     greedy = SamplingParams(**{**values, "temperature": 0, "top_k": 0, "top_p": 1.0, "min_p": 0.0})
     (best,) = sample(logits[None], _states(greedy, 1))
     assert probabilities[best.token_id] == probabilities.max()

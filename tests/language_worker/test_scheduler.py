@@ -1,6 +1,6 @@
 """Random traffic against the pure scheduler: invariants after every step, and every sequence ends right."""
 
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -244,3 +244,62 @@ def test_with_nobody_waiting_for_rows_the_youngest_gives_way() -> None:
     while not scheduler.plan().preempted:
         _run(scheduler)
     assert young.num_preemptions == 1 and first.num_preemptions == 0
+
+
+def test_prompts_whose_logits_are_wanted_share_what_a_step_may_compute_of_them() -> None:
+    scheduler = _scheduler(100, max_prompt_logits=10)
+    for order, length in ((1, 13), (2, 12), (3, 30)):
+        seq = _seq(order, length, 2)
+        seq.wants_prompt_logits = order < 3
+        scheduler.add(seq)
+    assert _run(scheduler) == [(1, 10), (3, 30)]
+    assert _run(scheduler) == [(3, 1), (1, 3), (2, 7)]
+    assert _run(scheduler) == [(1, 1), (3, 1), (2, 5)]
+
+
+def test_a_short_prompt_does_not_stand_behind_a_long_one() -> None:
+    scheduler = _scheduler(4000, max_step_tokens=256)
+    scheduler.add(_seq(1, 8000, 2))
+    assert _run(scheduler) == [(1, 256)], "alone it takes the whole step"
+    scheduler.add(_seq(2, 10, 2))
+    assert _run(scheduler) == [(1, 246), (2, 10)], "and what the others leave"
+    assert _run(scheduler) == [(2, 1), (1, 255)]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    budget=st.integers(4, 300),
+    longs=st.lists(st.integers(20, 900), min_size=1, max_size=3),
+    short=st.integers(1, 40),
+    head_start=st.integers(0, 3),
+)
+def test_how_long_a_prompt_waits_behind_longer_ones(budget: int, longs: list[int], short: int, head_start: int) -> None:
+    """By the share that each of those leaves, one step more for each that ends, and no budget is ever left over."""
+    scheduler = _scheduler(2000, max_step_tokens=budget)
+    for order, length in enumerate(longs):
+        scheduler.add(_seq(order, length, 1))
+    for _ in range(head_start):
+        _steps_of(scheduler)
+    scheduler.add(_seq(99, short, 1))
+    share, num_steps, ended = budget // 4 ** len(longs), 0, -1
+    while scheduler.running or scheduler.waiting:
+        num_steps += 1
+        last = _steps_of(scheduler)
+        ended = num_steps if 99 in last else ended
+        if 0 in last:
+            assert head_start + num_steps <= -(-longs[0] // (budget - budget // 4)), "the oldest has three quarters"
+    assert share == 0 or ended <= -(-short // share) + len(longs)
+
+
+def _steps_of(scheduler: Scheduler) -> list[int]:
+    """Run a step and end what got its token; returns who did."""
+    missing = sum(seq.missing for seq in (*scheduler.running, *scheduler.waiting))
+    plan, ended = scheduler.plan(), []
+    assert plan.num_tokens == min(missing, scheduler.max_step_tokens), "budget is left over"
+    for window in plan.windows:
+        scheduler.commit(window, [1] if window.samples else [])
+        if window.samples:
+            ended.append(window.seq.key[0])
+            scheduler.end(window.seq)
+    scheduler.check_invariants()
+    return ended

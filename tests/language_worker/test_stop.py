@@ -34,9 +34,9 @@ def _run(texts: list[str], **values) -> tuple[list[str], str | None, str | int |
     raise AssertionError("max_tokens did not end the output")
 
 
-def _oracle(text: str, stops: list[str]) -> tuple[str, str | None]:
+def _oracle(text: str, stops: list[str], num_exempt: int = 0) -> tuple[str, str | None]:
     """Read character by character; the first character at which some stop string is complete ends the text."""
-    for end in range(1, len(text) + 1):
+    for end in range(num_exempt + 1, len(text) + 1):
         complete = [stop for stop in stops if text[:end].endswith(stop)]
         if complete:
             stop = max(complete, key=len)
@@ -52,6 +52,22 @@ def _oracle(text: str, stops: list[str]) -> tuple[str, str | None]:
 def test_any_cut_gives_the_oracle_text(texts: list[str], stops: list[str]) -> None:
     pieces, reason, stop_reason = _run(texts, stop_strings=stops)
     text, stop = _oracle("".join(texts), stops)
+    assert ("".join(pieces), stop_reason) == (text, stop)
+    assert reason == ("length" if stop is None else "stop")
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(
+    texts=st.lists(st.text("ab", max_size=4), min_size=1, max_size=8),
+    stops=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
+    min_tokens=st.integers(0, 8),
+)
+def test_a_stop_string_counts_when_it_ends_behind_the_first_min_tokens(
+    texts: list[str], stops: list[str], min_tokens: int
+) -> None:
+    min_tokens = min(min_tokens, len(texts))
+    pieces, reason, stop_reason = _run(texts, stop_strings=stops, min_tokens=min_tokens)
+    text, stop = _oracle("".join(texts), stops, len("".join(texts[:min_tokens])))
     assert ("".join(pieces), stop_reason) == (text, stop)
     assert reason == ("length" if stop is None else "stop")
 
@@ -85,7 +101,9 @@ def test_text_held_for_a_stop_string_leaves_at_the_end() -> None:
 
 
 def test_min_tokens_holds_off_every_kind_of_stop() -> None:
-    assert _run(["s", "E", "s", "x"], stop_strings=["s"], min_tokens=3) == (["s", "E", ""], "stop", "s")
+    assert _run(["s", "E", "s", "x", "s"], stop_strings=["s"], min_tokens=3) == (["s", "E", "s", "x", ""], "stop", "s")
+    assert _run(["a", "b", "c"], stop_strings=["ab"], min_tokens=1) == (["", ""], "stop", "ab")
+    assert _run(["a", "b", "c"], stop_strings=["ab"], min_tokens=2) == (["", "ab", "c"], "length", None)
     assert _run(["E", "E", "E"], eos_ids=[0, 1], min_tokens=3) == (["E", "E", "E"], "length", None)
 
 
@@ -101,6 +119,11 @@ def test_an_unfinished_character_is_flushed_as_replacement() -> None:
 )
 def test_first_stop(text: str, stops: list[str], hit: tuple[int, str] | None) -> None:
     assert first_stop(text, stops) == hit
+
+
+def test_first_stop_behind_exempt_text() -> None:
+    assert first_stop("abab", ["ab"], 2) == (2, "ab") and first_stop("abab", ["ab"], 1) == (0, "ab")
+    assert first_stop("aba", ["aba", "ba"], 2) == (0, "aba") and first_stop("aba", ["aba"], 3) is None
 
 
 def test_unfinished_stop() -> None:

@@ -24,6 +24,7 @@ from language_worker.decode import create_strategy
 from language_worker.drafter import Drafter
 from language_worker.engine import Engine
 from language_worker.kv_cache import KVCache
+from language_worker.limits import EngineLimits
 from language_worker.models.base import (
     KVSpec,
     LanguageModel,
@@ -35,7 +36,6 @@ from language_worker.models.base import (
 )
 from language_worker.page_pool import PagePool
 from language_worker.prefix_cache import PrefixCache
-from language_worker.roster import EngineLimits
 from language_worker.runner import ModelRunner
 from language_worker.sampler import sample
 from language_worker.sampling_state import SamplingState
@@ -207,11 +207,13 @@ def toy_engine(
     has_drafter: bool = False,
     window: int = 0,
     has_state: bool = False,
+    max_logits_bytes: int = 1 << 20,
+    rows: int = 64,
     **config: Any,
 ) -> Engine:
     """An engine of the toy with a pool of `num_pages`; folder: any model folder with a tokenizer. has_drafter: the
     strategy leaves its drafts open and a toy makes them. window: of the toys, 0 for none. swap_tokens: with
-    preemption "swap", 0 for one page. has_state: the toy has recurrent state."""
+    preemption "swap", 0 for one page. has_state: the toy has recurrent state. rows: of media, at once."""
     values = EngineConfig(**{"page_size": 4, "max_num_seqs": 4, "max_step_tokens": 32, **config})
     pool = PagePool(num_pages)
     swap_pages = max(1, values.swap_tokens // values.page_size) if values.preemption == "swap" else 0
@@ -230,8 +232,8 @@ def toy_engine(
     limits = EngineLimits(
         max_model_len=min(MAX_LEN, num_pages * values.page_size),
         max_waiting=values.max_waiting,
-        input_buffer_tokens=64,
-        max_logits_bytes=1 << 20,
+        input_buffer_tokens=rows,
+        max_logits_bytes=max_logits_bytes,
         kv_buffer_tokens=values.kv_buffer_tokens or num_pages * values.page_size,
     )
     drafter = None
