@@ -56,6 +56,7 @@ class VisionConfig:
         vision = config.get("vision_config")
         if not isinstance(vision, Mapping):
             raise ValueError("config.json has no vision_config")
+        vision = {name: value for name, value in vision.items() if value is not None}
         needed = ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size")
         if missing := [name for name in needed if not isinstance(vision.get(name), int)]:
             raise ValueError(f"vision_config needs integers for {', '.join(missing)}")
