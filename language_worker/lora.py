@@ -45,6 +45,8 @@ class Adapter:
     def open(cls, path: str | Path) -> Adapter:
         """From a file, or from a folder that holds one. Raises CheckpointError naming all that is wrong."""
         path = Path(path).expanduser()
+        if not path.exists():
+            raise CheckpointError(str(path), ("no such file or folder; give an adapter's",))
         if (path / PEFT_CONFIG).is_file():
             return cls._paired(path, _peft_tensors(path), _PEFT, _peft_scale(path))
         files = [path] if path.is_file() else sorted(path.glob("lora_*.pth"))

@@ -42,6 +42,8 @@ class Tokenizer:
         folder = Path(model_dir)
         path = folder / "tokenizer.json"
         text = read_published(folder, path.name)
+        if not folder.is_dir():
+            raise ModelNotSupported(f"{folder} is no folder that exists; give that of a checkpoint")
         if text is None:
             raise ModelNotSupported(f"{folder} has no tokenizer.json; save the checkpoint with a fast tokenizer")
         try:

@@ -82,12 +82,18 @@ def test_one_half_in_one_section_and_the_other_in_another(
 
 
 def test_sections_that_contradict_each_other_are_refused(folder: Path) -> None:
-    tree = {
+    tree: dict[str, Any] = {
         "model": {"path": str(folder), "config_overrides": {"rms_norm_eps": 1e-6}},
         "language": {"config_overrides": {"rms_norm_eps": 1e-5}},
     }
     with pytest.raises(ConfigError, match=r"language\.config_overrides\.rms_norm_eps is 1e-05, and another section"):
         build_config(tree).resolve()
+    for section in ("model", "language"):  # which are no contradiction, whatever a float says of itself
+        tree[section] = {**tree[section], "config_overrides": {"rope_theta": float("nan")}}
+    assert build_config(tree).config_overrides().keys() == {"rope_theta"}
+    with pytest.raises(CheckpointError, match="rope_theta = nan; a positive number is needed"):
+        ModelInfo.load(folder, build_config(tree).config_overrides())
+    tree["model"]["config_overrides"] = {"rms_norm_eps": 1e-6}
     tree["language"] = {"config_overrides": {"rms_norm_eps": 1e-6, "rope_theta": 5.0}}
     config = build_config(tree).resolve()
     assert config.resolve() == config, "resolving again changes nothing"

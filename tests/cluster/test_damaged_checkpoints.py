@@ -211,3 +211,18 @@ def test_what_is_wrong_in_an_adapter_is_named(tmp_path: Path) -> None:
     folder = make_text_model(tmp_path / "model", "qwen2")
     with pytest.raises(CheckpointError, match=r"adapter_config\.json must hold a JSON object"):
         check_model(folder, EngineConfig(lora=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("model", "nowhere does not exist"),
+        ("lora", "no such file or folder"),
+        ("draft_model", "nowhere is no folder that exists"),
+    ],
+)
+def test_a_path_that_is_not_there_is_told_as_such(setting: str, said: str, tmp_path: Path) -> None:
+    settings = {"model": str(make_text_model(tmp_path / "model", "qwen2")), setting: str(tmp_path / "nowhere")}
+    with pytest.raises(TYPED, match=said) as caught:
+        LLM(**settings, num_threads=1)
+    assert "config.json" not in str(caught.value) and "tokenizer" not in str(caught.value)
