@@ -32,8 +32,9 @@ FROM base AS cpu
 # TORCH_INDEX: an index with the builds of torch for CPUs; without it the larger ordinary build comes, which runs as well.
 ARG TORCH_INDEX=""
 RUN pip install --constraint constraints.txt ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} torch
+# [data] is what batch jobs read images and write answers with (docs/operating.md, Jobs).
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
-    pip install --constraint constraints.txt /wheels/*.whl
+    for wheel in /wheels/*.whl; do pip install --constraint constraints.txt "${wheel}[data]"; done
 USER 1000:1000
 WORKDIR /home/tandem
 EXPOSE 8000
@@ -43,8 +44,10 @@ FROM base AS gpu
 # CUDA comes with torch, the driver with the node.
 RUN pip install --constraint constraints.txt torch triton
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
-    pip install --constraint constraints.txt /wheels/*.whl
-ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility TRITON_CACHE_DIR=/tmp/triton
+    for wheel in /wheels/*.whl; do pip install --constraint constraints.txt "${wheel}[data]"; done
+# Which devices a container sees is said by who starts it (--gpus, a device plugin): an image that asks for all of them would give
+# them to pods on the node that asked for none.
+ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility TRITON_CACHE_DIR=/tmp/triton
 USER 1000:1000
 WORKDIR /home/tandem
 EXPOSE 8000

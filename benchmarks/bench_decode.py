@@ -143,8 +143,8 @@ def _drafts(model: BenchModel, dtype: str, threads: int, rounds: int) -> dict[st
     """A request whose text repeats itself, with and without prompt lookup, taking turns."""
     model = dataclasses.replace(model, new_tokens=2 * model.new_tokens)
     request = BenchRequest(prompt=REPETITIVE, image=None)
-    plain = Ours(model, dtype, threads, prefix_cache=False)
-    drafting = Ours(model, dtype, threads, prefix_cache=False, decode_strategy="speculative")
+    plain = Ours(model, dtype, threads)
+    drafting = Ours(model, dtype, threads, decode_strategy="speculative")
     try:
         pairs = [(plain.one(request), drafting.one(request)) for _ in range(rounds + 1)][1:]
         stats = drafting.stats()

@@ -17,11 +17,15 @@ WIDTH, STATE = 4, 64
 
 
 class LoopingFusionTree:
-    """config: as the training has it, codes learnt in full and shared; tensors: its weights."""
+    """config: as the training has it, codes learnt in full and shared; tensors: its weights. loops_twice: as the
+    training repository does, once for the outputs and once more for the last state."""
 
-    def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], *, loops_twice: bool = False
+    ) -> None:
         self.config = config
         self.tensors = tensors
+        self.loops_twice = loops_twice
 
     @torch.inference_mode()
     def step(self, ids: torch.Tensor, past: Past | None) -> tuple[torch.Tensor, Past]:
@@ -64,7 +68,10 @@ class LoopingFusionTree:
         low, b, c = self._linear(u, f"{name}.x_proj").split([rank, STATE, STATE], -1)
         dt = F.softplus(self._linear(low, f"{name}.dt_proj") + w[f"{name}.dt_proj.bias"])
         h = own.get("ssm", u.new_zeros(len(u), inner, STATE))
-        y, own["ssm"] = looped_scan(u, dt, -torch.exp(w[f"{name}.A_log"]), b, c, w[f"{name}.D"], h)
+        a = -torch.exp(w[f"{name}.A_log"])
+        y, own["ssm"] = looped_scan(u, dt, a, b, c, w[f"{name}.D"], h)
+        if self.loops_twice:
+            own["ssm"] = looped_state(u, dt, a, b, h)
         return self._linear(y * F.silu(z), f"{name}.out_proj")
 
     def _attention(self, x: torch.Tensor, name: str, own: dict[str, torch.Tensor], first: int) -> torch.Tensor:

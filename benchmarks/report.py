@@ -36,8 +36,14 @@ def machine() -> dict[str, Any]:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Versions of Python and of installed packages."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+    """Versions of Python and of packages, "unknown" of one that is not installed under its name."""
+    found = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # as nightly builds, which have others
+            found[name] = "unknown"
+    return found
 
 
 def median(values: Sequence[float]) -> float:

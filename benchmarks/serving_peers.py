@@ -66,7 +66,8 @@ class Peer(Protocol):
 
 
 class Ours:
-    """Tandem's `LLM`: both halves, joined by in-memory endpoints. The cache of embeddings is off.
+    """Tandem's `LLM`: both halves, joined by in-memory endpoints. Nothing is remembered: caches of embeddings and of
+    prefixes are off.
 
     language: further settings of the language half.
     """
@@ -76,7 +77,7 @@ class Ours:
             model=str(model.folder),
             dtype=dtype,
             embedding={"cache_tokens": 0, "num_threads": threads},
-            language={"num_threads": threads, **language},
+            language={"num_threads": threads, "prefix_cache": False, **language},
         )
         self._params = SamplingParams(max_tokens=model.new_tokens, temperature=0.0, ignore_eos=True)
 

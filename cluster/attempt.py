@@ -31,7 +31,8 @@ STREAM_CODES = frozenset({"StreamAborted", "MediaFailed", "KVStreamFailed", "Str
 EMBED_LOST_CODES = frozenset({"PeerLost", "EmbedStopped", "StreamTimeout", "EndpointClosed"})
 MAX_EMBED_TRIES = 3
 LINK_CODES = frozenset({"PeerLost", "KVStreamFailed"})  # the link broke, perhaps nothing else
-LOST_CODES = LINK_CODES | {"EngineStopped", "EndpointClosed", "StreamTimeout", "EmbedStopped"}
+STOPPED_CODES = frozenset({"EngineStopped", "EngineFailed"})
+LOST_CODES = LINK_CODES | STOPPED_CODES | {"EndpointClosed", "StreamTimeout", "EmbedStopped"}
 FIGURES_GRACE_S = 0.05  # for the embed call's end, when all tokens have come: it is on its way, or will never come
 
 
@@ -44,8 +45,8 @@ class AttemptOwner(Protocol):
 
     def on_failure(self, worker: str, failure: RemoteFailure) -> None: ...
 
-    def next_embedding(self, lost: str) -> str | None:
-        """Another worker for the media of `lost`; None when there is none."""
+    def next_embedding(self, lost: str, failure: RemoteFailure) -> str | None:
+        """Another worker for the media of `lost`; None when there is none, or the attempt shall end."""
 
 
 class Attempt:
@@ -203,7 +204,7 @@ class Attempt:
         if self._is_cancelled or self._num_embed_tries >= MAX_EMBED_TRIES or time.monotonic() >= self._deadline_s:
             return False
         taker = self._directory.get(self._names[self._route.rows_leg])
-        name = self._owner.next_embedding(self._names["embed"])
+        name = self._owner.next_embedding(self._names["embed"], failure)
         if taker is None or name is None:
             return False
         self._num_embed_tries += 1
@@ -260,7 +261,7 @@ class Attempt:
         """Whose worker stopped: a broken stream of embeddings tells that to the leg at its other end, too."""
         if code == "EmbedStopped":
             return "embed"
-        return self._route.rows_leg if code == "EngineStopped" and leg == "embed" else leg
+        return self._route.rows_leg if code in STOPPED_CODES and leg == "embed" else leg
 
     def _blame(self, leg: str) -> int:
         """Order of the failures by how much they say about the cause."""

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import pydantic
-import yaml
 
 from cluster.errors import ConfigError
 from cluster.media_rules import MediaRules
 from cluster.model_info import fills_masks
 from cluster.router import WorkerKind
+from cluster.yaml_files import read_yaml
 from embedding_worker.config import EmbedConfig
 from embedding_worker.errors import EmbedError
 from kernels.quantised_matrix import Quantization
@@ -330,18 +330,3 @@ def _reject_unknown(prefix: str, values: Mapping[str, Any], known: Any) -> None:
     unknown = sorted(str(key) for key in values if key not in known)
     if unknown:
         raise ConfigError(f"unknown setting {prefix}{unknown[0]}; known here: {', '.join(sorted(known))}")
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The map in a YAML file; an empty file is an empty map. Raises ConfigError."""
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold a map of settings, not {type(tree).__name__}")
-    return tree

@@ -6,7 +6,7 @@ Thread-safe. Knows addresses and connections; what travels over them is the hand
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from cluster.router import WorkerKind, WorkerView
@@ -34,6 +34,11 @@ class WorkerDirectory:
         self._running: dict[str, int] = {}
         self._dead: set[str] = set()
         self._withdrawn: set[str] = set()  # dead whatever a ping says: an answer may have been on its way
+        self._listeners: list[Callable[[], None]] = []
+
+    def listen(self, on_change: Callable[[], None]) -> None:
+        """Call this, from any thread, whenever workers come, go, die or answer again."""
+        self._listeners.append(on_change)
 
     def replace(self, workers: Iterable[WorkerAddress], withdrawn: Collection[str] = ()) -> None:
         """The workers are these now; calls to a worker that is gone, has moved or is withdrawn end with PeerLost.
@@ -54,6 +59,7 @@ class WorkerDirectory:
             self._service.drop_peer(self._connect(old), "the worker was replaced")
         for worker in ended:
             self._service.drop_peer(self._connect(worker), "the worker's process has ended")
+        self._tell()
 
     def views(self) -> list[WorkerView]:
         """A snapshot for the router."""
@@ -87,7 +93,13 @@ class WorkerDirectory:
             if self._workers.get(worker.name) != worker or (worker.name not in self._dead) == is_alive:
                 return False
             (self._dead.discard if is_alive else self._dead.add)(worker.name)
-            return True
+        self._tell()
+        return True
+
+    def is_alive(self, worker: WorkerAddress) -> bool:
+        """Whether exactly this incarnation is known and not taken for dead."""
+        with self._lock:
+            return self._workers.get(worker.name) == worker and worker.name not in self._dead | self._withdrawn
 
     def add_running(self, name: str, change: int) -> None:
         """A request was handed to the worker (+1) or has ended there (-1)."""
@@ -97,6 +109,10 @@ class WorkerDirectory:
                 self._running[name] = left
             else:
                 self._running.pop(name, None)
+
+    def _tell(self) -> None:
+        for on_change in self._listeners:
+            on_change()
 
     def _connect(self, worker: WorkerAddress) -> Connection:
         return self._service.endpoint.connect(worker.address, worker.public_key)

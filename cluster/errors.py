@@ -16,6 +16,7 @@ Tree:
       NotReady               the cluster is still starting
       NoWorker               no live worker can take the request
       WorkerLost             the worker died and no other could take over
+      CrashingRequest        workers die of the request
       SlowReader             the client does not read its stream
       RequestTimeout         the request's deadline passed
       ClientGone             the client closed its connection
@@ -137,6 +138,10 @@ class WorkerLost(ClusterError):
     """The worker of this request died and the request could not be moved."""
 
 
+class CrashingRequest(ClusterError):
+    """The request ran at several workers when they crashed; it gets no other one."""
+
+
 class SlowReader(ClusterError):
     """The client reads its stream more slowly than tokens arrive, beyond the buffer."""
 
@@ -192,6 +197,12 @@ _LATE = Rule(
     code="deadline_exceeded",
     public="the request's deadline passed before it was answered",
 )
+_CRASHING = Rule(  # not of the statuses that clients answer by sending the same once more
+    status=422,
+    type="unprocessable_error",
+    code="crashing_request",
+    public="workers crashed each time they ran this request, and it is not tried again; please report it",
+)
 _GONE = Rule(status=499, type="cancelled_error", code="cancelled", public="the request was cancelled")
 _LOST = "a worker was lost while it served this request; please send it again"
 _BUSY = "the server is at its capacity; please try again shortly"
@@ -230,6 +241,7 @@ ERROR_TABLE: dict[str, Rule] = {
     "QueueFull": _unavailable("overloaded", _BUSY),
     "EmbedStopped": _unavailable("worker_lost", _LOST),
     "EngineStopped": _unavailable("worker_lost", _LOST),
+    "EngineFailed": _unavailable("worker_lost", _LOST),
     "MediaFailed": _unavailable("worker_lost", _LOST),
     "KVStreamFailed": _unavailable("worker_lost", _LOST),
     "KVMismatch": _unavailable("transfer_failed", _LOST),
@@ -259,6 +271,7 @@ ERROR_TABLE: dict[str, Rule] = {
         ),
         _unavailable("transfer_failed", _LOST),
     ),
+    "CrashingRequest": _CRASHING,
     # time, and clients that went away
     "RequestTimeout": _LATE,
     "DeadlineExceeded": _LATE,

@@ -25,7 +25,7 @@ from cluster.gateway.app import create_app
 from cluster.gateway.context import GatewayContext
 from cluster.gateway.state import GatewayState
 from cluster.handoff import Handoff
-from cluster.metrics import gather_stats
+from cluster.metrics import GatewayMetrics, gather_stats
 from cluster.model_info import ModelInfo
 from cluster.monitor import WorkerMonitor
 from cluster.router import is_split
@@ -52,16 +52,18 @@ class GatewayServer:
         self._socket = _bind(config.host, config.port)
         if not config.api_keys and not is_loopback(config.host):
             logger.warning("%s:%d answers everyone who can reach it: set an API key", config.host, self.port)
+        metrics = GatewayMetrics()
         context = GatewayContext(
             config=config,
             model_name=model_name,
             tokenizer=info.tokenizer,
             chat_template=info.chat_template,
-            handoff=Handoff(service, self._directory),
+            handoff=Handoff(service, self._directory, metrics.count_attempt),
             max_model_len=max_model_len,
             worker_stats=self._worker_stats,
             ready=self._ready,
             image_token_id=info.image_token_id,
+            metrics=metrics,
         )
         app = create_app(context)
         self._state: GatewayState = app.state.gateway

@@ -16,6 +16,8 @@ from cluster.served import ServedRequest
 from language_worker.api import SamplingParams
 from transfer.protocol.ticket import Ticket
 
+TOKENS_PER_PART = 16  # of an answer that is read when it is whole
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Route:
@@ -90,6 +92,7 @@ class Bodies:
             "ticket": ticket,
             "return_logits": return_logits,
             "deadline_ms": self._timeout_ms,
+            "tokens_per_part": 1 if self._request.is_streamed else TOKENS_PER_PART,
         }
 
 

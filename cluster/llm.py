@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -125,6 +126,7 @@ class LLM:
         return build(self._info, prompt, sampling, return_logits=return_logits)
 
     def _run(self, requests: Sequence[ServedRequest], use_progress: bool) -> list[RequestOutput]:
+        requests = [replace(request, is_streamed=False) for request in requests]
         builders = [OutputBuilder(request) for request in requests]
         outputs: list[RequestOutput | None] = [None] * len(requests)
         with _Flight(self._workers, requests) as flight, progress_bar(len(requests), use_progress) as advance:

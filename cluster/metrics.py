@@ -97,6 +97,9 @@ class GatewayMetrics:
         self._success = self._counter("request_success", "Samples by how they ended", ("finish_reason",))
         self._responses = self._counter("http_requests", "Responses by endpoint and status", ("endpoint", "status"))
         self._errors = self._counter("request_errors", "Failed requests by error code", ("code",))
+        self._attempts = self._counter(
+            "request_attempts", "Attempts to compute requests, by how the one before was lost", ("reason",)
+        )
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of answered requests")
         self.generation_tokens = self._counter("generation_tokens", "Generated tokens")
         self.active_requests = Gauge(
@@ -104,6 +107,8 @@ class GatewayMetrics:
         )
         for reason in ("stop", "length", "abort"):
             self._success.labels(reason)
+        for reason in ("first", "PeerLost", "EngineFailed", "EngineStopped"):
+            self._attempts.labels(reason)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(PREFIX + name, text, buckets=buckets, registry=self._registry)
@@ -117,6 +122,10 @@ class GatewayMetrics:
     def count_response(self, endpoint: str, status: int) -> None:
         """`endpoint` is a route's path, never a client's: the label stays bounded."""
         self._responses.labels(endpoint, str(status)).inc()
+
+    def count_attempt(self, reason: str) -> None:
+        """`reason`: "first", or the code of the loss after which a request is computed anew. From any thread."""
+        self._attempts.labels(reason).inc()
 
     def count_error(self, code: str) -> None:
         self._errors.labels(code).inc()

@@ -49,6 +49,12 @@ def choose_embedding(workers: Sequence[WorkerView], affinity_key: str, excluded:
     return max(below, key=lambda w: xxhash.xxh3_64_intdigest(f"{w.name}|{affinity_key}".encode())).name
 
 
+def can_risk(workers: Sequence[WorkerView], kinds: Collection[str]) -> bool:
+    """Whether one live worker of each kind may be lost and another is left to serve, if there ever was another."""
+    alive = [[worker.is_alive for worker in workers if worker.kind == kind] for kind in kinds]
+    return all(sum(of_kind) >= min(2, len(of_kind)) > 0 for of_kind in alive)
+
+
 def _candidates(workers: Sequence[WorkerView], kind: WorkerKind, excluded: Collection[str]) -> list[WorkerView]:
     candidates = [w for w in workers if w.kind == kind and w.is_alive and w.name not in excluded]
     if not candidates:

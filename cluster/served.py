@@ -11,7 +11,8 @@ from language_worker.api import SamplingParams, TokenChunk
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServedRequest:
     """A request as the workers need it. prompt_token_ids: one placeholder id per media item. media: encoded images in
-    prompt order. timeout_s: time from now until the answer must be complete.
+    prompt order. timeout_s: time from now until the answer must be complete. is_streamed: somebody reads each token as
+    it comes; otherwise tokens may come several at a time.
     """
 
     request_id: str
@@ -20,6 +21,7 @@ class ServedRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     return_logits: bool = False
     timeout_s: float = 600.0
+    is_streamed: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

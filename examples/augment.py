@@ -28,19 +28,22 @@ NO_ORDER = MAX_DIGITS
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PictureBatch:
-    """Canvases as patches, how many cells of each are real, the answers, and a label per cell."""
+    """Canvases as RGB in 0..255 and as patches, how many cells of each are real, the answers, where each digit's centre
+    lies from the left, and a label per cell."""
 
+    pixels: Tensor
     patches: Tensor
     cells_wide: Tensor
     numbers: tuple[str, ...]
     colours: tuple[str, ...]
+    centres: tuple[tuple[float, ...], ...]
     digit_labels: Tensor
     order_labels: Tensor
     colour_labels: Tensor
 
 
-def draw_batch(rng: numpy.random.Generator, size: int, max_digits: int = MAX_DIGITS) -> PictureBatch:
-    """`size` pictures of 1..max_digits warped training glyphs."""
+def draw_batch(rng: numpy.random.Generator, size: int, max_digits: int = MAX_DIGITS, warp: float = 1.0) -> PictureBatch:
+    """`size` pictures of 1..max_digits training glyphs; `warp` scales how far these are turned, sheared and bent."""
     glyphs = load_glyphs()
     names = list(COLOURS)
     alpha = torch.zeros(size, HEIGHT + 2 * TILE, MAX_WIDTH + 2 * TILE)
@@ -49,7 +52,7 @@ def draw_batch(rng: numpy.random.Generator, size: int, max_digits: int = MAX_DIG
     order_labels = torch.full((size, CELLS_WIDE), NO_ORDER)
     placed: list[tuple[int, float, float, float]] = []
     chosen: list[int] = []
-    numbers, colours, cells_wide = [], [], []
+    numbers, colours, cells_wide, centres = [], [], [], []
     for row in range(size):
         layout = draw_layout(rng, int(rng.integers(1, max_digits + 1)))
         colour = names[int(rng.integers(len(names)))]
@@ -64,17 +67,20 @@ def draw_batch(rng: numpy.random.Generator, size: int, max_digits: int = MAX_DIG
         numbers.append("".join(str(glyphs.digits[i]) for i in ids))
         colours.append(colour)
         cells_wide.append(layout.width // CELL)
-    _paste(alpha, placed, _warped_tiles(rng, torch.from_numpy(glyphs.ink[chosen]), placed))
+        centres.append(tuple(x for x, _ in layout.centres))
+    _paste(alpha, placed, _warped_tiles(rng, torch.from_numpy(glyphs.ink[chosen]), placed, warp))
     alpha = alpha[:, None, TILE:-TILE, TILE:-TILE]
-    pixels = background[:, :, None, None] + alpha * (ink - background)[:, :, None, None]
+    pixels = (background[:, :, None, None] + alpha * (ink - background)[:, :, None, None]).round()
     width = torch.tensor(cells_wide)
     colour_labels = torch.tensor([names.index(colour) for colour in colours])
     real = torch.arange(CELLS_WIDE)[None, :] < width[:, None]
     return PictureBatch(
-        patches=to_patches(pixels.round()),
+        pixels=pixels,
+        patches=to_patches(pixels),
         cells_wide=width,
         numbers=tuple(numbers),
         colours=tuple(colours),
+        centres=tuple(centres),
         digit_labels=_both_rows(digit_labels, real),
         order_labels=_both_rows(order_labels, real),
         colour_labels=_both_rows(colour_labels[:, None].expand(size, CELLS_WIDE), real),
@@ -96,14 +102,16 @@ def _both_rows(labels: Tensor, real: Tensor) -> Tensor:
     return labels.masked_fill(~real, -100)[:, None, :].expand(-1, CELLS_HIGH, -1).flatten(1)
 
 
-def _warped_tiles(rng: numpy.random.Generator, ink: Tensor, placed: list[tuple[int, float, float, float]]) -> Tensor:
+def _warped_tiles(
+    rng: numpy.random.Generator, ink: Tensor, placed: list[tuple[int, float, float, float]], warp: float
+) -> Tensor:
     """Glyphs [N, 8, 8] to ink tiles [N, TILE, TILE], each centred with its sub-pixel offset."""
     count = len(placed)
 
     def uniform(low: float, high: float) -> Tensor:
         return torch.from_numpy(rng.uniform(low, high, size=count)).float()
 
-    angle, shear = uniform(-0.24, 0.24), uniform(-0.25, 0.25)
+    angle, shear = warp * uniform(-0.24, 0.24), warp * uniform(-0.25, 0.25)
     stretch_x, stretch_y = uniform(0.82, 1.12), uniform(0.85, 1.12)
     half = torch.tensor([size / 2 for *_, size in placed])
     cos, sin = angle.cos(), angle.sin()
@@ -114,7 +122,7 @@ def _warped_tiles(rng: numpy.random.Generator, ink: Tensor, placed: list[tuple[i
     across = axis[None, None, :] - offset[:, 0, None, None] + torch.zeros(count, TILE, 1)
     down = axis[None, :, None] - offset[:, 1, None, None] + torch.zeros(count, 1, TILE)
     grid = torch.einsum("nij,nhwj->nhwi", to_glyph, torch.stack([across, down], dim=-1))
-    bend = torch.from_numpy(rng.normal(0.0, 0.075, size=(count, 2, 4, 4))).float()
+    bend = torch.from_numpy(rng.normal(0.0, 0.075, size=(count, 2, 4, 4))).float() * warp
     grid = grid + functional.interpolate(bend, TILE, mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
     tiles = functional.grid_sample(
         _blurred(rng, ink[:, None]), grid, mode="bicubic", padding_mode="zeros", align_corners=False

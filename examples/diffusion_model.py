@@ -75,14 +75,21 @@ class Llada(nn.Module):
 
     def forward(self, token_ids: Tensor, is_real: Tensor) -> Tensor:
         """token_ids, is_real [B, L] -> logits [B, L, V]; nobody looks at what is not real."""
+        return self.logits(self.hidden(self.model["transformer"]["wte"](token_ids), is_real))
+
+    def hidden(self, x: Tensor, is_real: Tensor) -> Tensor:
+        """Embeddings [B, L, width] to what the head reads."""
         parts: Any = self.model["transformer"]
         head = self.shape.d_model // self.shape.n_heads
         frequencies = self.shape.rope_theta ** (-torch.arange(0, head, 2) / head)
-        angles = (torch.arange(token_ids.shape[1])[:, None] * frequencies).repeat(1, 2)
-        x = parts["wte"](token_ids)
+        angles = (torch.arange(x.shape[1])[:, None] * frequencies).repeat(1, 2)
         for block in parts["blocks"]:
             x = block(x, angles.cos(), angles.sin(), is_real[:, None, None])
-        logits: Tensor = parts["ff_out"](parts["ln_f"](x))
+        normed: Tensor = parts["ln_f"](x)
+        return normed
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.model["transformer"]["ff_out"](hidden)
         return logits
 
 

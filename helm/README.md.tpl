@@ -11,7 +11,7 @@ This page is written by `python helm/generate.py` from `values.yaml`.
 ```console
 $ docker build --target cpu --tag REGISTRY/tandem:0.1.0 . && docker push REGISTRY/tandem:0.1.0
 $ helm install tandem helm/ --set image.repository=REGISTRY/tandem       # the small demo model, on CPUs
-$ helm test tandem                                                        # a prompt of one word gets its token
+$ helm test tandem                                                        # waits until a prompt of one word got its token
 ```
 
 `helm install` prints the commands that ask the first question. Values for the common cases lie in `examples/`:
@@ -58,7 +58,7 @@ serve-job pod ─> head (jobs, state) <──────── Ray ────
 * The **gateway pod** is ready when a canary prompt got its token (startup) and as long as a worker of every kind lives
   (`/ready`). Before it ends it drains: `tandem stop`.
 * A **worker pod** that ends leaves its unfinished requests to another worker, which computes them again
-  (docs/operating.md, When a worker dies). Budgets (`maxUnavailable`) keep evictions from taking several at a time.
+  (docs/operating.md, When a worker dies). Budgets keep evictions from taking more than `maxUnavailable` of a group's `replicas` at a time.
 * **Secrets** are generated at the first installation, kept by upgrades and not deleted with the release. Keys of the
   encrypted transfer are no secrets of Kubernetes: each process draws its own and only ever shows the public half.
   Keeping them takes a look at the cluster, which tools that only render (`helm template`, Argo CD, kustomize) do not
@@ -94,7 +94,7 @@ head while `autoscaling.enabled`: Ray's autoscaler asks the Kubernetes API for p
 | pods of one RayCluster | each other | `ray.ports`: node services, agent, metrics, worker processes |
 | pods of one RayCluster | head | `ray.ports.gcs`, `dashboard` |
 | serve job, `networkPolicy.jobs` | head | `ray.ports.dashboard` |
-| every pod | `networkPolicy.dns` | 53 |
+| every pod | `networkPolicy.dns` | `networkPolicy.dnsPorts` |
 | gateway and worker pods | `model.s3.cidr`, where the model comes from S3 | `model.s3.port` |
 | gateway pod | with `config.gateway.media_hosts`: public addresses | 80, 443 |
 | gateway pod | `config.gateway.media_private_networks` | all |

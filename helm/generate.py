@@ -25,13 +25,16 @@ sys.path.insert(0, str(FOLDER.parent))  # run as a script, this folder heads the
 from cluster.config import ClusterConfig  # noqa: E402
 
 STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
+LABEL = {"type": "string", "maxLength": 63, "pattern": "^([A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?)?$"}
+LABELS = {"type": "object", "additionalProperties": LABEL}
 OBJECTS = {"type": "array", "items": {"type": "object"}}
 NAMES = {"type": "array", "items": {"type": "string"}}
 FREE = {"type": "object"}
 PORT = {"type": "integer", "minimum": 1, "maximum": 65535}
+SOME_PORTS = {"type": "array", "items": PORT, "minItems": 1}  # none would be all
 COUNT = {"type": "integer", "minimum": 0}
 POSITIVE = {"type": "integer", "minimum": 1}
-QUANTITY = {"type": "string", "pattern": r"^[0-9.]+(m|Ki|Mi|Gi|Ti|k|M|G|T)?$"}
+QUANTITY = {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?(m|Ki|Mi|Gi|Ti|k|M|G|T)?$"}
 AMOUNT = {"anyOf": [QUANTITY, {"type": "number"}]}
 RESOURCES = {
     "type": "object",
@@ -73,15 +76,23 @@ PORTS = (
     "port", "gcs", "dashboard", "agent", "ray.ports.metrics", "firstNode", "firstWorker", "lastWorker", "firstPort",
     "lastPort",
 )  # fmt: skip
-MAPS = ("commonLabels", "labels", "annotations", "podAnnotations", "nodeSelector")
+MAPS = ("annotations", "podAnnotations")
+SECRET_KEY = {"type": "string", "pattern": "^[A-Za-z0-9._-]+$"}
+SECRET = {"type": "string", "pattern": "^([a-z0-9]([a-z0-9.-]*[a-z0-9])?)?$"}
 LISTS = (
     "imagePullSecrets", "tolerations", "topologySpreadConstraints", "extraEnv", "extraVolumes", "extraVolumeMounts",
-    "tls", "parentRefs", "clients", "monitoring", "jobs", "dns", "extraEgress",
+    "tls", "parentRefs", "clients", "monitoring", "jobs", "extraEgress",
 )  # fmt: skip
 # dotted value, or the last part of it -> schema, where the default does not tell it
 SCHEMAS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(PORTS, PORT),
     **dict.fromkeys(MAPS, STRINGS),
+    **dict.fromkeys(("commonLabels", "labels", "nodeSelector"), LABELS),
+    **dict.fromkeys(("existingSecret", "claimName"), SECRET),
+    **dict.fromkeys(("apiServerPorts", "dnsPorts"), SOME_PORTS),
+    **dict.fromkeys(("auth.api.key", "auth.ray.key"), SECRET_KEY),
+    "image.repository": {"type": "string", "minLength": 1},
+    "dns": OBJECTS | {"minItems": 1},
     **dict.fromkeys(LISTS, OBJECTS),
     **dict.fromkeys(("sharedMemory", "scratch", "sizeLimit"), QUANTITY),
     **dict.fromkeys(("gpus", "replicas", "maxUnavailable"), COUNT),
@@ -101,7 +112,6 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "affinity": FREE,
     "resources": RESOURCES,
     "offers": OFFERS,
-    "apiServerPorts": {"type": "array", "items": PORT},
     "startSeconds": {"type": "integer", "minimum": 10},
     "pullPolicy": {"enum": ["Always", "IfNotPresent", "Never"]},
     "model.source": {"enum": ["image", "pvc", "s3"]},

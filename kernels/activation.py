@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels.dispatch import fused, twin
+from kernels.dispatch import ANY_SIZE, fused, twin
 from kernels.invariance import in_tiles, is_batch_invariant
 
 
@@ -17,7 +17,7 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """
     if gate_up.shape[-1] % 2:
         raise ValueError(f"swiglu: the last dimension holds gate and up and must be even, got {tuple(gate_up.shape)}")
-    quick = fused("activation", gate_up)
+    quick = fused("activation", gate_up, ANY_SIZE)
     if quick is not None:
         return quick.swiglu(gate_up)  # type: ignore[no-any-return]
     return in_tiles(_swiglu, gate_up) if is_batch_invariant() else _swiglu(gate_up)
@@ -35,11 +35,9 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
 
 
 def gelu_sigmoid(x: torch.Tensor) -> torch.Tensor:
-    """GELU in its sigmoid approximation, `x * sigmoid(1.702 x)`. x: any shape; returns a new tensor like `x`.
-
-    Takes the torch path on every device.
-    """
-    return torch.sigmoid(1.702 * x).mul_(x)
+    """GELU in its sigmoid approximation, `x * sigmoid(1.702 x)`. x: any shape; returns a new tensor like `x`."""
+    triton = twin("activation", x)
+    return torch.sigmoid(1.702 * x).mul_(x) if triton is None else triton.gelu_sigmoid(x)
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:

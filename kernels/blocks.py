@@ -29,6 +29,7 @@ def place_rows(
     streams, rows: [N] int64, all on out's device. The result is cast to out's dtype; other rows of `out` stay.
     """
     _check_streams("place_rows", targets, streams, rows)
+    _check_pool("place_rows", pool, out)
     triton = twin("blocks", out)
     if triton is not None:
         triton.place_rows(out, targets, pool, tables, streams, rows)
@@ -45,6 +46,7 @@ def store_rows(
     Shapes as in `place_rows`; (stream, row) pairs must be distinct, and blocks belong to one stream each.
     """
     _check_streams("store_rows", values, streams, rows)
+    _check_pool("store_rows", pool, values)
     triton = twin("blocks", values)
     if triton is not None:
         triton.store_rows(pool, tables, streams, rows, values)
@@ -86,6 +88,10 @@ def copy_pages(caches: Sequence[torch.Tensor], sources: torch.Tensor, targets: t
     if sources.shape != targets.shape or sources.dim() != 1:
         raise ValueError(f"copy_pages: {tuple(sources.shape)} sources and {tuple(targets.shape)} targets")
     for cache in caches:
+        if not cache.is_contiguous():
+            raise ValueError(
+                f"copy_pages: a cache {tuple(cache.shape)} with strides {cache.stride()} is not contiguous"
+            )
         triton = twin("blocks", cache)
         if triton is not None:
             triton.copy_pages(cache, sources, targets)
@@ -119,6 +125,14 @@ def _check_streams(op: str, first: torch.Tensor, streams: torch.Tensor, rows: to
     if not first.shape[0] == streams.shape[0] == rows.shape[0]:
         raise ValueError(
             f"{op}: {first.shape[0]} targets or values, {streams.shape[0]} streams and {rows.shape[0]} rows"
+        )
+
+
+def _check_pool(op: str, pool: torch.Tensor, other: torch.Tensor) -> None:
+    if pool.dim() != 3 or not pool.is_contiguous() or other.dim() != 2 or other.shape[1] != pool.shape[2]:
+        raise ValueError(
+            f"{op}: needs a contiguous pool [blocks, rows, width] and rows of its width, got {tuple(pool.shape)} with "
+            f"strides {pool.stride()} and {tuple(other.shape)}"
         )
 
 

@@ -10,9 +10,11 @@ import dataclasses
 import itertools
 
 import torch
-import torch.nn.functional as F
 
 from kernels.dispatch import twin
+from kernels.linear import linear
+
+SMALL_SUM = 1 << 16  # numbers, up to which they are added up in one call
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +65,7 @@ def route_grouped(
         raise ValueError(f"route_grouped: {top_k} experts of {groups_kept} groups of {size}")
     scores = torch.sigmoid(logits.float())
     wanted = scores + bias
-    best = wanted.view(-1, num_groups, size).sort(dim=2, descending=True).values[:, :, :2].sum(2)
+    best = wanted.view(-1, num_groups, size).topk(2, dim=2).values.sum(2)
     kept = best.sort(dim=1, descending=True, stable=True).indices[:, :groups_kept]
     is_kept = torch.zeros_like(best, dtype=torch.bool).scatter_(1, kept, True)
     wanted = wanted.masked_fill(~is_kept.repeat_interleave(size, dim=1), -torch.inf)
@@ -108,7 +110,7 @@ def grouped_matmul(
     bounds = offsets.tolist()
     for expert, (begin, end) in enumerate(itertools.pairwise(bounds)):
         if begin < end:
-            out[begin:end] = F.linear(rows[begin:end], weight[expert])
+            out[begin:end] = linear(rows[begin:end], weight[expert])
     return out
 
 
@@ -122,6 +124,8 @@ def combine_experts(rows: torch.Tensor, places: torch.Tensor, weights: torch.Ten
     triton = twin("experts", rows)
     if triton is not None:
         return triton.combine_experts(rows, places, weights)  # type: ignore[no-any-return]
+    if rows.numel() <= SMALL_SUM:
+        return (rows[places].float() * weights[:, :, None]).sum(1).to(rows.dtype)
     total = torch.zeros(places.shape[0], rows.shape[1], dtype=torch.float32, device=rows.device)
     for place, weight in zip(places.T, weights.float().T, strict=True):
         total.addcmul_(rows.index_select(0, place).float(), weight[:, None])

@@ -38,9 +38,10 @@ def silu_gate(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     triton = twin("gates", x)
     if triton is not None:
         return triton.silu_gate(x, gate)  # type: ignore[no-any-return]
-    return (torch.nn.functional.silu(gate.float()).mul_(x)).to(x.dtype)
+    return torch.nn.functional.silu(gate).mul_(x)
 
 
-def _check(op: str, *tensors: torch.Tensor) -> None:
-    if len({(tensor.shape, tensor.dtype) for tensor in tensors}) > 1:
+def _check(op: str, first: torch.Tensor, *others: torch.Tensor) -> None:
+    if any(other.shape != first.shape or other.dtype != first.dtype for other in others):
+        tensors = first, *others
         raise ValueError(f"{op}: shapes and dtypes differ: {[(tuple(t.shape), t.dtype) for t in tensors]}")

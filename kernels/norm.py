@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels.dispatch import fused, native, twin
+from kernels.dispatch import ANY_SIZE, deciding, fused, native, twin
 
 
 def rms_norm(
@@ -21,11 +21,13 @@ def rms_norm(
     normalised row is rounded to x's dtype before the product, as the first Llama code had it (which differs in
     float16 and bfloat16 only).
     """
-    triton = twin("norm", x)
+    lead = deciding(x, weight)
+    triton = twin("norm", lead)
     if triton is not None:
         return triton.rms_norm(x, weight, eps, round_before_weight)  # type: ignore[no-any-return]
-    if weight is not None and not round_before_weight and (small := native("norm", x)) is not None:
-        return small.rms_norm(x, weight, eps)  # type: ignore[no-any-return]
+    quick = None if round_before_weight and weight is not None else native("norm", lead, ANY_SIZE)
+    if quick is not None:
+        return quick.rms_norm(x, weight, eps)  # type: ignore[no-any-return]
     if round_before_weight and weight is not None:
         return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
     return F.rms_norm(x, x.shape[-1:], weight, eps)
@@ -34,11 +36,15 @@ def rms_norm(
 def rms_norm_heads(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """`rms_norm` of every head of x [T, H, D] with its own row of weight [H, D], same floating dtype; any strides.
 
-    Has no Triton twin. Returns a new tensor like `x`.
+    Returns a new tensor like `x`.
     """
-    small = native("norm", x)
-    if small is not None:
-        return small.rms_norm(x, weight, eps)  # type: ignore[no-any-return]
+    lead = deciding(x, weight)
+    triton = twin("norm", lead)
+    if triton is not None:
+        return triton.rms_norm_heads(x, weight, eps)  # type: ignore[no-any-return]
+    quick = native("norm", lead, ANY_SIZE)
+    if quick is not None:
+        return quick.rms_norm(x, weight, eps)  # type: ignore[no-any-return]
     return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
 
 
@@ -49,7 +55,8 @@ def add_rms_norm(
 
     x, residual: [..., D] of equal dtype. The sum is written into `residual`, which is also what comes back second.
     """
-    quick = fused("norm", x) if residual.is_contiguous() else twin("norm", x)
+    lead = deciding(x, weight, residual)
+    quick = fused("norm", lead, ANY_SIZE) if residual.is_contiguous() else twin("norm", lead)
     if quick is not None:
         return quick.add_rms_norm(x, residual, weight, eps)  # type: ignore[no-any-return]
     residual.add_(x)
@@ -61,7 +68,7 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
 
     x: [..., D], weight and bias: [D]. Returns a new tensor like `x`.
     """
-    triton = twin("norm", x)
+    triton = twin("norm", deciding(x, weight, bias))
     if triton is not None:
         return triton.layer_norm(x, weight, bias, eps)  # type: ignore[no-any-return]
     return F.layer_norm(x, weight.shape, weight, bias, eps)

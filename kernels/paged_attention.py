@@ -23,6 +23,7 @@ from kernels._native.limits import MAX_HEAD_DIM
 from kernels.attention_mask import BIDIRECTIONAL, CAUSAL, AttentionMask
 from kernels.dispatch import attention_twin, native
 from kernels.invariance import is_batch_invariant
+from kernels.long_window import Piece, long_window, pieces_of
 from kernels.pages import kv_slots
 from kernels.quantised_pages import KVPages, LivePages, QuantisedPages
 
@@ -44,9 +45,9 @@ class AttentionBatch:
     query_lens: Sequence[int]
     kv_lens: Sequence[int]
     query_start: Sequence[int]
-    _plans: dict[int, _Plan] = dataclasses.field(default_factory=dict)  # by how many keys a query sees
+    _plans: dict[Any, _Plan] = dataclasses.field(default_factory=dict)  # by keys that a query sees, heads and dtype
     _slots: list[slice | torch.Tensor] | None = None  # of each sequence's keys, where all of them are seen
-    _tiles: Any = None  # what the Triton path prepared
+    _tiles: dict[Any, Any] = dataclasses.field(default_factory=dict)  # what the Triton path prepared, by heads
     _each: AttentionBatch | None = None  # the same queries, one by one
     _are_alone: bool = False
     _short: tuple[_SmallWindows | None] | None = None  # all windows, where a C path may answer them
@@ -68,7 +69,8 @@ class AttentionBatch:
 
         Raises ValueError when the lengths contradict each other or the page table.
         """
-        if window not in self._plans:
+        kind = window, heads_per_key, dtype
+        if kind not in self._plans:
             self.check(page_size)
             small = _SmallWindows.build(self, small_width) if small_width else None
             seen = list(self.kv_lens)
@@ -77,13 +79,13 @@ class AttentionBatch:
             groups = _group(self.query_lens, seen, with_short=small is None)
             if self._are_alone:
                 groups = [[i] for group in groups for i in group]
-            self._plans[window] = _Plan(
+            self._plans[kind] = _Plan(
                 groups=tuple(
                     _Group.build(self, members, page_size, heads_per_key, dtype, device, window) for members in groups
                 ),
                 small=small,
             )
-        return self._plans[window]
+        return self._plans[kind]
 
     def short_windows(self, page_size: int, width: int) -> _SmallWindows | None:
         """All windows for a C path, where all are short and few enough; width: numbers of all heads of a token. Raises
@@ -96,15 +98,16 @@ class AttentionBatch:
         return self._short[0]
 
     def tiles(self, triton: ModuleType, q: torch.Tensor, page_size: int, heads_per_key: int) -> tuple[Any, Any]:
-        """(tiles, shape) of the Triton path for all layers. Raises ValueError as `prepare` does."""
-        if self._tiles is None:
+        """(tiles, shape) of the Triton path for all layers of such heads. Raises ValueError as `prepare` does."""
+        kind = heads_per_key, q.shape[-1], q.element_size()
+        if kind not in self._tiles:
             self.check(page_size)
             shape = triton.shape_for(heads_per_key, q.shape[-1], max(self.query_lens, default=1), q.element_size())
             tiles = triton.plan(
                 self.page_table, self.query_lens, self.kv_lens, self.query_start, shape, heads_per_key, q.device
             )
-            self._tiles = tiles, shape
-        return self._tiles  # type: ignore[no-any-return]
+            self._tiles[kind] = tiles, shape
+        return self._tiles[kind]  # type: ignore[no-any-return]
 
     def live(self, page_size: int, device: torch.device) -> tuple[LivePages, AttentionBatch]:
         """The pages in use, and this batch over a cache of nothing else. Raises ValueError as `prepare` does."""
@@ -162,7 +165,8 @@ class _Group:
     """Sequences answered in one call.
 
     rows: query rows, a slice when they are neighbours, else [n * query_len]; slots: [n * max_kv], or a slice when the
-    only sequence lies in neighbouring pages; mask: additive, in the query's dtype, None when all see everything.
+    only sequence lies in neighbouring pages; mask: additive, in the query's dtype, None when all see everything;
+    pieces: how a long window is answered, none for short ones.
     """
 
     rows: slice | torch.Tensor
@@ -171,6 +175,7 @@ class _Group:
     query_len: int
     max_kv: int
     mask: torch.Tensor | None
+    pieces: tuple[Piece, ...]
 
     @classmethod
     def build(
@@ -188,11 +193,8 @@ class _Group:
         firsts = [max(0, batch.kv_lens[i] - query_len - window + 1) if window else 0 for i in members]
         kv_lens = [batch.kv_lens[i] - first for i, first in zip(members, firsts, strict=True)]
         max_kv = max(kv_lens)
-        if query_len > SHORT_WINDOW:
-            is_causal = query_len == max_kv and not 0 < window < max_kv
-            mask = None if is_causal else _sliding_mask(query_len, max_kv, dtype, window)
-        else:
-            mask = _padded_mask(query_len, kv_lens, heads_per_key, dtype, window)
+        is_long = query_len > SHORT_WINDOW
+        mask = None if is_long else _padded_mask(query_len, kv_lens, heads_per_key, dtype, window)
         slots = _gather_slots(batch.page_table, members, kv_lens, page_size, firsts)
         rows = _query_rows([batch.query_start[i] for i in members], query_len)
         return cls(
@@ -202,6 +204,7 @@ class _Group:
             query_len=query_len,
             max_kv=max_kv,
             mask=None if mask is None else mask.to(device),
+            pieces=pieces_of(query_len, max_kv, window, dtype, device) if is_long else (),
         )
 
 
@@ -365,7 +368,7 @@ def _answer(
     else:
         k, v = k_flat.index_select(0, group.slots), v_flat.index_select(0, group.slots)
     if group.query_len > SHORT_WINDOW:
-        return _long_window(q, k, v, group, scale)
+        return long_window(q, k, v, group.pieces, scale)
     return _short_windows(q, k, v, group, scale)
 
 
@@ -382,20 +385,6 @@ def _short_windows(
     out = F.scaled_dot_product_attention(rows, k, v, attn_mask=group.mask, scale=scale)
     out = out.view(group.count, num_kv_heads, group.query_len, -1, head_dim).transpose(1, 2)
     return out.reshape(q.shape)
-
-
-def _long_window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: _Group, scale: float | None) -> torch.Tensor:
-    """One long window: key heads as the batch, their query heads share keys and values through a zero stride."""
-    num_tokens, num_heads, head_dim = q.shape
-    num_kv_heads = k.shape[1]
-    shape = (num_kv_heads, num_heads // num_kv_heads, k.shape[0], head_dim)
-    k, v = (x.transpose(0, 1)[:, None].expand(shape) for x in (k, v))
-    q = q.view(num_tokens, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
-    if group.mask is None:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    else:  # the mask is made for queries in reverse order, see _sliding_mask
-        out = F.scaled_dot_product_attention(q.flip(2), k, v, attn_mask=group.mask, scale=scale).flip(2)
-    return out.permute(2, 0, 1, 3).reshape(num_tokens, num_heads, head_dim)
 
 
 def _group(query_lens: Sequence[int], kv_lens: Sequence[int], *, with_short: bool) -> list[list[int]]:
@@ -453,22 +442,3 @@ def _padded_mask(
         hidden |= torch.arange(max_kv) <= last_seen - window
     mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -math.inf)
     return mask.repeat_interleave(heads_per_key, dim=1)[:, None]
-
-
-def _sliding_mask(query_len: int, kv_len: int, dtype: torch.dtype, window: int) -> torch.Tensor:
-    """Causal mask [query_len, kv_len] of a window at the end of its keys, for queries in reverse order.
-
-    Reversed row r is query `query_len - 1 - r`, which sees `kv_len - r` keys, or the last `window` of these. Every row
-    is then the row above moved one to the left: all are windows of one vector, so the mask costs query_len + kv_len
-    elements, not their product.
-
-        vector   0 0 0 0 0 . . .        (kv_len zeros, then -inf)
-        row 0    0 0 0 0 0
-        row 1      0 0 0 0 .
-        row 2        0 0 0 . .
-    """
-    vector = torch.zeros(kv_len + query_len, dtype=dtype)
-    vector[kv_len:] = -math.inf
-    if window:
-        vector[: max(0, kv_len - window)] = -math.inf
-    return vector.as_strided((query_len, kv_len), (1, 1))

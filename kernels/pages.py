@@ -27,8 +27,8 @@ def write_pages(k_cache: KVPages, v_cache: KVPages, k: torch.Tensor, v: torch.Te
         quick.write_pages(k_cache, v_cache, k, v, slots)
         return
     num_slots = k_cache.shape[0] * k_cache.shape[1]
-    k_cache.view(num_slots, -1).index_copy_(0, slots, k.reshape(k.shape[0], -1))
-    v_cache.view(num_slots, -1).index_copy_(0, slots, v.reshape(v.shape[0], -1))
+    for cache, rows in ((k_cache, k), (v_cache, v)):
+        cache.view(num_slots, *cache.shape[2:]).index_copy_(0, slots, rows)
 
 
 def copy_pages(k_cache: torch.Tensor, v_cache: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:

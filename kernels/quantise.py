@@ -10,11 +10,13 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 
 from kernels.dispatch import twin
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 SMALLEST = 2.0**-117  # largest number of a row that is told from zero; as kernels/_triton/quantise.py has it
+BELOW_SMALLEST = SMALLEST * (1 - 2.0**-24)  # the float32 before it
 FLOAT8_CAPABILITY = (8, 9)  # older devices have no float8: they take the torch path
 
 
@@ -28,19 +30,20 @@ def quantise_rows(x: torch.Tensor, dtype: torch.dtype = torch.int8) -> tuple[tor
     triton = _twin(x, dtype)
     if triton is not None:
         return triton.quantise_rows(x, dtype, LARGEST[dtype])  # type: ignore[no-any-return]
+    if not x.numel():
+        return x.to(dtype), torch.zeros(x.shape[:-1], device=x.device)
     wide = x.float()
-    largest = wide.abs().amax(-1) if x.shape[-1] else wide.new_zeros(x.shape[:-1])
-    largest = torch.where(largest < SMALLEST, 0.0, largest)
-    steps = torch.where(largest > 0, LARGEST[dtype] / largest, 0.0)
-    scaled = (wide * steps[..., None]).clamp_(-LARGEST[dtype], LARGEST[dtype])
+    largest = F.threshold(wide.abs().amax(-1), BELOW_SMALLEST, 0.0)
+    steps = LARGEST[dtype] / largest.clamp_min(SMALLEST)  # of rows without a scale whatever numbers
+    scaled = wide * steps[..., None]  # rounding takes it past the largest number by less than half a step
     values = scaled.round_() if dtype == torch.int8 else scaled
-    return values.to(dtype), largest / LARGEST[dtype]
+    return values.to(dtype), largest.div_(LARGEST[dtype])
 
 
 def dequantise_rows(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`values * scales` in float32, rounded once to `dtype`. values: [..., D] int8 or float8_e4m3fn, scales: [...]."""
     _check_dtype(values.dtype)
-    triton = _twin(torch.empty(0, dtype=dtype, device=values.device), values.dtype)
+    triton = _twin(scales, values.dtype)
     if triton is not None:
         return triton.dequantise_rows(values, scales, None, dtype)  # type: ignore[no-any-return]
     return (values.float() * scales[..., None]).to(dtype)
@@ -69,7 +72,7 @@ def read_quantised_pages(
     """Keys or values at `slots` [L] int64, dequantised: [L, Hk, D] of `dtype`. Other slots are not read."""
     _check_dtype(cache.dtype)
     _check_pages("read_quantised_pages", cache, scales)
-    triton = _twin(torch.empty(0, dtype=dtype, device=cache.device), cache.dtype)
+    triton = _twin(scales, cache.dtype)
     if triton is not None:
         flat = cache.view(-1, *cache.shape[2:])
         return triton.dequantise_rows(flat, scales.view(-1, scales.shape[2]), slots, dtype)  # type: ignore[no-any-return]
@@ -91,3 +94,5 @@ def _check_dtype(dtype: torch.dtype) -> None:
 def _check_pages(op: str, cache: torch.Tensor, scales: torch.Tensor) -> None:
     if scales.shape != cache.shape[:-1]:
         raise ValueError(f"{op}: a cache {tuple(cache.shape)} needs one scale per row, got {tuple(scales.shape)}")
+    if not cache.is_contiguous() or not scales.is_contiguous():
+        raise ValueError(f"{op}: not contiguous: cache strides {cache.stride()}, scales strides {scales.stride()}")

@@ -81,7 +81,8 @@ def int8_linear(
         total = torch._weight_int8pack_mm(flat.contiguous(), weight, ones)
         return _finish([total], x, weight.shape[0], scales, bias).view(*x.shape[:-1], len(weight))
     rows = max(1, CHUNK_ELEMENTS // max(1, weight.shape[1]))
-    parts = [F.linear(x, weight[start : start + rows].to(x.dtype)) for start in range(0, len(weight), rows)]
+    wide = x.float() if x.dtype == torch.float16 else x  # sums before their scale are too large for float16
+    parts = [F.linear(wide, weight[start : start + rows].to(wide.dtype)) for start in range(0, len(weight), rows)]
     return _finish(parts, x, weight.shape[0], scales, bias)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kernels.dispatch import fused
+from kernels.dispatch import ANY_SIZE, fused
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +87,7 @@ def rotate(x: torch.Tensor, table: RotaryTable) -> torch.Tensor:
 
     Query and key heads that sit side by side in one tensor are rotated in one call.
     """
-    quick = fused("rotary", x)
+    quick = fused("rotary", x, ANY_SIZE)
     if quick is not None:
         return quick.rotate(x, table.cos, table.signed_sin)  # type: ignore[no-any-return]
     wide = x.to(torch.float32)

@@ -15,6 +15,8 @@ from kernels.dispatch import twin
 from kernels.philox import GUMBEL_BOUND, gumbel, gumbel_rows
 
 ROW_SLAB, COLUMN_CHUNK = 64, 16384  # of the torch path: what is in float32 at one time
+FEW_ROWS = 4  # are taken in wider chunks, for fewer calls
+LOWEST = torch.finfo(torch.float32).min
 DRAW_CHUNK = 32768  # ids whose noise is drawn at one time: the generator's words stay in the cache
 
 
@@ -80,26 +82,35 @@ def filter_cut(
     k = torch.where(temperature > 0, torch.where(top_k > 0, top_k.clamp_max(vocab), vocab), 1)
     widest = int(k.max()) if len(k) else vocab
     ordered = torch.topk(logits, widest, dim=1).values.float() if widest <= vocab // 8 else _descending(logits)
-    weights = torch.exp((ordered - ordered[:, :1]) / temperature.clamp_min(1e-30)[:, None]).nan_to_num_(0.0)
-    ranks = torch.arange(ordered.shape[1], device=logits.device)
-    weights.masked_fill_(ranks >= k[:, None], 0.0)
+    best = ordered[:, :1].clamp_min(LOWEST)  # of a row of -inf alone nothing has weight
+    weights = ordered.sub(best).div_(temperature.clamp_min(1e-30)[:, None]).exp_()
+    if bool((k < ordered.shape[1]).any()):
+        weights.masked_fill_(torch.arange(ordered.shape[1], device=logits.device) >= k[:, None], 0.0)
     reached = weights.cumsum(1, dtype=torch.float64)
-    before = reached - weights
-    kept = (before < top_p[:, None] * reached[:, -1:]) | (top_p[:, None] >= 1)
-    kept &= (weights >= min_p[:, None]) & (ordered > -torch.inf) & (ranks < k[:, None])
-    count = kept.sum(1).clamp_min(1)
+    enough = torch.searchsorted(reached, top_p[:, None] * reached[:, -1:])[:, 0] + 1
+    count = torch.minimum(k, torch.where(top_p < 1, enough, vocab))  # each rule keeps a beginning of the ranking
+    if bool((min_p > 0).any()):
+        count = torch.minimum(count, (weights >= min_p[:, None]).sum(1))
+    count = count.clamp_(1, ordered.shape[1])
     threshold = ordered.gather(1, count[:, None] - 1)
-    num_ties = count - (ordered > threshold).sum(1)
+    num_ties = count - (ordered[:, : int(count.max()) if len(count) else 0] > threshold).sum(1)
     is_tie = logits.float() == threshold
-    last_tie = (is_tie.cumsum(1) < num_ties[:, None]).sum(1)
+    last_tie = torch.full_like(count, vocab - 1)
+    if bool((is_tie.sum(1) > num_ties).any()):
+        last_tie = (is_tie.cumsum(1) < num_ties[:, None]).sum(1)
     return Cut(threshold=threshold[:, 0], last_tie=last_tie)
 
 
 def keep_mask(logits: torch.Tensor, cut: Cut) -> torch.Tensor:
     """Which logits [R, V] a cut keeps: bool [R, V]; never a logit of -inf."""
-    ids = torch.arange(logits.shape[1], device=logits.device)
     wide, threshold = logits.float(), cut.threshold[:, None]
-    return ((wide > threshold) | ((wide == threshold) & (ids <= cut.last_tie[:, None]))) & (wide > -torch.inf)
+    kept = wide >= threshold
+    if bool((cut.last_tie < logits.shape[1] - 1).any()):
+        ids = torch.arange(logits.shape[1], device=logits.device, dtype=torch.int32)
+        kept &= (wide > threshold) | (ids <= cut.last_tie[:, None].to(torch.int32))
+    if bool((threshold == -torch.inf).any()):
+        kept &= wide > -torch.inf
+    return kept
 
 
 def gumbel_max(
@@ -144,8 +155,9 @@ def _slab_statistics(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, 
     best = torch.full(logits.shape[:1], -torch.inf, device=logits.device)
     place = torch.zeros(logits.shape[:1], dtype=torch.int64, device=logits.device)
     mass, spread = torch.zeros_like(best), torch.zeros_like(best)
-    for start in range(0, logits.shape[1], COLUMN_CHUNK):
-        chunk = logits[:, start : start + COLUMN_CHUNK].float()
+    step = COLUMN_CHUNK * max(1, FEW_ROWS // max(1, len(logits)))
+    for start in range(0, logits.shape[1], step):
+        chunk = logits[:, start : start + step].float()
         found = argmax_rows(chunk)
         here = chunk.gather(1, found[:, None])[:, 0]
         place = torch.where(here > best, found + start, place)

@@ -13,6 +13,7 @@ import torch
 
 from kernels.dispatch import twin
 
+LOWEST = torch.finfo(torch.float32).min
 Rule: TypeAlias = Literal["count", "threshold", "factor", "entropy"]
 
 
@@ -55,10 +56,10 @@ def _select(rule: Rule, confidence: torch.Tensor, is_open: torch.Tensor, paramet
     triton = twin("selection", confidence)
     if triton is not None:
         return triton.select(rule, confidence, is_open, parameter)  # type: ignore[no-any-return]
-    order = confidence.argsort(dim=1, descending=True, stable=True)
-    closed_last = (~is_open.gather(1, order)).to(torch.int8).argsort(dim=1, stable=True)
-    order = order.gather(1, closed_last)
-    ranked = confidence.gather(1, order)
+    # closed ones behind all others, also behind those whose confidence is -inf
+    ranked, order = torch.where(is_open, confidence.clamp_min(LOWEST), -torch.inf).sort(
+        dim=1, descending=True, stable=True
+    )
     rank = torch.arange(confidence.shape[1], device=confidence.device)
     limit = parameter[:, None]
     if rule == "count":

@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from kernels._native.limits import MAX_STATE
-from kernels.dispatch import native, twin
+from kernels.dispatch import ANY_SIZE, native, twin
 from kernels.state_batch import StateBatch
 
-ANY_SIZE = 1 << 62
 CHUNK_ELEMENTS = 1 << 20  # decays held at one time on the torch path
 
 
@@ -55,7 +54,7 @@ def selective_scan(
     if quick is not None:
         rows = [(tokens.start, tokens.stop - tokens.start, slot) for tokens, slot in batch.spans()]
         spans = torch.tensor(rows, dtype=torch.int64).view(-1, 3)
-        return quick(x, _steps(dt, weights), b, c, weights.a, weights.skip.float(), states, spans, gate)
+        return quick(x, dt, b, c, weights.a, weights.skip.float(), states, spans, _exact(weights.dt_bias), gate)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     step = max(1, CHUNK_ELEMENTS // max(1, weights.a.numel()))
     for tokens, slot in batch.spans():
@@ -86,10 +85,10 @@ def selective_update(
     quick = _quick(x, weights)
     if quick is not None:
         spans = torch.stack((torch.arange(len(slots)), torch.ones_like(slots), slots), dim=1)
-        return quick(x, _steps(dt, weights), b, c, weights.a, weights.skip.float(), states, spans, gate)
+        return quick(x, dt, b, c, weights.a, weights.skip.float(), states, spans, _exact(weights.dt_bias), gate)
     wide, steps = x.float(), _steps(dt, weights)
     h = states.index_select(0, slots)
-    h.mul_(torch.exp(steps[:, :, None] * weights.a)).add_((steps * wide)[:, :, None] * b.float()[:, None])
+    h.mul_((steps[:, :, None] * weights.a).exp_()).addcmul_((steps * wide)[:, :, None], b.float()[:, None])
     states.index_copy_(0, slots, h)
     y = torch.bmm(h, c.float()[:, :, None])[:, :, 0].addcmul_(wide, weights.skip.float()).to(x.dtype)
     return y if gate is None else y.mul_(F.silu(gate))
@@ -116,8 +115,13 @@ def _scan_chunk(
     return y.addcmul_(wide, weights.skip.float())
 
 
+def _exact(bias: torch.Tensor | None) -> torch.Tensor | None:
+    return None if bias is None else bias.float()
+
+
 def _steps(dt: torch.Tensor, weights: ScanWeights) -> torch.Tensor:
-    return F.softplus(dt.float() if weights.dt_bias is None else dt.float() + weights.dt_bias.float())
+    bias = _exact(weights.dt_bias)
+    return F.softplus(dt.float() if bias is None else dt.float() + bias)
 
 
 def _check(

@@ -18,6 +18,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1000
 MAX_STOP_TOKEN_IDS = 256
 MAX_LISTED_TOKEN_IDS = 32768  # allowed or banned
+MAX_TOKENS_PER_PART = 1024
 MAX_INT = 2**31 - 1  # of counts and token ids: what every tensor, and every field of the wire, can hold
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -157,7 +158,8 @@ class GenerateRequest:
 
     prompt_token_ids: with one placeholder id per media item, not expanded. num_media: items that an embedding
     stream will announce. return_logits: also return float32 logits of every prompt position.
-    deadline_ms: remaining time at submission; None for no deadline.
+    deadline_ms: remaining time at submission; None for no deadline. tokens_per_part: how many tokens of a sample may
+    wait for one another before they leave, after its first ones.
     """
 
     request_id: str
@@ -166,6 +168,7 @@ class GenerateRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     return_logits: bool = False
     deadline_ms: int | None = None
+    tokens_per_part: int = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.request_id, str) or not 1 <= len(self.request_id) <= 256:
@@ -177,6 +180,7 @@ class GenerateRequest:
                 raise InvalidRequest(f"prompt_token_ids holds {_shown(token_id)}; use integers from 0 to {MAX_INT}")
         _check_int("num_media", self.num_media, 0, MAX_INT)
         _check_int("deadline_ms", self.deadline_ms, 0, 2**63 - 1, optional=True)
+        _check_int("tokens_per_part", self.tokens_per_part, 1, MAX_TOKENS_PER_PART)
         if type(self.return_logits) is not bool:
             raise InvalidRequest(f"return_logits is {self.return_logits!r}; use true or false")
 

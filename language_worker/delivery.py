@@ -1,7 +1,8 @@
 """Delivery: engine outputs become answers to the calls that wait for them.
 
-Owns the open "generate" and "prefill" calls. One `reply_many` per step carries every token of the step; ends follow,
-those of prefill calls when their KV has left. Called from the I/O thread (add) and the engine's thread (deliver) only.
+Owns the open "generate" and "prefill" calls. One `reply_many` per step carries every token of the step that is to leave
+(see `gathering.py`); ends follow, those of prefill calls when their KV has left. Called from the I/O thread (add) and
+the engine's thread (deliver) only.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 
 from language_worker.api import RequestDone, RequestFailed, TokenChunk
 from language_worker.errors import KVStreamFailed
+from language_worker.gathering import Gathering
 from language_worker.handover.exports import KVExport
 from language_worker.media_stream import InputStreams
 from language_worker.outputs import MediaAdmitted, Output, PromptLogits
@@ -32,15 +34,19 @@ class Delivery:
         self._max_frame_bytes = max_frame_bytes
         self._calls: dict[str, IncomingCall] = {}
         self._exports: dict[str, KVExport] = {}  # of prefill calls
+        self._gatherings: dict[str, Gathering] = {}
         self._told: set[str] = set()  # requests whose first part is out
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._calls
 
-    def add(self, request_id: str, call: IncomingCall, export: KVExport | None = None) -> None:
+    def add(
+        self, request_id: str, call: IncomingCall, export: KVExport | None = None, *, tokens_per_part: int = 1
+    ) -> None:
         """Answer `call` with the outputs of `request_id`; with an export, with those of its prompt only, and end when
         the KV has left."""
         self._calls[request_id] = call
+        self._gatherings[request_id] = Gathering(tokens_per_part)
         if export is not None:
             self._exports[request_id] = export
 
@@ -53,11 +59,15 @@ class Delivery:
                 if call is not None and output.request_id in self._exports:
                     self._send_prompt_logprobs(call, output)
                 elif call is not None:
-                    parts.append((call, self._body(call, output)))
+                    due = self._gatherings[output.request_id].add(output)
+                    parts += [(call, self._body(call, chunk)) for chunk in due]
             elif isinstance(output, PromptLogits):
                 self._send_logits(output)
             elif isinstance(output, MediaAdmitted):
                 self._streams.admit(output.request_id, output.num_restarts)
+            elif output.request_id in self._gatherings:  # its last output
+                rest = self._gatherings[output.request_id].rest()
+                parts += [(self._calls[output.request_id], self._body(self._calls[output.request_id], c)) for c in rest]
         if parts:
             self._service.reply_many(parts)
         for output in outputs:
@@ -138,6 +148,7 @@ class Delivery:
 
     def _take(self, request_id: str) -> IncomingCall | None:
         self._told.discard(request_id)
+        self._gatherings.pop(request_id, None)
         return self._calls.pop(request_id, None)
 
 

@@ -181,10 +181,12 @@ class Engine:
         for mover in movers if plan.copies else ():
             mover.copy_pages(plan.copies)
 
-    def close(self) -> tuple[Output, ...]:
-        """Fail everything that is left, and whatever is submitted later; returns the last outputs."""
+    def close(self, failure: str | None = None) -> tuple[Output, ...]:
+        """Fail everything that is left, and whatever is submitted later; returns the last outputs. failure: why the
+        engine cannot go on, where it was not told to stop.
+        """
         self._take_inbox()
-        self._roster.close()
+        self._roster.close(failure)
         self._stats = self._read_stats()
         return self._roster.drain()
 

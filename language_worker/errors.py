@@ -12,6 +12,7 @@
     ├── DeadlineExceeded        the request's time ran out
     ├── Cancelled               the client went away
     ├── EngineStopped           the engine is closing
+    │   └── EngineFailed        the engine broke while it held this request
     ├── StepFailed              the model step of this request failed
     ├── IllegalTransition       a sequence was asked for a change its state forbids (our own bug)
     ├── PageError               PagesExhausted, PageNotOwned: the page pool refused
@@ -79,6 +80,10 @@ class Cancelled(EngineError):
 
 class EngineStopped(EngineError):
     """The engine is closed or closing."""
+
+
+class EngineFailed(EngineStopped):
+    """The engine's thread broke, and with it every request that the engine held."""
 
 
 class StepFailed(EngineError):

@@ -21,6 +21,7 @@ from language_worker.api import GenerateRequest, RequestFailed, TokenChunk
 from language_worker.errors import (
     DeadlineExceeded,
     EngineError,
+    EngineFailed,
     EngineStopped,
     InvalidRequest,
     MediaFailed,
@@ -125,11 +126,12 @@ class Roster:
         outputs, self.outputs = tuple(self.outputs), []
         return outputs
 
-    def close(self) -> None:
-        """Fail everything that is left and refuse whatever comes later."""
+    def close(self, failure: str | None = None) -> None:
+        """Fail everything that is left and refuse whatever comes later. failure: what broke the engine, if it broke."""
         self.is_closed = True
         for request_id in list(self._requests):
-            self.on_fail(request_id, EngineStopped(f"the engine closed while request {request_id} was running"))
+            closed = EngineStopped(f"the engine closed while request {request_id} was running")
+            self.on_fail(request_id, closed if failure is None else EngineFailed(f"request {request_id}: {failure}"))
 
     def on_submit(
         self, request: GenerateRequest, now: float, *, export: KVExport | None = None, imports_kv: bool = False

@@ -128,7 +128,7 @@ class LanguageWorker:
             if export is not None:
                 export.abort(code, message)
             return
-        self._delivery.add(request.request_id, call, export)
+        self._delivery.add(request.request_id, call, export, tokens_per_part=request.tokens_per_part)
         self._engine.submit(request, export=export, imports_kv=imports_kv)
         if self._is_over:  # the engine ended since it was asked above: nobody else takes what was submitted
             self._end()
@@ -167,7 +167,7 @@ class LanguageWorker:
     def _end(self) -> None:
         """Fail everything that the engine has, and say so."""
         with self._ending:
-            self._delivery.deliver(self._engine.close())
+            self._delivery.deliver(self._engine.close(self._failure))
 
 
 def _ticket(body: Mapping[str, Any], request: GenerateRequest) -> Ticket | None:

@@ -1,7 +1,8 @@
-"""For all tests: Triton's interpreter where there is no GPU, and a run that always ends.
+"""For all tests: Triton's interpreter, no GPU, and a run that always ends.
 
 The interpreter is chosen here, before anything is collected: Triton decides when it is first imported, and test
-modules of other folders import it through their oracles.
+modules of other folders import it through their oracles. Where there is a GPU it stays unseen, so that the suite is
+the same everywhere; the kernel tests run there with the plugin `tests.kernels.on_device` (`tandem bench kernels`).
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import os
 import sys
 
 import pytest
-import torch
 
 EXIT_S = 120.0  # a process that has not ended so long after its last test hangs
 
-if not torch.cuda.is_available():
+if "tests.kernels.on_device" not in sys.modules:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when CUDA is first used
 
 
 @pytest.hookimpl(trylast=True)

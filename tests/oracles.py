@@ -43,6 +43,11 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return 0.5 * wide * (1 + torch.tanh(math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)))
 
 
+def gelu_sigmoid(x: torch.Tensor) -> torch.Tensor:
+    """x * sigmoid(1.702 x)."""
+    return x.double() / (1 + torch.exp(-1.702 * x.double()))
+
+
 def rotate_pairs(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     """Every pair (i, i + D/2) of x [T, H, D] as a complex number, turned by angles [T, D/2] float64."""
     half = x.shape[-1] // 2

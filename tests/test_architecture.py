@@ -37,7 +37,7 @@ THIRD_PARTIES: dict[str, tuple[str, ...]] = {
     "ray": ("cluster/actors.py", "cluster/launch.py", "cluster/ray_connection.py"),
     "packaging": ("cluster/cli/doctor.py",),
     "rich": ("cluster/cli/", "cluster/progress.py"),
-    "yaml": ("cluster/config.py",),
+    "yaml": ("cluster/yaml_files.py",),
     "pydantic": ("cluster/config.py", "cluster/gateway/", "cluster/harness/plan.py"),
     "xxhash": ("cluster/handoff.py", "cluster/router.py", "transfer/protocol/integrity.py"),
     "msgpack": ("transfer/protocol/wire.py",),

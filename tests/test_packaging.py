@@ -18,6 +18,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 TOP_LEVEL = ("kernels", "transfer", "embedding_worker", "language_worker", "cluster")
@@ -34,6 +35,13 @@ CORE = (
 
 def _pyproject() -> dict[str, dict[str, dict[str, object]]]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def _optional(extra: str) -> list[str]:
+    """The requirements of an extra."""
+    found = _pyproject()["project"]["optional-dependencies"][extra]
+    assert isinstance(found, list)
+    return found
 
 
 def _loaded_by(*modules: str) -> set[str]:
@@ -72,6 +80,18 @@ def test_transformers_does_not_take_our_kernels_for_theirs() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_torch_s_build_for_cuda_pins_is_pinned_nowhere_else() -> None:
+    """A plain index gives that build, and pip finds no answer where our constraints name another version."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    names = {line.partition("==")[0].lower() for line in lines if line and not line.startswith("#")}
+    assert "torch" in names and len(names) > 80
+    assert not {name for name in names if name == "triton" or name.startswith(("nvidia-", "cuda-"))}
+    for extra in ("gpu", "dev"):
+        (wanted,) = [text for text in _optional(extra) if text.startswith("triton")]
+        assert Requirement(wanted).specifier.contains("3.7.1") and Requirement(wanted).specifier.contains("3.9.0")
+        assert not Requirement(wanted).specifier.contains("3.10.0"), "its default of float fusion is another one"
 
 
 def test_packages_are_listed_by_hand_and_all_of_them() -> None:
@@ -122,6 +142,7 @@ def test_a_wheel_holds_every_module_and_the_demo(tmp_path: Path) -> None:
         entry_points = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
         assert "tandem = cluster.__main__:main" in archive.read(entry_points).decode()
         weights = archive.getinfo("cluster/demo/model/model.safetensors").file_size
+        masked = [archive.getinfo(f"cluster/demo/{n}/model.safetensors").file_size for n in ("diffusion", "reader")]
     modules = {path.relative_to(ROOT).as_posix() for top in TOP_LEVEL for path in (ROOT / top).rglob("*.py")}
     demo = ROOT / "cluster" / "demo"
     data = {path.relative_to(ROOT).as_posix() for path in demo.rglob("*") if path.is_file() and path.suffix != ".pyc"}
@@ -132,10 +153,14 @@ def test_a_wheel_holds_every_module_and_the_demo(tmp_path: Path) -> None:
         "model/tokenizer.json",
         "model/preprocessor_config.json",
         "images/questions.json",
+        "diffusion/config.json",
+        "reader/config.json",
+        "reader/tokenizer.json",
     ):
         assert f"cluster/demo/{name}" in inside
     assert sum(name.startswith("cluster/demo/images/") and name.endswith(".png") for name in inside) >= 4
     assert 1_000_000 < weights <= 8 * 1024 * 1024
+    assert min(masked) > 100_000 and sum(masked) <= 8 * 1024 * 1024
 
 
 def test_a_script_s_llm_needs_neither_ray_nor_zeromq_nor_a_web_server() -> None:

@@ -1,1 +1,1 @@
-"""GPU tests and kernel benchmarks in one command: `python -m benchmarks.gpu`. Needs torch, triton and pytest only."""
+"""GPU tests and kernel benchmarks: `python -m benchmarks.gpu`. Needs torch, triton, pytest and hypothesis only."""

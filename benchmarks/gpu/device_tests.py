@@ -16,7 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 WITHOUT_DEVICE = {  # what they test is not on the device
-    "test_compile.py", "test_cpu_turn.py", "test_dispatch.py", "test_gpu_benchmarks.py", "test_on_device.py",
+    "test_compile.py", "test_cpu_turn.py", "test_dispatch.py", "test_gpu_benchmarks.py", "test_native_checks.py",
+    "test_native_library.py", "test_on_device.py",
 }  # fmt: skip
 
 
@@ -39,7 +40,7 @@ def files() -> list[Path]:
 def command(path: Path) -> list[str]:
     """How one file is run."""
     options = ["-q", "-p", "no:cacheprovider", "-p", "tests.kernels.on_device"]
-    options += ["-W", "ignore::pytest.PytestConfigWarning"]  # pytest-timeout need not be there
+    options += ["-W", "default"]  # of other versions of what the tests use; pytest-timeout need not be there
     return [sys.executable, "-m", "pytest", *options, str(path)]
 
 

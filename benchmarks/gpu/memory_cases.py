@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu.case import Case, Setting, called, compiled, num_bytes
-from kernels.activation import swiglu
-from kernels.blocks import blocks_to_pages, copy_pages, place_rows
-from kernels.gates import silu_gate
-from kernels.norm import add_rms_norm, layer_norm, rms_norm
+from kernels.activation import gelu, gelu_sigmoid, gelu_tanh, swiglu
+from kernels.blocks import blocks_to_pages, copy_pages, pages_to_blocks, place_rows, store_rows
+from kernels.gates import relu_squared, sigmoid_blend, silu_gate, softcap
+from kernels.norm import add_rms_norm, layer_norm, rms_norm, rms_norm_heads
 from kernels.pages import write_pages
-from kernels.quantise import quantise_rows, read_quantised_pages
+from kernels.quantise import quantise_rows, read_quantised_pages, write_quantised_pages
 from kernels.rotary import inverse_frequencies, rotary_cos_sin, rotary_table, rotate
-
-
-def cases(setting: Setting) -> Iterator[Case]:
-    """All of this file."""
-    yield from _pointwise(setting)
-    yield from _rotary(setting)
-    yield from _pages(setting)
-    yield from _quantised(setting)
 
 
 def _pointwise(setting: Setting) -> Iterator[Case]:
@@ -60,6 +52,24 @@ def _pointwise(setting: Setting) -> Iterator[Case]:
         name="silu_gate", kind="copy", work=1.5 * both, call=lambda: silu_gate(x, residual),
         peers={"torch": called(lambda: x * F.silu(residual))},
     )  # fmt: skip
+    yield Case(
+        name="sigmoid_blend", kind="copy", work=2 * both, call=lambda: sigmoid_blend(x, x, residual),
+        peers={"torch": called(lambda: torch.lerp(residual, x, torch.sigmoid(x)))},
+    )  # fmt: skip
+    peers_of: dict[Callable[[torch.Tensor], torch.Tensor], Callable[[], object]] = {
+        gelu: lambda: F.gelu(x),
+        gelu_tanh: lambda: F.gelu(x, approximate="tanh"),
+        gelu_sigmoid: lambda: x * torch.sigmoid(1.702 * x),
+        relu_squared: lambda: F.relu(x).square(),
+    }
+    for op, peer in peers_of.items():
+        yield Case(
+            name=op.__name__, kind="copy", work=both, call=lambda op=op: op(x), peers={"torch": called(peer)}
+        )  # fmt: skip
+    yield Case(
+        name="softcap", kind="copy", work=both, call=lambda: softcap(x, 30.0),
+        peers={"torch": called(lambda: 30.0 * torch.tanh(x / 30.0))},
+    )  # fmt: skip
 
 
 def _rotary(setting: Setting) -> Iterator[Case]:
@@ -67,7 +77,20 @@ def _rotary(setting: Setting) -> Iterator[Case]:
     x = setting.normal(tokens, heads, dim)
     frequencies = inverse_frequencies(dim, 1e6).to(setting.device)
     table = rotary_table(*rotary_cos_sin(setting.index(range(tokens)), frequencies))
-    yield Case(name="rotate", kind="copy", work=2 * num_bytes(x), call=lambda: rotate(x, table))
+    cos, sin = (part.to(setting.dtype) for part in (table.cos, table.signed_sin))
+
+    def composed(y: torch.Tensor) -> torch.Tensor:
+        return y * cos + y.roll(dim // 2, -1) * sin
+
+    yield Case(
+        name="rotate", kind="copy", work=2 * num_bytes(x), call=lambda: rotate(x, table),
+        peers={"torch": called(composed, x), "compile": compiled(composed, x)},
+    )  # fmt: skip
+    weight = setting.normal(heads, dim)
+    yield Case(
+        name="rms_norm_heads", kind="copy", work=2 * num_bytes(x), call=lambda: rms_norm_heads(x, weight, 1e-6),
+        peers={"compile": compiled(lambda a, w: F.rms_norm(a, (dim,), None, 1e-6) * w, x, weight)},
+    )  # fmt: skip
 
 
 def _pages(setting: Setting) -> Iterator[Case]:
@@ -94,6 +117,10 @@ def _pages(setting: Setting) -> Iterator[Case]:
         name="blocks_to_pages", kind="copy", work=2 * num_bytes(blocks),
         call=lambda: blocks_to_pages(blocks, block_ids, k_cache, pages, 0, tokens),
     )  # fmt: skip
+    yield Case(
+        name="pages_to_blocks", kind="copy", work=2 * num_bytes(blocks),
+        call=lambda: pages_to_blocks(k_cache, pages, blocks, block_ids, 0, tokens),
+    )  # fmt: skip
     hidden = setting.size(3584, 8)
     pool = setting.normal(setting.size(64, 2), setting.size(128, 4), hidden)
     rows = setting.index(range(pool.shape[0] * pool.shape[1]))
@@ -104,6 +131,12 @@ def _pages(setting: Setting) -> Iterator[Case]:
         name="place_rows", kind="copy", work=2 * num_bytes(pool),
         call=lambda: place_rows(out, targets, pool, table, streams, rows),
         peers={"torch": called(lambda: out.index_copy_(0, targets, pool.view(len(rows), -1)[rows]))},
+    )  # fmt: skip
+    values = out[: len(rows)]
+    yield Case(
+        name="store_rows", kind="copy", work=2 * num_bytes(pool),
+        call=lambda: store_rows(pool, table, streams, rows, values),
+        peers={"torch": called(lambda: pool.view(len(rows), -1).index_copy_(0, targets, values))},
     )  # fmt: skip
 
 
@@ -116,6 +149,13 @@ def _quantised(setting: Setting) -> Iterator[Case]:
     cache, cache_scales = values.view(-1, size, *values.shape[1:]), scales.view(-1, size, scales.shape[1])
     slots = setting.shuffled(len(x))
     yield Case(
+        name="write_quantised_pages", kind="copy", work=work,
+        call=lambda: write_quantised_pages(cache, cache_scales, x, slots),
+    )  # fmt: skip
+    yield Case(
         name="read_quantised_pages", kind="copy", work=work,
         call=lambda: read_quantised_pages(cache, cache_scales, slots, setting.dtype),
     )  # fmt: skip
+
+
+GROUPS = (_pointwise, _rotary, _pages, _quantised)

@@ -8,24 +8,15 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu.case import Case, Setting, called, compiled, num_bytes
-from kernels.causal_conv import causal_conv
-from kernels.experts import grouped_matmul
+from kernels.causal_conv import causal_conv, causal_conv_update
+from kernels.experts import combine_experts, grouped_matmul
 from kernels.paged_attention import AttentionBatch, paged_attention
 from kernels.quantised_linear import int4_linear, int8_linear, quantise_weight_int4, quantise_weight_int8
 from kernels.sampling import filter_cut, gumbel_max, softmax_statistics
+from kernels.selection import select_threshold
 from kernels.selective_scan import ScanWeights, selective_scan, selective_update
 from kernels.state_batch import StateBatch
 from kernels.varlen_attention import Segments, varlen_attention
-
-
-def cases(setting: Setting) -> Iterator[Case]:
-    """All of this file."""
-    yield from _decode(setting)
-    yield from _prefill(setting)
-    yield from _segments(setting)
-    yield from _sampling(setting)
-    yield from _matrices(setting)
-    yield from _state_space(setting)
 
 
 def _decode(setting: Setting) -> Iterator[Case]:
@@ -112,6 +103,15 @@ def _sampling(setting: Setting) -> Iterator[Case]:
                 peers={"sort": called(lambda x: x.float().sort(-1, descending=True), logits)},
             )  # fmt: skip
 
+    length = setting.size(32, 4)
+    confidence = torch.rand(setting.size(64, 2), length, device=setting.device)
+    is_open = confidence > 0.1
+    yield Case(
+        name=f"select_threshold {len(confidence)} x {length}", kind="copy",
+        work=num_bytes(confidence, is_open, is_open),
+        call=lambda: select_threshold(confidence, is_open, confidence[:, 0]),
+    )  # fmt: skip
+
 
 def _matrices(setting: Setting) -> Iterator[Case]:
     width = setting.size(8192, 64)
@@ -142,6 +142,14 @@ def _matrices(setting: Setting) -> Iterator[Case]:
             call=lambda x=x, offsets=offsets: grouped_matmul(x, experts, offsets),
             peers={"bmm": called(lambda x: torch.bmm(x.view(num_experts, -1, inputs), experts.transpose(1, 2)), x)},
         )  # fmt: skip
+    top_k, tokens = setting.size(8, 2), setting.size(2048, 3)
+    rows, places = setting.normal(tokens * top_k, inputs), setting.shuffled(tokens * top_k).view(tokens, top_k)
+    shares = torch.rand(tokens, top_k, device=setting.device)
+    yield Case(
+        name=f"combine_experts {tokens} x {top_k}", kind="copy", work=num_bytes(rows) * (1 + 1 / top_k),
+        call=lambda: combine_experts(rows, places, shares),
+        peers={"torch": called(lambda: (rows[places] * shares[:, :, None]).sum(1))},
+    )  # fmt: skip
 
 
 def _state_space(setting: Setting) -> Iterator[Case]:
@@ -173,3 +181,11 @@ def _state_space(setting: Setting) -> Iterator[Case]:
         name=f"causal_conv {tokens}", kind="copy", work=2 * num_bytes(x),
         call=lambda: causal_conv(x, weight, None, tails, batch),
     )  # fmt: skip
+    many_tails = torch.zeros(rows, channels, 3, device=setting.device, dtype=setting.dtype)
+    yield Case(
+        name=f"causal_conv_update {rows}", kind="copy", work=2 * num_bytes(many_tails, x[:rows]),
+        call=lambda: causal_conv_update(x[:rows], weight, None, many_tails, slots),
+    )  # fmt: skip
+
+
+GROUPS = (_decode, _prefill, _segments, _sampling, _matrices, _state_space)

@@ -41,7 +41,8 @@ def add_to(commands: Any, ray_address: str | None) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from cluster.harness.plan import load_scenario  # here, with all that needs Ray, for where it is not installed
+    from cluster.harness.oracle import questions_of  # here, with all that needs Ray, for where it is not installed
+    from cluster.harness.plan import load_scenario
     from cluster.harness.report import as_json, html, junit, summary
     from cluster.harness.run import run_scenario
 
@@ -49,6 +50,8 @@ def run(options: argparse.Namespace) -> int:
     scenarios = []
     for path in options.scenarios:
         scenario = load_scenario(path)
+        if scenario.oracle.kind == "file":
+            questions_of(Path(scenario.oracle.file))  # now, and not when a cluster was started
         topology = scenario.topology.model_copy(update=given)
         scenarios.append(scenario.model_copy(update={"topology": topology}))
     results = []

@@ -1,5 +1,5 @@
 """The shipped demos: a tiny Qwen2.5-VL checkpoint trained to read handwritten digits, and images to ask about; a tiny
-LLaDA trained to add, and sums that it never saw."""
+LLaDA trained to add, and sums that it never saw; a tiny LLaDA-V that reads the same digits."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ MODEL_DIR = Path(__file__).parent / "model"
 IMAGE_DIR = Path(__file__).parent / "images"
 MODEL_NAME = "tandem-demo"
 DIFFUSION_MODEL_DIR = Path(__file__).parent / "diffusion"
+READER_MODEL_DIR = Path(__file__).parent / "reader"
 SUMS = ("54+95", "41+98 24+19", "87+95 13+63", "96+54 68+30 29+72", "91+56 41+32 76+40", "56+48 16+64 91+23")
 
 

@@ -59,6 +59,7 @@ def prepare_chat(state: GatewayState, fields: dict[str, Any]) -> Job:
         media=media,
         sampling=sampling,
         timeout_s=context.config.request_timeout_s,
+        is_streamed=bool(request.stream),
     )
     messages = [ChatMessage(_splitter(context, request, token_ids)) for _ in range(request.n or 1)]
     answer = ChatAnswer(state, request, response_id, messages)

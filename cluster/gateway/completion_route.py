@@ -45,6 +45,7 @@ def prepare_completion(state: GatewayState, fields: dict[str, Any]) -> Job:
             media=(),
             sampling=sampling,
             timeout_s=context.config.request_timeout_s,
+            is_streamed=bool(request.stream),
         )
         for i, token_ids in enumerate(prompts)
     )

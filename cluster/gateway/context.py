@@ -7,11 +7,12 @@ here are the slices of other parts that the gateway uses; it knows nothing else 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from cluster.chat import ChatTemplate
 from cluster.config import GatewayConfig
+from cluster.metrics import GatewayMetrics
 from cluster.served import RunningRequest, ServedRequest, Sink
 
 WorkerStats = Mapping[str, Mapping[str, Any] | None]
@@ -66,3 +67,4 @@ class GatewayContext:
     worker_stats: Callable[[], Awaitable[WorkerStats]]
     ready: Callable[[], tuple[bool, str]]
     image_token_id: int | None = None
+    metrics: GatewayMetrics = field(default_factory=GatewayMetrics)

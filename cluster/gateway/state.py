@@ -17,7 +17,6 @@ from cluster.gateway.body import BodyBudget
 from cluster.gateway.context import GatewayContext
 from cluster.gateway.generation import Generation
 from cluster.gateway.media_fetch import MediaFetcher
-from cluster.metrics import GatewayMetrics
 
 NUM_PARSE_THREADS = 4
 BODY_BUDGET_FACTOR = 4  # all running requests together may hold so many bodies of the largest size
@@ -28,7 +27,7 @@ class GatewayState:
 
     def __init__(self, context: GatewayContext) -> None:
         self.context = context
-        self.metrics = GatewayMetrics()
+        self.metrics = context.metrics
         self.budget = BodyBudget(BODY_BUDGET_FACTOR * context.config.max_body_bytes)
         self.fetcher = MediaFetcher(
             context.config.media_rules,

@@ -51,7 +51,7 @@ class Judge:
         self._config = config
         self._lock = threading.Lock()
         self._known: dict[tuple[str, Path | None, int], str] = {}
-        self._questions = _from_file(Path(oracle.file)) if oracle.kind == "file" else _shipped(oracle.kind)
+        self._questions = questions_of(Path(oracle.file)) if oracle.kind == "file" else _shipped(oracle.kind)
         if oracle.kind == "local" and config is None:
             raise ConfigError("oracle.kind is local, which needs the checkpoint: use file or agreement with a url")
 
@@ -101,7 +101,8 @@ def _shipped(kind: str) -> list[Question]:
     return pictured if knows else [*pictured, *(Question(text=text) for text in PLAIN)]
 
 
-def _from_file(path: Path) -> list[Question]:
+def questions_of(path: Path) -> list[Question]:
+    """In a file of known answers. Raises ConfigError for one that holds none, and for pictures that are not there."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
         found = [
@@ -116,4 +117,6 @@ def _from_file(path: Path) -> list[Question]:
         raise ConfigError(f"{path} holds no list of {{prompt, image, answer}}: {error}") from error
     if not found:
         raise ConfigError(f"{path} holds no question")
+    if missing := [str(question.image) for question in found if question.image and not question.image.is_file()]:
+        raise ConfigError(f"{path} asks about {missing[0]}, which is not there")
     return found

@@ -18,15 +18,18 @@ Unknown names and wrong types are errors that say where. `model.path: demo` is t
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
 
-from cluster.config import read_yaml
+from cluster.config import build_config
 from cluster.demo import DIFFUSION_MODEL_DIR, MODEL_DIR, MODEL_NAME
 from cluster.errors import ConfigError
+from cluster.yaml_files import read_yaml
 
+Sections = dict[str, dict[str, Any] | None]
 SHIPPED = {"demo": MODEL_DIR, "demo-diffusion": DIFFUSION_MODEL_DIR}
 
 
@@ -39,9 +42,9 @@ class Topology(_Strict):
     that, a deployment that runs already.
     """
 
-    config: dict[str, Any] = pydantic.Field(default_factory=dict)
+    config: Sections = pydantic.Field(default_factory=dict)
     ray_address: str = ""
-    url: str = ""
+    url: str = pydantic.Field(default="", pattern="^(https?://.+)?$")
 
 
 class Oracle(_Strict):
@@ -75,7 +78,7 @@ class Fault(_Strict):
     kind: Literal["kill", "stop", "upgrade"]
     worker: str = ""
     after_answers: int = pydantic.Field(default=0, ge=0)
-    config: dict[str, Any] = pydantic.Field(default_factory=dict)
+    config: Sections = pydantic.Field(default_factory=dict)
 
     @pydantic.model_validator(mode="after")
     def _has_what_it_needs(self) -> Fault:
@@ -122,7 +125,25 @@ def load_scenario(path: str | Path) -> Scenario:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
         raise ConfigError(f"{path}: {place or 'the scenario'}: {first['msg']}") from None
+    for place, config in _configs(scenario):
+        try:
+            build_config(config)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {place}: {error}") from error
     return _with_paths(scenario, path.resolve().parent)
+
+
+def _configs(scenario: Scenario) -> Iterator[tuple[str, Sections]]:
+    """(place, configuration) of every cluster that the file describes."""
+    yield "topology.config", scenario.topology.config
+    for number, step in enumerate(scenario.steps):
+        if step.fault is not None:
+            yield f"steps.{number}.fault.config", merged(scenario.topology.config, step.fault.config)
+
+
+def merged(config: Mapping[str, Any], changes: Mapping[str, Any]) -> Sections:
+    """The configuration with the settings of `changes` over it."""
+    return {name: dict(config.get(name) or {}) | dict(changes.get(name) or {}) for name in {*config, *changes}}
 
 
 def _with_paths(scenario: Scenario, folder: Path) -> Scenario:

@@ -12,6 +12,9 @@ from cluster.harness.load import Sample, percentile, run_load
 from cluster.harness.oracle import Judge
 from cluster.harness.plan import Fault, Scenario, Step
 from cluster.harness.target import Target
+from embedding_worker.errors import EmbedError
+from language_worker.errors import EngineError
+from transfer.errors import TransferError
 
 MAX_SHOWN = 5
 
@@ -90,7 +93,7 @@ class _Trigger:
 
 
 def run_scenario(scenario: Scenario, *, api_key: str = "", on_status: Callable[[str], None]) -> ScenarioResult:
-    """What cannot be started, and faults that cannot be dealt, are the result's error; nothing is left running."""
+    """What cannot be started, asked or dealt is the result's error; nothing is left running."""
     began_s, steps, error = time.monotonic(), list[StepResult](), ""
     is_upgraded = any(step.fault is not None and step.fault.kind == "upgrade" for step in scenario.steps)
     try:
@@ -99,7 +102,7 @@ def run_scenario(scenario: Scenario, *, api_key: str = "", on_status: Callable[[
             for step in scenario.steps:
                 on_status(f"{scenario.name}: {step.name}")
                 steps.append(_run_step(target, judge, step, began_s))
-    except ClusterError as failure:
+    except (ClusterError, EmbedError, EngineError, TransferError) as failure:
         error = str(failure)
     return ScenarioResult(name=scenario.name, steps=steps, duration_s=time.monotonic() - began_s, error=error)
 

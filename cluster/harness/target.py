@@ -18,7 +18,7 @@ import httpx
 
 from cluster.config import ClusterConfig, build_config
 from cluster.errors import ClusterError, ConfigError
-from cluster.harness.plan import Fault, Topology
+from cluster.harness.plan import Fault, Topology, merged
 from cluster.launch import RayCluster
 from cluster.metrics import LEDGER
 from cluster.ray_connection import connect, disconnect
@@ -151,8 +151,8 @@ class Target:
 
 def _config_of(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> ClusterConfig:
     """The resolved configuration, on any free port unless it names one."""
-    sections = {name: dict(tree.get(name) or {}) | dict(changes.get(name) or {}) for name in {*tree, *changes}}
-    sections["gateway"] = {"port": 0} | sections.get("gateway", {})
+    sections = merged(tree, changes)
+    sections["gateway"] = {"port": 0} | (sections.get("gateway") or {})
     return build_config(sections).resolve()
 
 

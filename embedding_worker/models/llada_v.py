@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from embedding_worker.models.base import PLANE, Grid
+from embedding_worker.models.sources import Source, check_sources, load_sources
 from embedding_worker.models.vit import (
     Encoder,
     EncoderConfig,
@@ -30,7 +31,7 @@ from embedding_worker.models.vit import (
 from embedding_worker.preprocess import ImageSettings
 from embedding_worker.tiles import Tiling
 from kernels.activation import gelu
-from transfer.checkpoint import Checkpoint, check_checkpoint, load_checkpoint
+from transfer.checkpoint import Checkpoint
 from transfer.checkpoint_rules import Rule
 
 OWN_TOWER = r"model\.vision_tower\.vision_tower\.vision_model\."
@@ -51,8 +52,6 @@ PROJECTOR = [
     Rule(pattern=r"model\.mm_projector\.(0|2)\.(weight|bias)", target=r"projector.\1.\2"),
     Rule(pattern=r"model\.image_newline", target="newline"),
 ]
-
-Source = tuple[Checkpoint, dict[str, tuple[int, ...]], list[Rule], tuple[str, ...]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,23 +136,14 @@ class LladaVision:
     def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Self:
         """Read tower, projector and newline. Raises ValueError or CheckpointError."""
         parts = Parts.open(checkpoint)
-        weights: dict[str, torch.Tensor] = {}
-        fingerprints = [str(parts.config)]
-        for source, shapes, rules, foreign in parts.sources():
-            own = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
-            fingerprints.append(load_checkpoint(source, own, rules, foreign=foreign, fingerprint=True).fingerprint)
-            weights |= own
-        return cls(parts.config, parts.tiling, weights, ":".join(fingerprints))
+        weights, fingerprints = load_sources(parts.sources(), dtype, device)
+        return cls(parts.config, parts.tiling, weights, ":".join((str(parts.config), *fingerprints)))
 
     @classmethod
     def check(cls, checkpoint: Checkpoint) -> tuple[int, int]:
         """See `VisionModel.check`."""
         parts = Parts.open(checkpoint)
-        num_tensors = 0
-        for source, shapes, rules, foreign in parts.sources():
-            own = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-            num_tensors += len(check_checkpoint(source, own, rules, foreign=foreign)[0])
-        return num_tensors, parts.config.patch_dim
+        return check_sources(parts.sources()), parts.config.patch_dim
 
     @classmethod
     def image_settings(cls, checkpoint: Checkpoint, *, min_pixels: int | None, max_pixels: int | None) -> ImageSettings:

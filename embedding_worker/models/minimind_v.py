@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from embedding_worker.models.base import PLANE, Grid
+from embedding_worker.models.sources import Source, check_sources, load_sources
 from embedding_worker.models.vit import (
     Encoder,
     EncoderConfig,
@@ -28,7 +29,7 @@ from embedding_worker.models.vit import (
 from embedding_worker.preprocess import ImageSettings
 from kernels.activation import gelu
 from kernels.norm import layer_norm
-from transfer.checkpoint import Checkpoint, check_checkpoint, load_checkpoint
+from transfer.checkpoint import Checkpoint
 from transfer.checkpoint_rules import Rule
 
 PROJECTOR_EPS = 1e-5  # torch's own
@@ -69,7 +70,7 @@ class Parts:
         own = any(name.startswith(OWN_ENCODER) for name in checkpoint.tensors)
         return cls(checkpoint=checkpoint, encoder=encoder, config=EncoderConfig.from_config(encoder.config()), own=own)
 
-    def sources(self) -> list[tuple[Checkpoint, dict[str, tuple[int, ...]], list[Rule], tuple[str, ...]]]:
+    def sources(self) -> list[Source]:
         """(checkpoint, shapes to fill, rules, names of others) of each file to read."""
         projector = projector_shapes(self.checkpoint, self.config.hidden_size)
         shapes, rules = encoder_shapes(self.config), encoder_rules(self.config)
@@ -112,23 +113,14 @@ class MiniMindVision:
     def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Self:
         """Read projector and encoder. Raises ValueError or CheckpointError."""
         parts = Parts.open(checkpoint)
-        weights: dict[str, torch.Tensor] = {}
-        fingerprints = [str(parts.config)]
-        for source, shapes, rules, foreign in parts.sources():
-            own = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
-            fingerprints.append(load_checkpoint(source, own, rules, foreign=foreign, fingerprint=True).fingerprint)
-            weights |= own
-        return cls(parts.config, weights, ":".join(fingerprints))
+        weights, fingerprints = load_sources(parts.sources(), dtype, device)
+        return cls(parts.config, weights, ":".join((str(parts.config), *fingerprints)))
 
     @classmethod
     def check(cls, checkpoint: Checkpoint) -> tuple[int, int]:
         """See `VisionModel.check`."""
         parts = Parts.open(checkpoint)
-        num_tensors = 0
-        for source, shapes, rules, foreign in parts.sources():
-            own = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-            num_tensors += len(check_checkpoint(source, own, rules, foreign=foreign)[0])
-        return num_tensors, parts.config.patch_dim
+        return check_sources(parts.sources()), parts.config.patch_dim
 
     @classmethod
     def image_settings(cls, checkpoint: Checkpoint, *, min_pixels: int | None, max_pixels: int | None) -> ImageSettings:

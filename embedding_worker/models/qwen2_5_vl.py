@@ -10,90 +10,41 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from embedding_worker.models.base import PLANE, Grid
-from embedding_worker.preprocess import ImageSettings
+from embedding_worker.models.base import Grid
+from embedding_worker.models.qwen_vision import NORM_EPS, ROPE_THETA, QwenVision, Shapes, TowerConfig
 from kernels.activation import gelu, swiglu
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.rotary import RotaryTable, rotary_2d_cos_sin, rotary_table, rotate
 from kernels.varlen_attention import Segments, varlen_attention
-from transfer.checkpoint import Checkpoint, check_checkpoint, load_checkpoint
+from transfer.checkpoint import Checkpoint
 from transfer.checkpoint_rules import Rule
-
-NORM_EPS = 1e-6  # fixed by the architecture, not in any config
-ROPE_THETA = 10_000.0
-
-FOREIGN = (
-    r"lm_head\.weight",
-    r"model\.(?:language_model\.)?(?:embed_tokens|norm)\.weight",
-    r"model\.(?:language_model\.)?layers\..*",
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class VisionConfig:
+class VisionConfig(TowerConfig):
     """The `vision_config` of a Qwen2.5-VL config.json. window_size is in pixels; full_blocks attend to the frame."""
 
-    depth: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    out_hidden_size: int
-    full_blocks: frozenset[int]
-    window_size: int = 112
-    patch_size: int = 14
-    merge_size: int = 2
-    temporal_patch_size: int = 2
-    in_channels: int = 3
+    full_blocks: tuple[int, ...]
+    window_size: int
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> VisionConfig:
         """Read a model's config.json. Raises ValueError naming what is missing or unusable."""
-        vision = config.get("vision_config")
-        if not isinstance(vision, Mapping):
-            raise ValueError("config.json has no vision_config")
-        vision = {name: value for name, value in vision.items() if value is not None}
-        needed = ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size")
-        if missing := [name for name in needed if not isinstance(vision.get(name), int)]:
-            raise ValueError(f"vision_config needs integers for {', '.join(missing)}")
-        if (activation := vision.get("hidden_act", "silu")) != "silu":
-            raise ValueError(f"vision_config.hidden_act {activation!r} is not supported, only 'silu'")
+        vision, sizes = cls.read(config, activation="silu", patch_size=14)
         made = cls(
-            **{name: vision[name] for name in needed},
-            full_blocks=frozenset(vision.get("fullatt_block_indexes", (7, 15, 23, 31))),
+            **sizes,
+            full_blocks=tuple(sorted(vision.get("fullatt_block_indexes", (7, 15, 23, 31)))),
             window_size=vision.get("window_size", 112),
-            patch_size=vision.get("patch_size", 14),
-            merge_size=vision.get("spatial_merge_size", 2),
-            temporal_patch_size=vision.get("temporal_patch_size", 2),
-            in_channels=vision.get("in_channels", vision.get("in_chans", 3)),
         )
-        made.validate()
+        made.check_heads()
+        if made.window_units < 1:
+            raise ValueError(f"vision_config: window_size {made.window_size} is smaller than one merged patch")
         return made
-
-    def validate(self) -> None:
-        """Raise ValueError on sizes that do not fit each other."""
-        if self.hidden_size % self.num_heads or self.head_dim % 4:
-            raise ValueError(
-                f"vision_config: hidden_size {self.hidden_size} must give {self.num_heads} heads of a multiple of 4"
-            )
-        if self.window_units < 1:
-            raise ValueError(f"vision_config: window_size {self.window_size} is smaller than one merged patch")
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    @property
-    def patch_dim(self) -> int:
-        return self.in_channels * self.temporal_patch_size * self.patch_size**2
-
-    @property
-    def merged_size(self) -> int:
-        return self.hidden_size * self.merge_size**2
 
     @property
     def window_units(self) -> int:
@@ -122,10 +73,10 @@ def rules(config: VisionConfig) -> list[Rule]:
     ]
 
 
-def weight_shapes(config: VisionConfig) -> dict[str, tuple[int, ...]]:
+def weight_shapes(config: VisionConfig) -> Shapes:
     """Every destination and its shape."""
     width, inner, merged = config.hidden_size, config.intermediate_size, config.merged_size
-    shapes: dict[str, tuple[int, ...]] = {"patch_embed.weight": (width, config.patch_dim)}
+    shapes: Shapes = {"patch_embed.weight": (width, config.patch_dim)}
     linears = {"qkv": (3 * width, width), "proj": (width, width), "gate_up": (2 * inner, width), "down": (width, inner)}
     for i in range(config.depth):
         shapes |= {f"blocks.{i}.norm1.weight": (width,), f"blocks.{i}.norm2.weight": (width,)}
@@ -177,53 +128,19 @@ def frame_layout(grid: Grid, merge: int, window: int) -> FrameLayout:
     )
 
 
-class Qwen2_5_VLVision:
+class Qwen2_5_VLVision(QwenVision):
     """The loaded tower. See `VisionModel` for the contract."""
 
-    planes = (PLANE,)
-
-    def __init__(self, config: VisionConfig, weights: Mapping[str, torch.Tensor], fingerprint: str) -> None:
-        self.config = config
-        self.embedding_dim = config.out_hidden_size
-        self.patch_dim = config.patch_dim
-        self.fingerprint = fingerprint
-        self._weights = weights
+    config: VisionConfig
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Self:
-        """Read `visual.*` or `model.visual.*`. Raises ValueError or CheckpointError."""
+    def parts(cls, checkpoint: Checkpoint) -> tuple[TowerConfig, Shapes, list[Rule]]:
         config = VisionConfig.from_config(checkpoint.config())
-        weights = {
-            name: torch.empty(shape, dtype=dtype, device=device) for name, shape in weight_shapes(config).items()
-        }
-        report = load_checkpoint(checkpoint, weights, rules(config), foreign=FOREIGN, fingerprint=True)
-        described = f"{report.fingerprint}:{dataclasses.replace(config, full_blocks=frozenset())}"
-        return cls(config, weights, f"{described}:{sorted(config.full_blocks)}")
-
-    @classmethod
-    def check(cls, checkpoint: Checkpoint) -> tuple[int, int]:
-        """See `VisionModel.check`."""
-        config = VisionConfig.from_config(checkpoint.config())
-        weights = {name: torch.empty(shape, device="meta") for name, shape in weight_shapes(config).items()}
-        planned, _ = check_checkpoint(checkpoint, weights, rules(config), foreign=FOREIGN)
-        return len(planned), config.patch_dim
-
-    @classmethod
-    def image_settings(cls, checkpoint: Checkpoint, *, min_pixels: int | None, max_pixels: int | None) -> ImageSettings:
-        """See `VisionModel.image_settings`."""
-        published = checkpoint.read_json("preprocessor_config.json")
-        return ImageSettings.from_config(published, min_pixels=min_pixels, max_pixels=max_pixels)
-
-    def num_rows(self, grid: Grid) -> int:
-        """One row per merged patch."""
-        return grid[0] * grid[1] * grid[2] // self.config.merge_size**2
+        return config, weight_shapes(config), rules(config)
 
     @torch.inference_mode()
     def encode(self, patches: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
-        """See `VisionModel.encode`. Raises ValueError when patches and grids do not agree."""
-        num_patches = sum(t * h * w for t, h, w in grids)
-        if tuple(patches.shape) != (num_patches, self.patch_dim):
-            raise ValueError(f"patches are {tuple(patches.shape)}, grids {list(grids)} need {num_patches} of them")
+        num_patches = self._count(patches, grids)
         config, weights = self.config, self._weights
         layouts = [frame_layout(grid, config.merge_size, config.window_units) for grid in grids]
         order = _concatenate_orders(layouts)
@@ -237,8 +154,7 @@ class Qwen2_5_VLVision:
         for i in range(config.depth):
             self._block(i, stream, table, whole if i in config.full_blocks else windows)
         merged = rms_norm(stream, weights["merger.norm.weight"], NORM_EPS).view(-1, config.merged_size)
-        merged = gelu(F.linear(merged, weights["merger.up.weight"], weights["merger.up.bias"]))
-        rows = F.linear(merged, weights["merger.down.weight"], weights["merger.down.bias"])
+        rows = self._linear("merger.down", gelu(self._linear("merger.up", merged)))
         restored = torch.empty_like(rows)
         restored[order.to(device)] = rows
         return restored
@@ -248,14 +164,13 @@ class Qwen2_5_VLVision:
         weights, name = self._weights, f"blocks.{i}."
         num_heads, head_dim = self.config.num_heads, self.config.head_dim
         normed = rms_norm(stream, weights[name + "norm1.weight"], NORM_EPS)
-        qkv = F.linear(normed, weights[name + "qkv.weight"], weights[name + "qkv.bias"])
-        heads = qkv.view(-1, 3 * num_heads, head_dim)
+        heads = self._linear(name + "qkv", normed).view(-1, 3 * num_heads, head_dim)
         turned = rotate(heads[:, : 2 * num_heads], table)
         attended = varlen_attention(turned[:, :num_heads], turned[:, num_heads:], heads[:, 2 * num_heads :], segments)
-        projected = F.linear(attended.flatten(1), weights[name + "proj.weight"], weights[name + "proj.bias"])
+        projected = self._linear(name + "proj", attended.flatten(1))
         normed, _ = add_rms_norm(projected, stream, weights[name + "norm2.weight"], NORM_EPS)
-        inner = swiglu(F.linear(normed, weights[name + "gate_up.weight"], weights[name + "gate_up.bias"]))
-        stream.add_(F.linear(inner, weights[name + "down.weight"], weights[name + "down.bias"]))
+        inner = swiglu(self._linear(name + "gate_up", normed))
+        stream.add_(self._linear(name + "down", inner))
 
 
 def _concatenate_orders(layouts: Sequence[FrameLayout]) -> torch.Tensor:

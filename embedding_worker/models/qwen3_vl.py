@@ -11,71 +11,43 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from embedding_worker.models.base import PLANE, Grid
-from embedding_worker.models.qwen2_5_vl import FOREIGN, ROPE_THETA
-from embedding_worker.preprocess import ImageSettings
+from embedding_worker.models.qwen_vision import NORM_EPS, ROPE_THETA, QwenVision, Shapes, TowerConfig
 from kernels.activation import gelu, gelu_tanh
 from kernels.norm import layer_norm
 from kernels.rotary import RotaryTable, rotary_2d_cos_sin, rotary_table, rotate
 from kernels.varlen_attention import Segments, varlen_attention
-from transfer.checkpoint import Checkpoint, check_checkpoint, load_checkpoint
+from transfer.checkpoint import Checkpoint
 from transfer.checkpoint_rules import Rule
-
-NORM_EPS = 1e-6  # fixed by the architecture, not in any config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class VisionConfig:
+class VisionConfig(TowerConfig):
     """The `vision_config` of a Qwen3-VL config.json. deep_blocks: whose outputs are merged too, the i-th
     by the i-th merger."""
 
-    depth: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    out_hidden_size: int
-    num_position_embeddings: int = 2304
-    deep_blocks: tuple[int, ...] = (8, 16, 24)
-    patch_size: int = 16
-    merge_size: int = 2
-    temporal_patch_size: int = 2
-    in_channels: int = 3
+    num_position_embeddings: int
+    deep_blocks: tuple[int, ...]
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> VisionConfig:
         """Read a model's config.json. Raises ValueError naming what is missing or unusable."""
-        vision = config.get("vision_config")
-        if not isinstance(vision, Mapping):
-            raise ValueError("config.json has no vision_config")
-        vision = {name: value for name, value in vision.items() if value is not None}
-        needed = ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size")
-        if missing := [name for name in needed if not isinstance(vision.get(name), int)]:
-            raise ValueError(f"vision_config needs integers for {', '.join(missing)}")
-        if (activation := vision.get("hidden_act", "gelu_pytorch_tanh")) != "gelu_pytorch_tanh":
-            raise ValueError(f"vision_config.hidden_act {activation!r} is not supported, only 'gelu_pytorch_tanh'")
+        vision, sizes = cls.read(config, activation="gelu_pytorch_tanh", patch_size=16)
         made = cls(
-            **{name: vision[name] for name in needed},
+            **sizes,
             num_position_embeddings=vision.get("num_position_embeddings", 2304),
             deep_blocks=tuple(vision.get("deepstack_visual_indexes", (8, 16, 24))),
-            patch_size=vision.get("patch_size", 16),
-            merge_size=vision.get("spatial_merge_size", 2),
-            temporal_patch_size=vision.get("temporal_patch_size", 2),
-            in_channels=vision.get("in_channels", 3),
         )
-        made.validate()
+        made.check_heads()
+        made.check_positions()
         return made
 
-    def validate(self) -> None:
-        """Raise ValueError on sizes that do not fit each other."""
-        if self.hidden_size % self.num_heads or self.head_dim % 4:
-            raise ValueError(
-                f"vision_config: hidden_size {self.hidden_size} must give {self.num_heads} heads of a multiple of 4"
-            )
+    def check_positions(self) -> None:
+        """Raise ValueError on position embeddings that are no square, and on blocks that are not there."""
         if self.grid_side**2 != self.num_position_embeddings or self.grid_side < 1:
             raise ValueError(f"vision_config: num_position_embeddings {self.num_position_embeddings} is no square")
         if len(set(self.deep_blocks)) < len(self.deep_blocks) or not set(self.deep_blocks) <= set(range(self.depth)):
@@ -83,18 +55,6 @@ class VisionConfig:
                 f"vision_config: deepstack_visual_indexes {list(self.deep_blocks)} must be different blocks of "
                 f"{self.depth}"
             )
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    @property
-    def patch_dim(self) -> int:
-        return self.in_channels * self.temporal_patch_size * self.patch_size**2
-
-    @property
-    def merged_size(self) -> int:
-        return self.hidden_size * self.merge_size**2
 
     @property
     def grid_side(self) -> int:
@@ -123,10 +83,10 @@ def rules() -> list[Rule]:
     ]
 
 
-def weight_shapes(config: VisionConfig) -> dict[str, tuple[int, ...]]:
+def weight_shapes(config: VisionConfig) -> Shapes:
     """Every destination and its shape."""
     width, inner, merged = config.hidden_size, config.intermediate_size, config.merged_size
-    shapes: dict[str, tuple[int, ...]] = {"pos_embed": (config.num_position_embeddings, width)}
+    shapes: Shapes = {"pos_embed": (config.num_position_embeddings, width)}
     linears = {"patch_embed": (width, config.patch_dim)}
     mergers = {"merger": width} | {f"deep.{i}": merged for i in range(len(config.deep_blocks))}
     for i in range(config.depth):
@@ -181,51 +141,23 @@ def _stretched(size: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
     return before, places - before
 
 
-class Qwen3VLVision:
+class Qwen3VLVision(QwenVision):
     """The loaded tower. See `VisionModel` for the contract."""
 
+    config: VisionConfig
+
     def __init__(self, config: VisionConfig, weights: Mapping[str, torch.Tensor], fingerprint: str) -> None:
-        self.config = config
+        super().__init__(config, weights, fingerprint)
         self.planes = (PLANE, *(f"deepstack.{i}" for i in range(len(config.deep_blocks))))
-        self.embedding_dim = config.out_hidden_size
-        self.patch_dim = config.patch_dim
-        self.fingerprint = fingerprint
-        self._weights = weights
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Self:
-        """Read `visual.*` or `model.visual.*`. Raises ValueError or CheckpointError."""
+    def parts(cls, checkpoint: Checkpoint) -> tuple[TowerConfig, Shapes, list[Rule]]:
         config = VisionConfig.from_config(checkpoint.config())
-        weights = {
-            name: torch.empty(shape, dtype=dtype, device=device) for name, shape in weight_shapes(config).items()
-        }
-        report = load_checkpoint(checkpoint, weights, rules(), foreign=FOREIGN, fingerprint=True)
-        return cls(config, weights, f"{report.fingerprint}:{config}")
-
-    @classmethod
-    def check(cls, checkpoint: Checkpoint) -> tuple[int, int]:
-        """See `VisionModel.check`."""
-        config = VisionConfig.from_config(checkpoint.config())
-        weights = {name: torch.empty(shape, device="meta") for name, shape in weight_shapes(config).items()}
-        planned, _ = check_checkpoint(checkpoint, weights, rules(), foreign=FOREIGN)
-        return len(planned), config.patch_dim
-
-    @classmethod
-    def image_settings(cls, checkpoint: Checkpoint, *, min_pixels: int | None, max_pixels: int | None) -> ImageSettings:
-        """See `VisionModel.image_settings`."""
-        published = checkpoint.read_json("preprocessor_config.json")
-        return ImageSettings.from_config(published, min_pixels=min_pixels, max_pixels=max_pixels)
-
-    def num_rows(self, grid: Grid) -> int:
-        """One row per merged patch."""
-        return grid[0] * grid[1] * grid[2] // self.config.merge_size**2
+        return config, weight_shapes(config), rules()
 
     @torch.inference_mode()
     def encode(self, patches: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
-        """See `VisionModel.encode`. Raises ValueError when patches and grids do not agree."""
-        num_patches = sum(t * h * w for t, h, w in grids)
-        if tuple(patches.shape) != (num_patches, self.patch_dim):
-            raise ValueError(f"patches are {tuple(patches.shape)}, grids {list(grids)} need {num_patches} of them")
+        self._count(patches, grids)
         config, embedding = self.config, self._weights["pos_embed"]
         frames = [frame_layout(h, w, config.merge_size, config.grid_side) for t, h, w in grids for _ in range(t)]
         device = embedding.device
@@ -260,9 +192,6 @@ class Qwen3VLVision:
         """Rows [units, out] of a stream that is normalised in the width it comes in."""
         normed = self._norm(name + ".norm", stream).view(-1, self.config.merged_size)
         return self._linear(name + ".linear_fc2", gelu(self._linear(name + ".linear_fc1", normed)))
-
-    def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self._weights[name + ".weight"], self._weights[name + ".bias"])
 
     def _norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return layer_norm(x, self._weights[name + ".weight"], self._weights[name + ".bias"], NORM_EPS)

@@ -4,20 +4,35 @@ Runs as the probes of the chart's pods and as its test: standard library only, s
   probe.py raylet --port 52365     this node's Ray answers
   probe.py head --port 8265        the head's state service answers
   probe.py canary --port 8000      every kind of worker is there, and a prompt of one word gets a token
+With --wait-s it asks again until all is well, for so long.
 """
 
 import argparse
+import http.client
 import json
 import os
 import sys
+import time
 import urllib.error
 import urllib.request
 
 PATHS = {"raylet": "/api/local_raylet_healthz", "head": "/api/gcs_healthz"}
+PAUSE_S = 2.0
 
 
 def main(arguments=None):
     options = _options(arguments)
+    deadline_s = time.monotonic() + options.wait_s
+    while complaint := _complaint(options):
+        if time.monotonic() + PAUSE_S > deadline_s:
+            print(complaint, file=sys.stderr)
+            return 1
+        time.sleep(PAUSE_S)
+    return 0
+
+
+def _complaint(options):
+    """What is wrong, in one line; empty when all is well."""
     url = options.url or f"http://127.0.0.1:{options.port}"
     try:
         if options.what == "canary":
@@ -28,10 +43,10 @@ def main(arguments=None):
             if b"success" not in answer:
                 raise OSError(f"{options.what} answered {answer[:200]!r}")
     except urllib.error.HTTPError as error:
-        return _failed(f"{error.url} answered {error.code}: {error.read()[:300].decode(errors='replace')}")
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        return _failed(f"{url}: {error}")
-    return 0
+        return f"{error.url} answered {error.code}: {error.read()[:300].decode(errors='replace')}"
+    except (OSError, ValueError, KeyError, IndexError, http.client.HTTPException) as error:
+        return f"{url}: {error}"
+    return ""
 
 
 def canary(url, api_key, timeout_s):
@@ -61,18 +76,14 @@ def _first_line(path):
         return file.readline().strip()
 
 
-def _failed(text):
-    print(text, file=sys.stderr)
-    return 1
-
-
 def _options(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=[*PATHS, "canary"])
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--url", help="instead of a port of this machine")
     parser.add_argument("--api-key-file")
-    parser.add_argument("--timeout-s", type=float, default=55.0)
+    parser.add_argument("--timeout-s", type=float, default=55.0, help="of each request")
+    parser.add_argument("--wait-s", type=float, default=0.0)
     return parser.parse_args(arguments)
 
 

@@ -7,6 +7,7 @@ does not answer is waited for, since its cluster may outlive it. Needs Ray's job
 """
 
 import argparse
+import asyncio
 import shlex
 import signal
 import sys
@@ -17,6 +18,8 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 POLL_S = 1.0
 REACH_S = 600.0
+MAX_PAUSE_S = 60.0  # between two connections for the log
+LAST_LOG_S = 10.0  # for what is left of it when the job has ended
 ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
 
 
@@ -85,23 +88,26 @@ def _follow(client, job, stop):
     """How it ended, with its log printed; None when told to stop first. Raises OSError or RuntimeError when the head is
     gone for too long, or knows no such job.
     """
-    printed, deadline_s = 0, None
-    while not stop.is_set():
-        try:
-            status = client.get_job_status(job)
-            printed = _print_new(client, job, printed)
-        except (OSError, RuntimeError) as error:
-            if "does not exist" in str(error) or (deadline_s is not None and time.monotonic() > deadline_s):
-                raise
-            if deadline_s is None:
-                deadline_s = time.monotonic() + REACH_S
-                _say(f"the head does not answer: {str(error).splitlines()[0][:200]}; the job may go on without it")
-        else:
-            deadline_s = None
-            if status in ENDED:
-                return status
-        stop.wait(POLL_S)
-    return None
+    log, deadline_s = _Log(client, job), None
+    try:
+        while not stop.is_set():
+            try:
+                status = client.get_job_status(job)
+            except (OSError, RuntimeError) as error:
+                if "does not exist" in str(error) or (deadline_s is not None and time.monotonic() > deadline_s):
+                    raise
+                if deadline_s is None:
+                    deadline_s = time.monotonic() + REACH_S
+                    _say(f"the head does not answer: {str(error).splitlines()[0][:200]}; the job may go on without it")
+            else:
+                deadline_s = None
+                if status in ENDED:
+                    log.end(LAST_LOG_S)
+                    return status
+            stop.wait(POLL_S)
+        return None
+    finally:
+        log.end(0.0)
 
 
 def _end(client, job, drain_s):
@@ -112,14 +118,45 @@ def _end(client, job, drain_s):
         time.sleep(POLL_S)
 
 
-def _print_new(client, job, printed):
-    try:
-        log = client.get_job_logs(job)
-    except RuntimeError:  # its node is gone or not there yet; the status tells
-        return printed
-    sys.stdout.write(log[printed:])
-    sys.stdout.flush()
-    return max(printed, len(log))
+class _Log:
+    """The job's log on stdout, every character once. A thread follows it as it grows; each connection gets it from its
+    beginning, so a broken one is made again more and more seldom.
+    """
+
+    def __init__(self, client, job):
+        self._client, self._job = client, job
+        self._num_printed = 0
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="job-log", daemon=True)
+        self._thread.start()
+
+    def end(self, patience_s):
+        """Connect no more; wait so long for what is on its way."""
+        self._is_over.set()
+        self._thread.join(patience_s)
+
+    def _run(self):
+        pause_s = POLL_S
+        while True:
+            is_last, is_whole = self._is_over.is_set(), True
+            try:
+                asyncio.run(self._tail())
+            except Exception as error:  # of any kind: the status is what is followed
+                is_whole = False
+                _say(f"the log of job {self._job} broke off: {(str(error) or repr(error)).splitlines()[0][:200]}")
+            if is_last or (is_whole and self._is_over.is_set()):
+                return
+            self._is_over.wait(pause_s)
+            pause_s = min(2 * pause_s, MAX_PAUSE_S)
+
+    async def _tail(self):
+        num_seen = 0
+        async for text in self._client.tail_job_logs(self._job):
+            num_known = max(0, self._num_printed - num_seen)
+            num_seen += len(text)
+            self._num_printed = max(self._num_printed, num_seen)
+            sys.stdout.write(text[num_known:])
+            sys.stdout.flush()
 
 
 def _say(text):

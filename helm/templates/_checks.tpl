@@ -3,9 +3,63 @@
 {{- define "tandem.checks" -}}
 {{- include "tandem.checkModel" . -}}
 {{- include "tandem.checkPorts" . -}}
+{{- include "tandem.checkLabels" . -}}
+{{- $pods := dict "head" .Values.head "gateway" .Values.gateway -}}
 {{- range (include "tandem.groups" . | fromJson).groups -}}
+  {{- $_ := set $pods (printf "workerGroups.%s" .name) . -}}
   {{- include "tandem.checkRoom" (dict "ctx" $ "group" .) -}}
 {{- end -}}
+{{- range $where, $pod := $pods -}}
+  {{- include "tandem.checkPod" (dict "ctx" $ "where" $where "pod" $pod) -}}
+{{- end -}}
+{{- end }}
+
+{{/* Labels by which the objects find each other are the chart's. */}}
+{{- define "tandem.checkLabels" -}}
+{{- range $name, $_ := .Values.commonLabels -}}
+  {{- if or (regexMatch "^(tandem|ray[.]io|helm[.]sh)/" $name) (regexMatch "^app[.]kubernetes[.]io/(name|instance|component|version|managed-by|created-by)$" $name) -}}
+    {{- fail (printf "commonLabels.%s is a label by which objects find each other: choose another name" $name) -}}
+  {{- end -}}
+{{- end -}}
+{{- end }}
+
+{{/* dict "ctx" "where" "pod": limits that Ray counts, an object store that fits, and mounts of volumes that are there. */}}
+{{- define "tandem.checkPod" -}}
+{{- $where := .where -}}
+{{- $limits := get (.pod.resources | default dict) "limits" | default dict -}}
+{{- range list "cpu" "memory" -}}
+  {{- if not (get $limits .) -}}
+    {{- fail (printf "%s.resources.limits.%s is not set: Ray counts what a pod has by its limits, and its autoscaler ends without them" $where .) -}}
+  {{- end -}}
+{{- end -}}
+{{- $store := float64 .ctx.Values.ray.objectStoreBytes -}}
+{{- if ge $store (include "tandem.bytes" .pod.sharedMemory | float64) -}}
+  {{- fail (printf "ray.objectStoreBytes is %.0f and %s.sharedMemory only %s: Ray would put its objects on the disk" $store $where .pod.sharedMemory) -}}
+{{- end -}}
+{{- $names := list "scratch" "shared-memory" "scripts" "api-keys" "model" -}}
+{{- range .pod.extraVolumes -}}
+  {{- if has .name $names -}}
+    {{- fail (printf "%s.extraVolumes: the pod has a volume %s already: choose another name" $where (toJson .name)) -}}
+  {{- end -}}
+  {{- $names = append $names .name -}}
+{{- end -}}
+{{- $paths := list "/tmp" "/dev/shm" "/etc/tandem/scripts" "/etc/tandem/secrets" "/models" -}}
+{{- range .pod.extraVolumeMounts -}}
+  {{- if not (has .name $names) -}}
+    {{- fail (printf "%s.extraVolumeMounts: there is no volume %s: add it to extraVolumes" $where (toJson .name)) -}}
+  {{- end -}}
+  {{- if has .mountPath $paths -}}
+    {{- fail (printf "%s.extraVolumeMounts: something is mounted at %s already" $where .mountPath) -}}
+  {{- end -}}
+  {{- $paths = append $paths .mountPath -}}
+{{- end -}}
+{{- end }}
+
+{{/* A quantity such as 512Mi as a number of bytes. */}}
+{{- define "tandem.bytes" -}}
+{{- $factors := dict "m" 0.001 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "Ki" 1024.0 "Mi" 1048576.0 "Gi" 1073741824.0 "Ti" 1099511627776.0 -}}
+{{- $unit := regexFind "[A-Za-z]+$" . -}}
+{{- mulf (trimSuffix $unit . | float64) (get $factors $unit | default 1.0) -}}
 {{- end }}
 
 {{- define "tandem.checkModel" -}}

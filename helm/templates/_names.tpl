@@ -4,13 +4,14 @@
 {{- default .Chart.Name .Values.nameOverride | trunc 36 | trimSuffix "-" -}}
 {{- end }}
 
+{{/* At most 35 characters: with -green and KubeRay's -head-svc it is 50, beyond which KubeRay cuts from the front. */}}
 {{- define "tandem.fullname" -}}
 {{- if .Values.fullnameOverride -}}
-{{- .Values.fullnameOverride | trunc 36 | trimSuffix "-" -}}
+{{- .Values.fullnameOverride | trunc 35 | trimSuffix "-" -}}
 {{- else if contains (include "tandem.name" .) .Release.Name -}}
-{{- .Release.Name | trunc 36 | trimSuffix "-" -}}
+{{- .Release.Name | replace "." "-" | trunc 35 | trimSuffix "-" -}}
 {{- else -}}
-{{- printf "%s-%s" .Release.Name (include "tandem.name" .) | trunc 36 | trimSuffix "-" -}}
+{{- printf "%s-%s" .Release.Name (include "tandem.name" .) | replace "." "-" | trunc 35 | trimSuffix "-" -}}
 {{- end -}}
 {{- if and (not .Values.fullnameOverride) (regexMatch "^[0-9]" .Release.Name) -}}
 {{- fail (printf "the release's name, %s, begins with a digit, which the name of a service must not: set fullnameOverride" .Release.Name) -}}

@@ -68,6 +68,9 @@ imagePullSecrets:
 - name: scripts
   configMap:
     name: {{ include "tandem.cluster" .ctx }}-scripts
+    {{- if eq .component "head" }}
+    optional: true # KubeRay makes the pod that removes a cluster's state from Redis of this one, when the map may be gone
+    {{- end }}
 {{- if and (eq .component "gateway") .ctx.Values.auth.api.enabled }}
 - name: api-keys
   secret:

@@ -55,21 +55,8 @@ MIX_TILE(float32, float, up_to_16_floats)
 MIX_TILE(bfloat16, bfloat16, up_to_16_widened)
 #endif
 
-#define FLOAT(name) name##_float32
-#define real float
-#define LOAD(value) (value)
-#define STORE(value) (value)
-#include "attention.c"
-#undef FLOAT
-#undef real
-#undef LOAD
-#undef STORE
-
-#define FLOAT(name) name##_bfloat16
-#define real bfloat16
-#define LOAD(value) widened(value)
-#define STORE(value) narrowed(value)
-#include "attention.c"
+#define BODY "attention.c"
+#include "formats.h"
 
 #else
 

@@ -7,7 +7,7 @@ sums, and the order of a sum does not depend on which rows go together. */
 #ifndef TANDEM_COLUMNS_H
 #define TANDEM_COLUMNS_H
 
-#include "common.h"
+#include "ops.h"
 
 static inline float kept(float value) { return value; }
 

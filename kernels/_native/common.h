@@ -1,7 +1,7 @@
 /* What all the loops share: sizes, the two number formats, and an exponential that the compiler can vectorise.
 
-A file that has one body for both formats includes itself twice: FLOAT(name) is the function's name, `real` the stored
-type, LOAD and STORE convert to and from float. bfloat16 is the upper half of a float; it is rounded to nearest even.
+A file that has one body for both formats is included twice by formats.h: FLOAT(name) is the function's name, `real` the
+stored type, LOAD and STORE convert to and from float. bfloat16 is the upper half of a float; it is rounded to nearest even.
 Sums are reordered only where a pragma says so: everything else means what IEEE 754 says. limits.py has the numbers
 whose names begin with MAX_. */
 

@@ -5,7 +5,7 @@ a small model takes longer than the loops. */
 
 #ifndef FLOAT
 
-#include "common.h"
+#include "ops.h"
 
 /* Pointers are to the format of the whole, but `half`: the bfloat16 half of a float32 matrix, or null. scales: of a
    matrix of 8-bit numbers, else null. */
@@ -33,22 +33,6 @@ typedef struct {
 } Step;
 
 enum { SERIAL_WORK = 1 << 22 }; /* products of a matrix, up to which a second thread costs more than it brings */
-
-#define DECLARED(name, real)                                                                                           \
-    void linear_##name(const real *, const real *, const real *, real *, size, size, size, size);                      \
-    void int8_linear_##name(const real *, const int8_t *, const float *, const real *, real *, size, size, size,       \
-                            size);                                                                                     \
-    void rms_norm_##name(const real *, const real *, real *, size, size, size, float);                                 \
-    void add_rms_norm_##name(const real *, real *, const real *, real *, size, size, float);                           \
-    void swiglu_##name(const real *, real *, size, size);                                                              \
-    void rotate_##name(const real *, size, const float *, const float *, real *, size, size, size);                    \
-    size write_pages_##name(real *, real *, const real *, const real *, size, size, const int64_t *, size, size,       \
-                            size);                                                                                     \
-    size paged_attention_##name(const real *, size, size, const real *, const real *, size, const int64_t *, size,     \
-                                const int64_t *, size, size, size, size, size, size, float, real *, size);
-DECLARED(float32, float)
-DECLARED(bfloat16, bfloat16)
-void mixed_linear_float32(const float *, const bfloat16 *, const float *, float *, size, size, size, size);
 
 #define FLOAT(name) name##_float32
 #define real float
@@ -87,16 +71,17 @@ size FLOAT(decoder_layers)(const Layer *layers, const Sizes *sizes, const Step *
     real *mixed = qk + tokens * rotated * dim, *added = mixed + tokens * sizes->heads * dim;
     real *gate_up = added + tokens * width, *act = gate_up + 2 * tokens * inner;
     num_slots = step->num_pages * step->page_size;
-    FLOAT(rms_norm)(hidden, layers[0].input_norm, normed, tokens, width, 1, sizes->eps);
+    FLOAT(rms_norm)(hidden, layers[0].input_norm, normed, tokens, width, 1, sizes->eps, 1);
     for (size i = 0; i < sizes->layers; i++) {
         const Layer *layer = layers + i;
         real *k_cache = caches[2 * i], *v_cache = caches[2 * i + 1];
         FLOAT(product)(normed, &layer->qkv, qkv, tokens, step->threads);
         for (size t = 0; layer->qk_norm && t < tokens; t++) {
             real *row = qkv + t * all * dim;
-            FLOAT(rms_norm)(row, layer->qk_norm, row, rotated, dim, rotated, sizes->eps);
+            FLOAT(rms_norm)(row, layer->qk_norm, row, rotated, dim, rotated, sizes->eps, 1);
         }
-        FLOAT(rotate)(qkv, all * dim, step->cos, step->signed_sin, qk, tokens, rotated, dim);
+        FLOAT(rotate)(qkv, all * dim, step->cos, step->signed_sin, qk, tokens, rotated, dim,
+                      1);
         size refused = FLOAT(write_pages)(k_cache, v_cache, qk + sizes->heads * dim, qkv + rotated * dim, rotated * dim,
                                           all * dim, step->slots, num_slots, tokens, sizes->kv_heads * dim);
         if (refused >= 0) return refused;
@@ -106,13 +91,14 @@ size FLOAT(decoder_layers)(const Layer *layers, const Sizes *sizes, const Step *
                                          sizes->scale, mixed, step->threads);
         if (refused >= 0) return tokens + refused;
         FLOAT(product)(mixed, &layer->o, added, tokens, step->threads);
-        FLOAT(add_rms_norm)(added, hidden, layer->post_norm, normed, tokens, width, sizes->eps);
+        FLOAT(add_rms_norm)(added, hidden, layer->post_norm, normed, tokens, width, sizes->eps,
+                            1);
         FLOAT(product)(normed, &layer->gate_up, gate_up, tokens, step->threads);
-        FLOAT(swiglu)(gate_up, act, tokens, inner);
+        FLOAT(swiglu)(gate_up, act, tokens, inner, 1);
         FLOAT(product)(act, &layer->down, added, tokens, step->threads);
         int is_last = i + 1 == sizes->layers;
         FLOAT(add_rms_norm)(added, hidden, is_last ? final_norm : layers[i + 1].input_norm, is_last ? out : normed,
-                            tokens, width, sizes->eps);
+                            tokens, width, sizes->eps, 1);
     }
     return -1;
 }

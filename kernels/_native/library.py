@@ -25,13 +25,13 @@ from typing import Any
 
 import torch
 
-from kernels._native.limits import IN_C
+from kernels._native.limits import IN_C, SHARED_NUMBERS
 
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
+HEADERS = ("common.h", "formats.h", "ops.h", "columns.h")
 UNITS = ("pointwise.c", "attention.c", "linear.c", "quantised_linear.c", "scan.c", "decoder_layers.c")
-HEADERS = ("common.h", "columns.h")
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = (
     "-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",
@@ -160,3 +160,18 @@ def functions(
             function.argtypes, function.restype = arguments, returns
             found[dtype] = function
     return found
+
+
+def row_function(name: str, *arguments: type) -> Function:
+    """The C function `name`, which takes a number of threads behind these arguments. To be called with a dtype, how
+    many numbers a tensor holds, and the arguments; many are shared out among torch's threads, and do not hold up other
+    threads of Python."""
+    short, long = functions(name, *arguments, SIZE), functions(name, *arguments, SIZE, takes_long=True)
+
+    def call(dtype: torch.dtype, numbers: int, *given: Any) -> None:
+        if numbers > SHARED_NUMBERS:
+            long[dtype](*given, torch.get_num_threads())
+        else:
+            short[dtype](*given, 1)
+
+    return call

@@ -1,45 +1,41 @@
-/* Norms, the gated activation, rotation, and rows into pages: one pass over each row, float32 inside. */
+/* Norms, the gated activation, rotation, and rows into pages: one pass over each row, float32 inside. Rows are shared out
+   among `threads`. */
 
 #ifndef FLOAT
 
-#include "common.h"
+#include "ops.h"
 
-#define FLOAT(name) name##_float32
-#define real float
-#define LOAD(value) (value)
-#define STORE(value) (value)
-#include "pointwise.c"
-#undef FLOAT
-#undef real
-#undef LOAD
-#undef STORE
-
-#define FLOAT(name) name##_bfloat16
-#define real bfloat16
-#define LOAD(value) widened(value)
-#define STORE(value) narrowed(value)
-#include "pointwise.c"
+#define BODY "pointwise.c"
+#include "formats.h"
 
 #else
 
-/* out = x / sqrt(mean(x^2) + eps) * weight; weights change from head to head: row r takes row r % num_weights. */
+/* out = x / sqrt(mean(x^2) + eps) * weight; weights change from head to head: row r takes row r % num_weights, and where
+   there are none the factor is 1. */
 void FLOAT(rms_norm)(const real *x, const real *weight, real *out, size rows, size width, size num_weights,
-                     float eps) {
+                     float eps, size threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
     for (size r = 0; r < rows; r++) {
-        const real *row = x + r * width, *factors = weight + (r % num_weights) * width;
+        const real *row = x + r * width, *factors = num_weights ? weight + (r % num_weights) * width : 0;
         real *target = out + r * width;
         float total = 0;
 #pragma omp simd reduction(+ : total)
         for (size i = 0; i < width; i++) total += LOAD(row[i]) * LOAD(row[i]);
         float scale = 1.0f / sqrtf(total / (float)width + eps);
+        if (factors) {
 #pragma omp simd
-        for (size i = 0; i < width; i++) target[i] = STORE(LOAD(row[i]) * scale * LOAD(factors[i]));
+            for (size i = 0; i < width; i++) target[i] = STORE(LOAD(row[i]) * scale * LOAD(factors[i]));
+        } else {
+#pragma omp simd
+            for (size i = 0; i < width; i++) target[i] = STORE(LOAD(row[i]) * scale);
+        }
     }
 }
 
 /* residual += x, rounded as it is stored; out = its norm. */
 void FLOAT(add_rms_norm)(const real *x, real *residual, const real *weight, real *out, size rows, size width,
-                         float eps) {
+                         float eps, size threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
     for (size r = 0; r < rows; r++) {
         const real *row = x + r * width;
         real *stream = residual + r * width, *target = out + r * width;
@@ -57,7 +53,8 @@ void FLOAT(add_rms_norm)(const real *x, real *residual, const real *weight, real
 }
 
 /* out [rows, inner] = silu(gate) * up of rows [gate, up]. */
-void FLOAT(swiglu)(const real *gate_up, real *out, size rows, size inner) {
+void FLOAT(swiglu)(const real *gate_up, real *out, size rows, size inner, size threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
     for (size r = 0; r < rows; r++) {
         const real *gate = gate_up + 2 * r * inner, *up = gate + inner;
         real *target = out + r * inner;
@@ -71,8 +68,9 @@ void FLOAT(swiglu)(const real *gate_up, real *out, size rows, size inner) {
 
 /* Every head of x [tokens, heads, dim] (tokens `stride` apart) by its token's angles, cos and signed_sin [tokens, dim]. */
 void FLOAT(rotate)(const real *x, size stride, const float *cos, const float *signed_sin, real *out, size tokens,
-                   size heads, size dim) {
+                   size heads, size dim, size threads) {
     size half = dim / 2;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
     for (size t = 0; t < tokens; t++) {
         const float *c = cos + t * dim, *s = signed_sin + t * dim;
         for (size h = 0; h < heads; h++) {

@@ -1,13 +1,13 @@
-"""Rotation of few tokens. See kernels.rotary."""
+"""Rotation of heads. See kernels.rotary."""
 
 from __future__ import annotations
 
 import torch
 
 from kernels._native.checks import is_like, misfit
-from kernels._native.library import POINTER, SIZE, functions
+from kernels._native.library import POINTER, SIZE, row_function
 
-_ROTATE = functions("rotate", POINTER, SIZE, POINTER, POINTER, POINTER, SIZE, SIZE, SIZE)
+_ROTATE = row_function("rotate", POINTER, SIZE, POINTER, POINTER, POINTER, SIZE, SIZE, SIZE)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
@@ -20,7 +20,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torc
     if not is_table or dim % 2:
         raise misfit("rotate", x=x, cos=cos, signed_sin=signed_sin)
     out = torch.empty((tokens, heads, dim), dtype=x.dtype)
-    _ROTATE[x.dtype](
-        x.data_ptr(), x.stride(0), cos.data_ptr(), signed_sin.data_ptr(), out.data_ptr(), tokens, heads, dim
-    )
+    _ROTATE(
+        x.dtype, x.numel(), x.data_ptr(), x.stride(0), cos.data_ptr(), signed_sin.data_ptr(), out.data_ptr(), tokens,
+        heads, dim,
+    )  # fmt: skip
     return out

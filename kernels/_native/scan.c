@@ -1,7 +1,7 @@
 /* The selective scan: every channel's state goes through a sequence's tokens in registers and cache, a block of tokens
 at a time, so that what all channels share of these (b and c) stays near.
 
-    h = e^(step a) h + step x b        y = <h, c> + skip x
+    step = softplus(dt + bias)        h = e^(step a) h + step x b        y = (<h, c> + skip x) silu(gate)
 
 `a` is negative and steps are not, so the exponent is never above zero. */
 
@@ -31,21 +31,22 @@ static inline float decayed(float x) {
     return series;
 }
 
-#define FLOAT(name) name##_float32
-#define real float
-#define LOAD(value) (value)
-#define STORE(value) (value)
-#include "scan.c"
-#undef FLOAT
-#undef real
-#undef LOAD
-#undef STORE
+/* log(1 + e^x) to three units in the last place: log(1 + e) is 2 artanh(e / (2 + e)), whose argument is at most 1/3. */
+static inline float softplus(float x) {
+    float power = exponential(-fabsf(x)), ratio = power / (2.0f + power), square = ratio * ratio;
+    float series = 1.0f / 15.0f;
+    series = series * square + 1.0f / 13.0f;
+    series = series * square + 1.0f / 11.0f;
+    series = series * square + 1.0f / 9.0f;
+    series = series * square + 1.0f / 7.0f;
+    series = series * square + 1.0f / 5.0f;
+    series = series * square + 1.0f / 3.0f;
+    series = series * square + 1.0f;
+    return (x > 0.0f ? x : 0.0f) + 2.0f * ratio * series;
+}
 
-#define FLOAT(name) name##_bfloat16
-#define real bfloat16
-#define LOAD(value) widened(value)
-#define STORE(value) narrowed(value)
-#include "scan.c"
+#define BODY "scan.c"
+#include "formats.h"
 
 #else
 
@@ -78,21 +79,53 @@ static inline __attribute__((always_inline)) void FLOAT(channel)(
     }
 }
 
+/* steps[t] = softplus(dt[t] + bias) of `count` channels and `tokens` tokens. */
+static void FLOAT(stepped)(const real *dt, size dt_stride, const float *bias, float *steps, size channels, size count,
+                           size tokens) {
+    for (size t = 0; t < tokens; t++) {
+        const real *raw = dt + t * dt_stride;
+        float *target = steps + t * channels;
+        if (bias) {
+#pragma omp simd
+            for (size d = 0; d < count; d++) target[d] = softplus(LOAD(raw[d]) + bias[d]);
+        } else {
+#pragma omp simd
+            for (size d = 0; d < count; d++) target[d] = softplus(LOAD(raw[d]));
+        }
+    }
+}
+
+/* y[t] *= silu(gate[t]), likewise. */
+static void FLOAT(gated)(const real *gate, size gate_stride, real *y, size channels, size count, size tokens) {
+    for (size t = 0; t < tokens; t++) {
+        const real *own = gate + t * gate_stride;
+        real *target = y + t * channels;
+#pragma omp simd
+        for (size d = 0; d < count; d++) {
+            float value = LOAD(own[d]);
+            target[d] = STORE(LOAD(target[d]) * value / (1.0f + exponential(-value)));
+        }
+    }
+}
+
 /* All sequences' channels [first, end); see below. */
-static void FLOAT(part)(const real *x, size x_stride, const float *steps, const real *b, size b_stride, const real *c,
-                        size c_stride, const float *a, const float *skip, float *states, real *y, const int64_t *spans,
+static void FLOAT(part)(const real *x, size x_stride, const real *dt, size dt_stride, const float *bias, const real *b,
+                        size b_stride, const real *c, size c_stride, const float *a, const float *skip, float *states,
+                        const real *gate, size gate_stride, float *steps, real *y, const int64_t *spans,
                         size num_spans, size channels, size width, size first, size end) {
     float shared_b[TOKENS * MAX_STATE], shared_c[TOKENS * MAX_STATE], h[MAX_STATE];
     for (size s = 0; s < num_spans; s++) {
         size begin = spans[3 * s], stop = begin + spans[3 * s + 1];
         float *own = states + spans[3 * s + 2] * channels * width;
         for (size block = begin; block < stop; block += TOKENS) {
-            size count = stop - block < TOKENS ? stop - block : TOKENS;
+            size count = stop - block < TOKENS ? stop - block : TOKENS, place = block * channels + first;
             for (size t = 0; t < count; t++)
                 for (size n = 0; n < width; n++) {
                     shared_b[t * width + n] = LOAD(b[(block + t) * b_stride + n]);
                     shared_c[t * width + n] = LOAD(c[(block + t) * c_stride + n]);
                 }
+            FLOAT(stepped)(dt + block * dt_stride + first, dt_stride, bias ? bias + first : bias, steps + place, channels,
+                           end - first, count);
             for (size d = first; d < end; d++) {
                 float *state = own + d * width;
                 const real *values = x + block * x_stride + d;
@@ -107,15 +140,19 @@ static void FLOAT(part)(const real *x, size x_stride, const float *steps, const 
                                    target, count, width);
                 memcpy(state, h, width * sizeof(float));
             }
+            if (gate)
+                FLOAT(gated)(gate + block * gate_stride + first, gate_stride, y + place, channels, end - first, count);
         }
     }
 }
 
-/* Every channel of all sequences: spans [num_spans, 3] are (first token, tokens, slot). x, b and c have rows any distance
-   apart; steps and y are [tokens, channels], a [channels, width], states [num_slots, channels, width]. Channels are
-   shared out among `threads`. Returns -1, or before anything is written the first sequence that is not there. */
-size FLOAT(selective_scan)(const real *x, size x_stride, const float *steps, const real *b, size b_stride,
-                           const real *c, size c_stride, const float *a, const float *skip, float *states, real *y,
+/* Every channel of all sequences: spans [num_spans, 3] are (first token, tokens, slot). x, dt, b, c and gate have rows
+   any distance apart; steps is room for what becomes of dt, and like y [tokens, channels]; a [channels, width], states
+   [num_slots, channels, width]; bias and gate may be missing. Channels are shared out among `threads`. Returns -1, or
+   before anything is written the first sequence that is not there. */
+size FLOAT(selective_scan)(const real *x, size x_stride, const real *dt, size dt_stride, const float *bias,
+                           const real *b, size b_stride, const real *c, size c_stride, const float *a,
+                           const float *skip, float *states, const real *gate, size gate_stride, float *steps, real *y,
                            const int64_t *spans, size num_spans, size num_slots, size tokens, size channels,
                            size width, size threads) {
     for (size s = 0; s < num_spans; s++) {
@@ -126,8 +163,9 @@ size FLOAT(selective_scan)(const real *x, size x_stride, const float *steps, con
     if (parts < 1) parts = 1;
 #pragma omp parallel for num_threads(parts) if (parts > 1)
     for (size part = 0; part < parts; part++)
-        FLOAT(part)(x, x_stride, steps, b, b_stride, c, c_stride, a, skip, states, y, spans, num_spans, channels, width,
-                    channels * part / parts, channels * (part + 1) / parts);
+        FLOAT(part)(x, x_stride, dt, dt_stride, bias, b, b_stride, c, c_stride, a, skip, states, gate, gate_stride,
+                    steps, y, spans, num_spans, channels, width, channels * part / parts,
+                    channels * (part + 1) / parts);
     return -1;
 }
 

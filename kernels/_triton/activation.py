@@ -9,6 +9,7 @@ import triton.language as tl
 from kernels._triton.launch import ceil_div
 
 BLOCK = 1024
+FORMULAS = {"erf": 0, "tanh": 1, "sigmoid": 2}
 
 
 @triton.jit
@@ -29,12 +30,14 @@ def swiglu_kernel(gate_up_ptr, out_ptr, row_stride, width, num_elements, BLOCK: 
 
 
 @triton.jit
-def gelu_kernel(x_ptr, out_ptr, num_elements, TANH: tl.constexpr, BLOCK: tl.constexpr):
+def gelu_kernel(x_ptr, out_ptr, num_elements, FORMULA: tl.constexpr, BLOCK: tl.constexpr):
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = places < num_elements
     x = tl.load(x_ptr + places, mask=inside, other=0.0)
     wide = x.to(tl.float32)
-    if TANH:
+    if FORMULA == 2:
+        result = wide * _sigmoid(1.702 * wide)
+    elif FORMULA == 1:
         inner = 0.7978845608028654 * (wide + 0.044715 * wide * wide * wide)
         result = wide * _sigmoid(2.0 * inner)  # 0.5 * (1 + tanh(y)) == sigmoid(2 y)
     else:
@@ -45,28 +48,32 @@ def gelu_kernel(x_ptr, out_ptr, num_elements, TANH: tl.constexpr, BLOCK: tl.cons
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """See kernels.activation.swiglu."""
     width = gate_up.shape[-1] // 2
-    rows = gate_up.reshape(-1, 2 * width)
-    if rows.stride(-1) != 1:
-        rows = rows.contiguous()
     out = torch.empty((*gate_up.shape[:-1], width), dtype=gate_up.dtype, device=gate_up.device)
     if out.numel():
+        rows = gate_up.reshape(-1, 2 * width)
+        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
         swiglu_kernel[(ceil_div(out.numel(), BLOCK),)](rows, out, rows.stride(0), width, out.numel(), BLOCK=BLOCK)
     return out
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:
     """See kernels.activation.gelu."""
-    return _gelu(x, tanh=False)
+    return _gelu(x, "erf")
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     """See kernels.activation.gelu_tanh."""
-    return _gelu(x, tanh=True)
+    return _gelu(x, "tanh")
 
 
-def _gelu(x: torch.Tensor, *, tanh: bool) -> torch.Tensor:
+def gelu_sigmoid(x: torch.Tensor) -> torch.Tensor:
+    """See kernels.activation.gelu_sigmoid."""
+    return _gelu(x, "sigmoid")
+
+
+def _gelu(x: torch.Tensor, formula: str) -> torch.Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     if out.numel():
-        gelu_kernel[(ceil_div(out.numel(), BLOCK),)](x, out, out.numel(), TANH=tanh, BLOCK=BLOCK)
+        gelu_kernel[(ceil_div(out.numel(), BLOCK),)](x, out, out.numel(), FORMULA=FORMULAS[formula], BLOCK=BLOCK)
     return out

@@ -20,7 +20,8 @@ def rows_kernel(
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     row = tl.load(rows_ptr + item)
-    block = tl.load(tables_ptr + tl.load(streams_ptr + item) * table_stride + row // block_size).to(tl.int64)
+    stream = tl.load(streams_ptr + item).to(tl.int64)
+    block = tl.load(tables_ptr + stream * table_stride + row // block_size).to(tl.int64)
     in_pool = pool_ptr + (block * block_size + row % block_size) * width + columns
     if STORE:
         value = tl.load(other_ptr + item * other_stride + columns, mask=inside)
@@ -38,12 +39,12 @@ def convert_kernel(
     HEADS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     row = first + tl.program_id(0).to(tl.int64)
-    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    heads = tl.program_id(1).to(tl.int64) * HEADS + tl.arange(0, HEADS)[:, None]  # heads may lie a whole pool apart
     columns = tl.arange(0, DIM)[None, :]
     inside = (heads < num_heads) & (columns < head_dim)
-    source = tl.load(source_ids_ptr + row // source_size) * source_block_stride
+    source = tl.load(source_ids_ptr + row // source_size).to(tl.int64) * source_block_stride
     source += (row % source_size) * source_row_stride
-    target = tl.load(target_ids_ptr + row // target_size) * target_block_stride
+    target = tl.load(target_ids_ptr + row // target_size).to(tl.int64) * target_block_stride
     target += (row % target_size) * target_row_stride
     value = tl.load(source_ptr + source + heads * source_head_stride + columns, mask=inside)
     place = target_ptr + target + heads * target_head_stride + columns

@@ -1,7 +1,8 @@
-"""What the launchers share: tile sizes, and whether kernels are interpreted."""
+"""What the launchers share: tile sizes, the error of what does not fit, and whether kernels are interpreted."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -14,6 +15,18 @@ def _probe(out_ptr):
 
 
 IS_INTERPRETED = type(_probe).__name__ == "InterpretedFunction"
+
+
+def misfit(op: str, **tensors: torch.Tensor | None) -> ValueError:
+    """To be raised by a launcher: what each of its tensors is. A pointer carries no shape and no end, so what torch's
+    path refuses would be read or written past its end here."""
+    described = (
+        f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+        f"{'' if tensor.is_contiguous() else f' with strides {tensor.stride()}'}"
+        for name, tensor in tensors.items()
+        if tensor is not None
+    )
+    return ValueError(f"{op}: {', '.join(described)} do not fit the Triton path")
 
 
 def next_power_of_2(value: int) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from kernels._triton.attention import Shape, Tiles, attend, shape_for
+from kernels._triton.launch import misfit
 from kernels.attention_mask import CAUSAL, AttentionMask
 
 
@@ -34,8 +35,14 @@ def paged_attention(
     *, mask: AttentionMask = CAUSAL, softcap: float | None = None, lse: torch.Tensor | None = None,
     num_splits: int | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """q: [T, H, D]; caches: [num_pages, page_size, Hk, D] contiguous; lse: [T, H] to fill. Returns [T, H, D]."""
+    """q: [T, H, D]; caches: [num_pages, page_size, Hk, D] contiguous; lse: [T, H] to fill. Returns [T, H, D]. Raises
+    ValueError when these do not fit each other."""
     num_pages, page_size, num_kv_heads, head_dim = k_cache.shape
+    fits = k_cache.shape == v_cache.shape and q.shape[2] == head_dim and q.shape[1] % num_kv_heads == 0
+    if lse is not None:
+        fits = fits and lse.shape == q.shape[:2] and lse.dtype == torch.float32 and lse.is_contiguous()
+    if not fits:
+        raise misfit("paged_attention", q=q, k_cache=k_cache, v_cache=v_cache, lse=lse)
     if q.stride(-1) != 1:
         q = q.contiguous()
     k, v = (cache.view(num_pages * page_size, num_kv_heads, head_dim) for cache in (k_cache, v_cache))

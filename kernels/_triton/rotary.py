@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._triton.launch import next_power_of_2
+from kernels._triton.launch import misfit, next_power_of_2
 
 
 @triton.jit
@@ -34,8 +34,11 @@ def rotate_kernel(
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
-    """See kernels.rotary.rotate; cos, signed_sin: [T, 1, D] float32."""
+    """See kernels.rotary.rotate; cos, signed_sin: [T, 1, D] float32. Raises ValueError on others and for an odd D."""
     num_tokens, num_heads, head_dim = x.shape
+    is_table = cos.shape == signed_sin.shape == (num_tokens, 1, head_dim)
+    if not is_table or cos.dtype != torch.float32 or signed_sin.dtype != torch.float32 or head_dim % 2:
+        raise misfit("rotate", x=x, cos=cos, signed_sin=signed_sin)
     if x.stride(-1) != 1:
         x = x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -210,7 +210,7 @@ def cut_kernel(
     highest = tl.max(best, axis=0)
 
     key = tl.full([], -(1 << (31 - SHIFT)), tl.int32)
-    num_ties = vocab.to(tl.float32)
+    num_ties = tl.full([], vocab, tl.float32)  # `vocab` is no tensor where it is 1
     if top_k < vocab:
         key = _descend(row_ptr, vocab, highest, sharpness, top_k, False, SHIFT, BLOCK)
         above, _, _ = _above(row_ptr, vocab, highest, sharpness, key, SHIFT, BLOCK)

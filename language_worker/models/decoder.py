@@ -17,7 +17,7 @@ from kernels.activation import swiglu
 from kernels.decoder_layers import DecoderLayers
 from kernels.invariance import tile_rows
 from kernels.linear import Weight, linear
-from kernels.quantised_matrix import Quantization
+from kernels.quantised_matrix import QuantisedMatrix, Quantization, new_matrix
 from kernels.quantised_pages import LayerCache
 from kernels.rotary import RotaryTable
 from language_worker.errors import MediaMismatch, ModelNotSupported
@@ -88,7 +88,8 @@ class Decoder(RuledModel):
         shapes = [block.at_layer(i) for i in range(spec.kv.num_layers)]
         self.blocks = [DecoderBlock(shape, dtype=dtype, device=device) for shape in shapes]
         self.final_norm = torch.empty(spec.hidden_size, dtype=dtype, device=device)
-        self.head = self.embedding if tied else torch.empty_like(self.embedding)
+        self.is_tied = tied
+        self.head: Weight = self.embedding if tied else torch.empty_like(self.embedding)
         self.rotary = rotary
 
     @classmethod
@@ -103,14 +104,19 @@ class Decoder(RuledModel):
         load_checkpoint(checkpoint, model.parameters(), rules, foreign=foreign)
         for block in model.blocks:
             block.finish()
+        if isinstance(model.head, QuantisedMatrix):
+            if model.is_tied:
+                model.head.copy_(model.embedding)
+            model.head.finish()
         return model
 
     def quantise(self, method: Quantization, device: torch.device) -> None:
-        """Before it is filled: the blocks' matrices in the format that `method` names, everything on `device`.
-        ModelNotSupported where the format cannot hold them."""
-        is_tied = self.head is self.embedding
+        """Before it is filled: the blocks' matrices in the format that `method` names, the head in 8 bits whatever that
+        is, everything on `device`. ModelNotSupported where the format cannot hold them."""
+        vocab_size, hidden_size = self.embedding.shape
+        dtype = self.embedding.dtype
         self.embedding, self.final_norm = self.embedding.to(device), self.final_norm.to(device)
-        self.head = self.embedding if is_tied else self.head.to(device)
+        self.head = new_matrix("int8", vocab_size, hidden_size, dtype=dtype, device=device)
         self.rotary.move(device)
         try:
             for block in self.blocks:
@@ -137,7 +143,7 @@ class Decoder(RuledModel):
     def parameters(self) -> dict[str, Weight]:
         """Every tensor to fill, by name; a tied head is not listed twice."""
         named: dict[str, Weight] = {"embedding.weight": self.embedding, "final_norm.weight": self.final_norm}
-        if self.head is not self.embedding:
+        if not self.is_tied:
             named["head.weight"] = self.head
         for i, block in enumerate(self.blocks):
             named |= block.parameters(f"layers.{i}")

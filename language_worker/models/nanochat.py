@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from kernels.attention_mask import CAUSAL, AttentionMask
 from kernels.gates import relu_squared, softcap
+from kernels.linear import linear
 from kernels.norm import rms_norm
 from kernels.paged_attention import paged_attention
 from kernels.pages import write_pages
@@ -123,13 +124,13 @@ class NanoChatLayer:
         shape = self.shape
         num_tokens, heads, kv_heads = x.shape[0], shape.num_heads, shape.num_kv_heads
         normed = rms_norm(x, None, shape.eps)
-        qkv = F.linear(normed, self.qkv).view(num_tokens, heads + 2 * kv_heads, shape.head_dim)
+        qkv = linear(normed, self.qkv).view(num_tokens, heads + 2 * kv_heads, shape.head_dim)
         qk = rms_norm(rotate(qkv[:, : heads + kv_heads], rotary), None, shape.eps)
         values = self._with_value_embedding(qkv[:, heads + kv_heads :], normed, inputs.token_ids)
         write_pages(cache[0], cache[1], qk[:, heads:], values, inputs.slots)
         mixed = paged_attention(qk[:, :heads], cache[0], cache[1], inputs.attention, self.scale, mask=self.mask)
-        x = x + F.linear(mixed.reshape(num_tokens, heads * shape.head_dim), self.o)
-        return x + F.linear(relu_squared(F.linear(rms_norm(x, None, shape.eps), self.up)), self.down)
+        x = x + linear(mixed.reshape(num_tokens, heads * shape.head_dim), self.o)
+        return x + linear(relu_squared(linear(rms_norm(x, None, shape.eps), self.up)), self.down)
 
     def _with_value_embedding(self, values: torch.Tensor, normed: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """values [T, kv heads, D] plus the tokens' own, by a gate per key head."""
@@ -184,7 +185,7 @@ class NanoChat(RuledModel):
             x = x - middle * self.backout_lambda[0]
         if inputs.logit_rows is not None:
             x = x.index_select(0, inputs.logit_rows)
-        logits = F.linear(rms_norm(x, None, shape.eps), self.head[: shape.vocab_size]).float()
+        logits = linear(rms_norm(x, None, shape.eps), self.head[: shape.vocab_size]).float()
         return logits if shape.cap is None else softcap(logits, shape.cap)
 
     def _smeared(self, x: torch.Tensor, previous_ids: torch.Tensor | None) -> torch.Tensor:

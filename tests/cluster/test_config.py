@@ -32,6 +32,12 @@ def _yaml(tmp_path: Path, text: str) -> Path:
     return path
 
 
+def test_what_a_merge_brings_may_be_set_again(tmp_path: Path) -> None:
+    text = "embedding: &half {num_threads: 2, device: cpu}\nlanguage: {<<: *half, num_threads: 3}\n"
+    config = load_config(_yaml(tmp_path, text))
+    assert (config.embedding.num_threads, config.language.num_threads, config.language.device) == (2, 3, "cpu")
+
+
 def test_defaults_are_those_of_the_components() -> None:
     config = load_config()
     assert config == ClusterConfig() == build_config({})
@@ -94,6 +100,8 @@ def test_empty_means_defaults(tmp_path: Path, text: str) -> None:
         ("workers: {health_timeout_s: 0}", "workers.health_timeout_s is 0"),
         ("- model", "must hold a map of settings, not list"),
         ("model: {path: 'x", "is not valid YAML"),
+        ("model: {path: x, path: y}", "path stands there twice"),
+        ("model: {path: x}\nmodel: {dtype: auto}", "model stands there twice"),
     ],
 )
 def test_errors_name_the_file_and_the_key(tmp_path: Path, text: str, message: str) -> None:

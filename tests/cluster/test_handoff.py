@@ -17,6 +17,7 @@ import cluster.handoff
 from cluster.directory import WorkerAddress, WorkerDirectory
 from cluster.errors import NoWorker, RequestTimeout, WorkerLost
 from cluster.handoff import MAX_ATTEMPTS, Handoff
+from cluster.legs import TOKENS_PER_PART
 from cluster.served import RequestStats, RunningRequest, ServedRequest
 from language_worker.api import SamplingParams, TokenChunk
 from tests.cluster.fake_workers import FakeWorker, Names, end_generate, send_tokens
@@ -101,7 +102,8 @@ class Rig:
         self.service.start()
         self.directory = HookedDirectory(self.service)
         self.directory.replace([worker.entry for worker in self.language + self.embedding])
-        self.handoff = Handoff(self.service, self.directory)
+        self.attempts: list[str] = []
+        self.handoff = Handoff(self.service, self.directory, self.attempts.append)
 
     def submit(self, media: tuple[bytes, ...] = (), **values: Any) -> tuple[Outcome, RunningRequest]:
         outcome = Outcome()
@@ -159,6 +161,14 @@ def _serve(call: IncomingCall, *tokens: int) -> None:
     end_generate(call, len(tokens))
 
 
+def test_an_answer_that_is_read_whole_may_come_in_larger_parts(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    rig.submit(is_streamed=False)
+    call = rig.language[0].take("generate")
+    assert call.body["tokens_per_part"] == TOKENS_PER_PART
+    _serve(call, 1)
+
+
 def test_text_meets_a_language_worker_only(make_rig: MakeRig) -> None:
     rig = make_rig()
     outcome, _ = rig.submit(timeout_s=60)
@@ -167,7 +177,7 @@ def test_text_meets_a_language_worker_only(make_rig: MakeRig) -> None:
     assert call.body.pop("request_id").startswith("request-")
     assert call.body == {
         "prompt_token_ids": [1, 2, 3], "num_media": 0, "sampling": SAMPLING.to_body(), "ticket": None,
-        "return_logits": False,
+        "return_logits": False, "tokens_per_part": 1,
     }  # fmt: skip
     call.body["request_id"] = "x"
     _serve(call, 5, 6, 7)
@@ -327,6 +337,7 @@ def test_a_worker_lost_after_the_first_token_is_replaced_and_no_token_comes_twic
     end_generate(again, 4)
     stats = outcome.wait().stats
     assert stats is not None and stats.hops["attempts"] == 2 and outcome.tokens == [5, 6, 7, 8]
+    assert rig.attempts == ["first", "PeerLost"]
 
 
 def test_a_request_without_a_seed_gets_one_that_all_its_workers_are_told(make_rig: MakeRig) -> None:
@@ -357,6 +368,7 @@ def test_a_worker_that_came_back_may_take_over_from_the_one_that_took_over_from_
         _serve(reborn.take("generate"), 5, 6)
         stats = outcome.wait().stats
     assert stats is not None and stats.hops["attempts"] == 3 and outcome.tokens == [5, 6]
+    assert rig.attempts == ["first", "EngineStopped", "EngineStopped"]
 
 
 def test_an_answer_that_would_be_another_one_is_an_error_and_nothing_wrong_is_delivered(make_rig: MakeRig) -> None:
@@ -639,7 +651,7 @@ def test_cancel_while_the_calls_are_being_made(make_rig: MakeRig, attempt: int) 
         """Hands out the running request before its calls are made, as another thread might have it."""
 
         def submit(self, request: ServedRequest, sink: Any) -> RunningRequest:
-            run = cluster.handoff._Run(self._service, self._directory, request, sink)
+            run = self._new_run(request, sink)
             runs.append(run)
             run.start()
             return run

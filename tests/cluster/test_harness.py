@@ -24,6 +24,7 @@ from cluster.harness.load import percentile
 from cluster.harness.oracle import Judge
 from cluster.harness.plan import Fault, Topology, load_scenario
 from cluster.harness.plots import distribution, scatter
+from language_worker.errors import EngineError
 
 ROOT = Path(__file__).resolve().parents[2]
 METRICS = 'tandem:worker_up{worker="language-0"} 1.0\ntandem:transfer_blocks_in_use{worker="language-0"} %d\n'
@@ -274,6 +275,15 @@ def test_a_deployment_that_is_not_there_is_an_error(harness: Callable[..., Outco
         ({"name": "x", "steps": [{"name": "a", "load": {"requests": "many"}}]}, "steps.0.load.requests"),
         ({"name": "x", "steps": [{"name": "a", "fault": {"kind": "kill"}}]}, "need a worker"),
         ({"name": "x", "oracle": {"kind": "file"}, "steps": [{"name": "a"}]}, "oracle.file"),
+        ({"name": "x", "topology": {"config": {"model": [1]}}, "steps": [{"name": "a"}]}, "topology.config.model"),
+        ({"name": "x", "topology": {"config": {"model": "demo"}}, "steps": [{"name": "a"}]}, "topology.config.model"),
+        ({"name": "x", "topology": {"config": {"model": {"path": [1]}}}, "steps": [{"name": "a"}]}, "model.path"),
+        ({"name": "x", "topology": {"config": {"workers": {"embeding": 2}}}, "steps": [{"name": "a"}]}, "embeding"),
+        ({"name": "x", "topology": {"url": "ftp://here"}, "steps": [{"name": "a"}]}, "topology.url"),
+        (
+            {"name": "x", "steps": [{"name": "a", "fault": {"kind": "upgrade", "config": {"langage": {}}}}]},
+            "steps.0.fault.config: unknown setting langage",
+        ),
     ],
 )
 def test_wrong_files_are_refused_with_the_place(tree: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -281,6 +291,37 @@ def test_wrong_files_are_refused_with_the_place(tree: dict[str, Any], words: str
     with pytest.raises(ConfigError, match=r"s\.yaml|x: ") as caught:
         load_scenario(tmp_path / "s.yaml")
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("known", "words"),
+    [
+        (None, "No such file"),
+        ({"prompt": "x"}, "holds no list"),
+        ([{"answer": "x"}], "holds no list"),
+        ([], "holds no question"),
+        ([{"prompt": "x", "answer": "y", "image": "nowhere.png"}], "nowhere.png, which is not there"),
+    ],
+)
+def test_wrong_files_of_answers_are_refused_before_anything_starts(known: Any, words: str, tmp_path: Path) -> None:
+    if known is not None:
+        (tmp_path / "known.json").write_text(json.dumps(known))
+    tree = {"name": "x", "oracle": {"kind": "file", "file": "known.json"}, "steps": [{"name": "a"}]}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(tree))
+    options = build_parser().parse_args(["harness", str(tmp_path / "s.yaml"), "--junit", str(tmp_path / "junit.xml")])
+    with pytest.raises(ConfigError, match=words):
+        options.run(options)
+
+
+def test_an_oracle_that_cannot_be_asked_is_in_the_report(
+    harness: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise EngineError("the checkpoint is not whole")
+
+    monkeypatch.setattr(Judge, "prepare", fails)
+    outcome = harness()
+    assert outcome.code == 1 and outcome.suite.get("errors") == "1" and "not whole" in outcome.page
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "harness").glob("*.yaml")), ids=lambda path: path.stem)

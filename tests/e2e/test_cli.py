@@ -19,8 +19,17 @@ from safetensors.torch import load_file, save_file
 from cluster.demo import MODEL_DIR, MODEL_NAME, questions
 from tests.e2e.serve_process import COMMAND, TIMEOUT_S, serve
 from tests.e2e.serving import Serving, ask_demo_question, eventually, long_body
+from tests.profiles import IS_SOAK
 
 ROOT = Path(__file__).parents[2]
+
+
+SIGNALS = [  # each signal and each step every day
+    (number, step)
+    for number in (signal.SIGTERM, signal.SIGINT)
+    for step in ("starting Ray", "loading")
+    if IS_SOAK or (number == signal.SIGTERM) == (step == "loading")
+]
 
 
 def _run(*arguments: str, cwd: Path = ROOT, text: str = "") -> subprocess.CompletedProcess[str]:
@@ -122,8 +131,7 @@ def test_serve_tells_at_once_that_no_ray_listens() -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("step", ["starting Ray", "loading"])
+@pytest.mark.parametrize(("number", "step"), SIGNALS)
 def test_a_signal_while_serve_starts_takes_everything_down(ray_token: None, number: int, step: str) -> None:
     mark = secrets.token_hex(16)  # every process of this cluster has it in its environment
     command = [*COMMAND, "serve", "--model", str(MODEL_DIR), "--port", "0"]

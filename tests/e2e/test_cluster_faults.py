@@ -6,6 +6,7 @@ A worker is stopped (SIGSTOP) before it is killed where a test needs requests th
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 from collections import Counter
@@ -20,6 +21,7 @@ import pytest
 from cluster.actors import WorkerHealth
 from cluster.launch import RayCluster
 from tests.e2e.serving import Serving, Streamed, ask_demo_question, chat_body, eventually, long_body, png
+from tests.e2e.test_topologies import check_topology
 from tests.tiny_models import random_image
 
 pytestmark = pytest.mark.ray
@@ -106,6 +108,10 @@ def _num_pending(futures: list[Future[Any]]) -> int:
     return sum(not future.done() for future in futures)
 
 
+def test_two_workers_of_each_kind_answer_as_one_process_does(wide_cluster: RayCluster) -> None:
+    check_topology(wide_cluster, is_split=False)
+
+
 def test_a_language_worker_is_killed_under_load(
     wide_cluster: RayCluster, wide_serving: Serving, pool: ThreadPoolExecutor
 ) -> None:
@@ -138,6 +144,9 @@ def test_a_language_worker_is_killed_under_load(
         _check_whole(streamed, text)
     num_taken_over = sum(streamed.usage["hops"].get("attempts", 1) > 1 for streamed in outcomes if streamed.usage)
     assert 0 < num_taken_over < NUM_STREAMS, "the worker that died served some of the streams, not all"
+    page = wide_serving.client.get("/metrics").text
+    (num_anew,) = re.findall(r'^tandem:request_attempts_total\{reason="PeerLost"\} (\S+)$', page, re.MULTILINE)
+    assert float(num_anew) >= num_taken_over
 
     _await_new_process(wide_cluster, victim)
     _await_up(wide_serving)

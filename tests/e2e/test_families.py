@@ -17,6 +17,7 @@ import torch
 
 from cluster import LLM, SamplingParams
 from cluster.errors import BadRequest, ChatTemplateError, ConfigError
+from cluster.padded import generate_padded, padded_logits
 from cluster.prompts import image_bytes
 from tests.profiles import IS_SOAK
 from tests.tiny_families import FAMILIES, Subject
@@ -64,6 +65,26 @@ def _check_every_split(llm: LLM, subject: Subject, behind: list[int], logits: to
             assert abs(entry.logprob - float(wanted[first + i - 1, behind[i]])) < TOLERANCE, (n, i)
 
 
+def _check_padded(llm: LLM, subject: Subject, behind: list[int], logits: torch.Tensor) -> None:
+    """A left-padded batch is its rows: the text from its start, or where that holds images what follows them."""
+    stem = [] if subject.images else subject.stem
+    rows = [[*stem, *behind[:n]] for n in (3, 11, 6)]
+    width = max(map(len, rows)) + 2
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.int64), torch.zeros(len(rows), width)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :], mask[i, width - len(row) :] = torch.tensor(row), 1
+    found = padded_logits(llm, ids, mask)
+    written, grown = generate_padded(llm, ids, mask, max_new_tokens=5, sampling=_greedy(5, subject.banned))
+    assert torch.equal(grown, torch.cat([mask, torch.ones(len(rows), 5)], dim=1).bool())
+    for i, row in enumerate(rows):
+        alone = llm.logits(row) if subject.images else logits[: len(row)]
+        assert (found[i, width - len(row) :] - alone).abs().max() < TOLERANCE
+        assert not found[i, : width - len(row)].any()
+        single = llm.generate([row], _greedy(5, subject.banned))[0].outputs[0].token_ids
+        assert written[i, width:].tolist() == single
+        assert subject.images or single == behind[len(row) - len(stem) :][:5]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_split_and_chunking_is_the_full_forward(name: str, tmp_path: Path) -> None:
     for seed in SEEDS:
@@ -74,6 +95,7 @@ def test_every_split_and_chunking_is_the_full_forward(name: str, tmp_path: Path)
             with LLM(model=str(subject.folder), max_prefill_chunk=chunk, **SETTINGS) as llm:
                 assert (llm.logits(subject.prompt(behind)) - logits).abs().max() < TOLERANCE, f"chunks of {chunk}"
                 _check_every_split(llm, subject, behind, logits)
+                _check_padded(llm, subject, behind, logits)
 
 
 @pytest.mark.parametrize("name", NAMES)

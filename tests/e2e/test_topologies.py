@@ -1,11 +1,12 @@
 """Whatever workers a cluster is made of, it gives the answers of one process, and holds nothing afterwards.
 
-1E·1L, 2E·2L and 1E·1P·1D, with tiny receive pools and a KV cache in which not all fit: images and text, samples, seeds,
-stop strings, and clients that go away.
+1E·1L, 2E·2L (in `test_cluster_faults`, which has one) and 1E·1P·1D, with tiny receive pools and a KV cache in
+which not all fit: images and text, samples, seeds, stop strings, and clients that go away.
 """
 
 from __future__ import annotations
 
+import functools
 import random
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -43,8 +44,8 @@ def _body(index: int) -> dict[str, Any]:
     return long_body(f"{text} {index}", 4 + index % 30, *images, **fields)
 
 
-@pytest.fixture(scope="module")
-def expected() -> list[list[tuple[str, str | None]]]:
+@functools.cache
+def _expected() -> list[list[tuple[str, str | None]]]:
     """(text, finish reason) of every choice, by one process."""
     tree = cluster_tree()
     bodies = [_body(i) for i in range(NUM_REQUESTS)]
@@ -58,23 +59,25 @@ def _plain(name: str, value: Any) -> Any:
     return {int(token_id): bias for token_id, bias in value.items()} if name == "logit_bias" else value
 
 
-@pytest.mark.parametrize("name", ["ray_cluster", "wide_cluster", "split_cluster"])
-def test_a_topology_answers_as_one_process_does(
-    name: str, expected: list[list[tuple[str, str | None]]], request: pytest.FixtureRequest
-) -> None:
-    cluster: RayCluster = request.getfixturevalue(name)
+@pytest.mark.parametrize("name", ["ray_cluster", "split_cluster"])
+def test_a_topology_answers_as_one_process_does(name: str, request: pytest.FixtureRequest) -> None:
+    check_topology(request.getfixturevalue(name), is_split=name == "split_cluster")
+
+
+def check_topology(cluster: RayCluster, *, is_split: bool) -> None:
+    """Every answer, with clients that leave meanwhile; nothing is left."""
     with Serving(cluster.url) as serving, ThreadPoolExecutor(12) as pool:
         leavers = [pool.submit(_leave_early, serving, i) for i in range(NUM_REQUESTS // 8)]
         answers = list(pool.map(serving.ask, [_body(i) for i in range(NUM_REQUESTS)]))
         for leaver in leavers:
             leaver.result()
-        for i, (answer, right) in enumerate(zip(answers, expected, strict=True)):
+        for i, (answer, right) in enumerate(zip(answers, _expected(), strict=True)):
             got = [(choice["message"]["content"], choice["finish_reason"]) for choice in answer["choices"]]
-            assert got == right, f"request {i} on {name}"
+            assert got == right, f"request {i} on {sorted(cluster.workers)}"
         serving.await_empty_ledger()
         figures = serving.metrics()
-        assert (sum(worker.startswith("decode") for worker in figures) == 1) == (name == "split_cluster")
-        if name == "split_cluster":
+        assert (sum(worker.startswith("decode") for worker in figures) == 1) == is_split
+        if is_split:
             assert figures["decode-0"]["kv_tokens_imported_total"] > 0
             assert figures["prefill-0"]["transfer_streams_sent_total"] >= NUM_REQUESTS
 

@@ -16,10 +16,12 @@ from PIL import Image
 
 from examples.demo_accuracy import Asked, evaluation_set
 from examples.digits import KINDS, QUESTIONS, is_right
+from tests.profiles import IS_SOAK
 
 DEMO = Path(__file__).parents[2] / "cluster" / "demo"
 MODEL = DEMO / "model"
 IMAGES = DEMO / "images"
+NUM_FRESH = 30 if IS_SOAK else 10
 
 transformers = pytest.importorskip("transformers")
 
@@ -100,9 +102,9 @@ def test_the_shipped_questions_cover_every_kind_and_count() -> None:
 
 
 def test_it_reads_fresh_held_out_pictures(oracle: Oracle) -> None:
-    asked = evaluation_set(30)
+    asked = evaluation_set(NUM_FRESH)
     right = [item for item in asked if is_right(_reply_to(oracle, item), item.expected)]
-    assert len(right) >= 27
+    assert len(right) >= 0.9 * NUM_FRESH
 
 
 def test_it_answers_without_a_picture_and_stops(oracle: Oracle) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from cluster import LLM, DiffusionParams, SamplingParams
 from cluster.cli.parser import build_parser
-from cluster.demo import DIFFUSION_MODEL_DIR, SUMS, answer_to_sums
+from cluster.demo import DIFFUSION_MODEL_DIR, SUMS, answer_to_sums, questions
 from examples.diffusion_model import Llada, Shape, save
 from examples.sums import GENERATION_LENGTH, answer_ids, answer_to, build_tokenizer, draw_question, is_held_out
 from tests.oracles_llada import LladaOracle
@@ -58,7 +59,9 @@ def test_the_demo_fills_in_its_blocks_and_is_right(capsys: pytest.CaptureFixture
     assert options.run(options) == 0
     shown = capsys.readouterr().out
     assert all(answer_to_sums(question) in shown for question in SUMS)
-    assert f"{len(SUMS)} of {len(SUMS)} answers are right" in shown
+    assert all(f"{asked.image.name} {asked.text}" in shown for asked in questions())
+    (right,) = re.findall(rf"(\d+) of {len(SUMS) + len(questions())} answers are right", shown)
+    assert int(right) >= len(SUMS) + 7, "the reader may misread two of the shipped pictures"
 
 
 def test_what_is_trained_is_what_is_served(tmp_path: Path) -> None:

@@ -55,6 +55,21 @@ def test_images_are_pinned_and_run_as_nobody_special(stage: str) -> None:
     assert words[0] == "tandem" and build_parser().parse_args(words[1:]).model == "/opt/tandem/demo-model"
 
 
+@pytest.mark.parametrize("stage", FINAL_STAGES)
+def test_images_have_what_documented_jobs_import(stage: str) -> None:
+    """A pod cannot fetch what is missing: its file system is read-only and its network closed."""
+    (wheel,) = [arguments for name, arguments in _stages()[stage] if name == "RUN" and "/wheels/*.whl" in arguments]
+    assert "[data]" in wheel
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {re.split("[<>=]", text)[0] for text in extras["data"]} == {"pandas", "pyarrow"}
+
+
+def test_an_image_asks_for_no_devices_of_its_own() -> None:
+    """With NVIDIA's runtime it would be given them also where its pod asked for none."""
+    settings = [arguments for stage in FINAL_STAGES for name, arguments in _stages()[stage] if name == "ENV"]
+    assert settings and not any("VISIBLE_DEVICES" in setting for setting in settings)
+
+
 def test_the_model_of_the_chart_s_defaults_is_in_the_images() -> None:
     (copied,) = {arguments for _, arguments in _stages()["cpu"] if arguments.endswith("demo-model")}
     assert (ROOT / copied.split()[0] / "config.json").is_file()

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from cluster.config import build_config
-from tests.helm.rendering import CASES, Object, of_kind, pod_templates, rendered, tandem_configs
+from tests.helm.rendering import CASES, Object, of_kind, pod_templates, render, rendered, tandem_configs
 
 NAMESPACE = "serving"
 GUARDED = [case for case in CASES if case != "open"]
@@ -175,6 +175,15 @@ def test_from_and_to_elsewhere(case: str) -> None:
             outside = Peer(address, namespace="", address=address)
             assert admits(policies, pod, outside, port) == may_read_images, (where, address)
         assert not admits(policies, pod, STRANGER, 443), where
+
+
+def test_a_name_service_on_ports_of_its_own_is_reached_there_alone() -> None:
+    objects = render("--set", "networkPolicy.dnsPorts={5353}")
+    policies = of_kind(objects, "NetworkPolicy")
+    for where, pod in pods(objects).items():
+        for protocol in ("UDP", "TCP"):
+            assert admits(policies, pod, NAMES, 5353, protocol), where
+            assert not admits(policies, pod, NAMES, 53, protocol), where
 
 
 def test_pods_are_reached_by_the_service_that_names_them() -> None:

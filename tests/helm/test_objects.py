@@ -9,6 +9,7 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import pytest
+import yaml
 from ray.autoscaler._private.kuberay import autoscaling_config
 
 from cluster.metrics import LEDGER
@@ -16,6 +17,7 @@ from tests.helm.kuberay_schema import RAY_CLUSTER
 from tests.helm.rendering import (
     CASES,
     CHART,
+    KUBERNETES,
     asked_figures,
     dashboard_queries,
     helm,
@@ -71,7 +73,50 @@ def test_names_are_unique_and_short_enough(case: str) -> None:
     names = [(item["kind"], item["metadata"]["name"]) for item in objects]
     assert len(set(names)) == len(names)
     assert all(len(name) <= 58 for _, name in names), "KubeRay makes longer names of a RayCluster's"
-    assert all(len(item["metadata"]["name"]) <= 42 for item in of_kind(objects, "RayCluster"))
+    assert all(len(item["metadata"]["name"]) <= 41 for item in of_kind(objects, "RayCluster"))
+
+
+@pytest.mark.parametrize("name", ["a-release.of-2.0", "a" * 53, "tandem." + "b" * 46])
+def test_any_name_of_a_release_makes_names_that_kuberay_and_services_take(name: str) -> None:
+    """KubeRay calls the head's service after the cluster; what is longer than 50 characters it cuts from the front."""
+    done = helm("template", name, str(CHART), "--kube-version", KUBERNETES, *CASES["both-tracks"])
+    assert done.returncode == 0, done.stderr
+    objects = [item for item in yaml.safe_load_all(done.stdout) if item]
+    deployments = {item["metadata"]["name"]: str(item["spec"]) for item in of_kind(objects, "Deployment")}
+    for cluster in of_kind(objects, "RayCluster"):
+        head = f"{cluster['metadata']['name']}-head-svc"
+        assert re.fullmatch("[a-z]([a-z0-9-]*[a-z0-9])?", head) and len(head) <= 50, head
+        assert f"--address=http://{head}:8265" in deployments[f"{cluster['metadata']['name']}-serve"]
+    for service in of_kind(objects, "Service"):
+        assert re.fullmatch("[a-z]([a-z0-9-]{0,61}[a-z0-9])?", service["metadata"]["name"])
+
+
+def test_common_labels_are_on_every_object_and_every_pod() -> None:
+    objects = rendered("scheduling")
+    assert all(item["metadata"]["labels"]["team"] == "inference" for item in objects)
+    for where, pod in pod_templates(objects):
+        assert pod["metadata"]["labels"]["team"] == "inference", where
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_node_says_how_many_gpus_it_has(case: str) -> None:
+    """Also none: untold, Ray offers whatever the container sees, which on a node with GPUs may be all of them."""
+    for cluster in of_kind(rendered(case), "RayCluster"):
+        for group in (cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"]):
+            limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+            assert group["rayStartParams"]["num-gpus"] == str(limits.get("nvidia.com/gpu", 0))
+
+
+def test_the_state_in_redis_ends_with_its_cluster() -> None:
+    """KubeRay names it after the cluster's UID, and removes it with a pod made of the head's, when the chart's maps are
+    gone: a cluster of the same name would else begin with the state of one that is gone.
+    """
+    (cluster,) = of_kind(rendered("redis"), "RayCluster")
+    assert "externalStorageNamespace" not in cluster["spec"]["gcsFaultToleranceOptions"]
+    pods = dict(pod_templates([cluster]))
+    for where, pod in pods.items():
+        volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
+        assert volumes["scripts"]["configMap"].get("optional", False) is where.endswith("/head"), where
 
 
 @pytest.mark.parametrize("case", ["defaults", "gpu", "colocated", "autoscaling"])

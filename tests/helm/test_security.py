@@ -166,3 +166,20 @@ def test_every_pod_that_may_be_evicted_has_a_budget(case: str) -> None:
         if where.startswith("RayCluster/"):
             labels = pod["metadata"]["labels"].items()
             assert sum(budget["selector"]["matchLabels"].items() <= labels for budget in budgets) == 1, where
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_budgets_are_numbers_that_must_stay(case: str) -> None:
+    """What Kubernetes takes for pods whose owner has no scale subresource; by maxUnavailable it would evict none."""
+    objects = rendered(case)
+    replicas = {"head": 1}
+    for cluster in of_kind(objects, "RayCluster"):
+        replicas |= {group["groupName"]: group["replicas"] for group in cluster["spec"]["workerGroupSpecs"]}
+    budgets = of_kind(objects, "PodDisruptionBudget")
+    assert len(budgets) >= len(replicas)
+    for budget in budgets:
+        assert set(budget["spec"]) == {"minAvailable", "selector"}, budget["metadata"]["name"]
+        component = budget["spec"]["selector"]["matchLabels"]["app.kubernetes.io/component"]
+        may_go = replicas[component] - budget["spec"]["minAvailable"]
+        is_kept = component == "head" and case not in ("redis", "everything")
+        assert may_go == (0 if is_kept else 1), budget["metadata"]["name"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import runpy
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,11 @@ class Server:
     jobs: dict[str, Job] = field(default_factory=dict)
     script: list[Any] = field(default_factory=list)
     refusals: int = 0
+    log: list[str] = field(default_factory=list)  # in pieces; those of a connection that breaks end with an error
+    breaks: list[int] = field(default_factory=list)  # after how many pieces the next connections for the log break
+    sent: list[str] = field(default_factory=list)
+    num_tails: int = 0
+    is_sent: threading.Event = field(default_factory=threading.Event)
 
     def client(self, address: str) -> Server:
         if self.refusals:
@@ -56,8 +61,15 @@ class Server:
     def stop_job(self, job: str) -> None:
         self.jobs[job].status = JobStatus.STOPPED
 
-    def get_job_logs(self, job: str) -> str:
-        return f"log of {job}\n"
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        self.num_tails += 1
+        count = self.breaks.pop(0) if self.breaks else None
+        for piece in [f"log of {job}\n", *self.log][:count]:
+            self.sent.append(piece)
+            yield piece
+        if count is not None:
+            raise RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
+        self.is_sent.set()
 
     def get_job_status(self, job: str) -> JobStatus:
         step = self.script.pop(0) if self.script else JobStatus.SUCCEEDED
@@ -103,6 +115,29 @@ def test_a_job_is_submitted_and_followed_to_its_end(
     said = capsys.readouterr()
     assert said.out == "log of job-0\n", "every line once"
     assert said.err.count("does not take jobs yet") == 2
+
+
+def test_the_log_is_read_once_and_not_once_a_second(
+    server: Server, supervise: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.log = [f"line {i}\n" * 9 for i in range(200)]
+    server.script = [JobStatus.RUNNING] * 500
+    assert supervise(POLL_S=1e-4) == 0
+    log = "log of job-0\n" + "".join(server.log)
+    assert capsys.readouterr().out == log and not server.script, "it was asked for its status all the time"
+    assert len("".join(server.sent)) <= server.num_tails * len(log) and server.num_tails <= 40
+
+
+def test_a_log_that_breaks_off_goes_on_where_it_was(
+    server: Server, supervise: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.log = [f"line {i}\n" for i in range(20)]
+    server.breaks = [0, 7, 3, 15]
+    server.script = [lambda: server.is_sent.wait(60)]  # the job ends when its log has come
+    assert supervise() == 0
+    said = capsys.readouterr()
+    assert said.out == "log of job-0\n" + "".join(server.log)
+    assert not server.breaks and said.err.count("broke off") == 4
 
 
 @pytest.mark.parametrize("status", [JobStatus.FAILED, JobStatus.STOPPED])

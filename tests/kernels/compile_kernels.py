@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 
 from kernels._triton import activation, attention, norm, pages, rotary, varlen_attention
 
+MASKS = (("sliding", 1, 1024), ("bidirectional", 0, 0), ("blocks of 32", 32, 0))  # (name, block length, window)
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}  # float16 compiles to the same with other instructions
 
 
@@ -40,6 +41,13 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[
                     {"HAS_RESIDUAL": residual, "HAS_WEIGHT": True, "ROUND": residual,
                      "ROWS": rows, "BLOCK": block}, {"num_warps": warps},
                 )  # fmt: skip
+            if width == 128:
+                yield (
+                    f"rms_norm_heads {short} {width}", norm.rms_norm_heads_kernel,
+                    {"x_ptr": pointer, "weight_ptr": pointer, "out_ptr": pointer, "eps": "fp32", **dict.fromkeys(
+                        ("token_stride", "head_stride", "num_rows", "num_heads", "width"), "i32")},
+                    {"ROWS": rows, "BLOCK": block}, {"num_warps": warps},
+                )  # fmt: skip
             yield (
                 f"layer_norm {short} {width}", norm.layer_norm_kernel,
                 {"x_ptr": pointer, "weight_ptr": pointer, "bias_ptr": pointer, "out_ptr": pointer, "x_stride": "i32",
@@ -51,11 +59,11 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[
             {"gate_up_ptr": pointer, "out_ptr": pointer, "row_stride": "i32", "width": "i32", "num_elements": "i32"},
             {"BLOCK": activation.BLOCK}, {},
         )  # fmt: skip
-        for tanh in (False, True):
+        for formula, number in activation.FORMULAS.items():
             yield (
-                f"gelu {short}{' tanh' if tanh else ''}", activation.gelu_kernel,
+                f"gelu {short} {formula}", activation.gelu_kernel,
                 {"x_ptr": pointer, "out_ptr": pointer, "num_elements": "i32"},
-                {"TANH": tanh, "BLOCK": activation.BLOCK}, {},
+                {"FORMULA": number, "BLOCK": activation.BLOCK}, {},
             )  # fmt: skip
         for heads, half in ((32, 64), (8, 128)):
             yield (
@@ -86,12 +94,14 @@ def _attention(
         "num_heads": "i32", "head_dim": "i32", "scale": "fp32", "softcap": "fp32", "split_keys": "i32",
     }  # fmt: skip
     cases = [
-        (f"window {window}, head {dim}", group, dim, window, 16, True)
+        (f"window {window}, head {dim}", group, dim, window, 16, 1, 0)
         for dim in (64, 128, 256)
         for group, window in ((7, 1), (7, 4), (4, 512))
     ]
-    cases += [(f"segments, head {dim}", 1, dim, varlen_attention.MOST_ROWS, 0, False) for dim in (64, 80)]
-    for name, group, dim, window, page, causal in cases:
+    cases += [(f"segments, head {dim}", 1, dim, varlen_attention.MOST_ROWS, 0, 0, 0) for dim in (64, 80)]
+    if dtype == torch.bfloat16:  # masks that cost registers beside the causal one
+        cases += [(f"{name}, head 128", 4, 128, 512, 16, block, sliding) for name, block, sliding in MASKS]
+    for name, group, dim, window, page, block, sliding in cases:
         size = torch.empty(0, dtype=dtype).element_size()
         if size == 4 and dim > 128:
             continue  # takes the torch path
@@ -101,10 +111,10 @@ def _attention(
             if is_packed
             else attention.shape_for(group, dim, window, size)
         )
-        for split in (False, True) if causal and window < 16 else (False,):
+        for split in (False, True) if block and window < 16 else (False,):
             constants = {
                 "GROUP": group, "ROWS": shape.rows, "KEYS": shape.keys, "DIM": max(16, triton.next_power_of_2(dim)),
-                "PAGE": page, "BLOCK": int(causal), "WINDOW": 0, "SOFTCAP": False, "SPLIT": split, "LSE": False,
+                "PAGE": page, "BLOCK": block, "WINDOW": sliding, "SOFTCAP": False, "SPLIT": split, "LSE": False,
                 "UPCAST": False,
             }  # fmt: skip
             options = {"num_warps": shape.num_warps, "num_stages": shape.num_stages}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import random
+from types import ModuleType
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.attention_mask import AttentionMask
-from kernels.dispatch import Path, forced
+from kernels.dispatch import Path, forced, twin
 from kernels.paged_attention import AttentionBatch, paged_attention
 from kernels.pages import copy_pages, write_pages
 from kernels.varlen_attention import Segments, varlen_attention
@@ -26,6 +26,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def _draw(seed: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _triton() -> ModuleType:
+    """The Triton path's module as ops get it, which on a GPU is one that moves tensors there."""
+    with forced("triton"):
+        found = twin("paged_attention", torch.empty(0))
+    assert found is not None
+    return found
 
 
 @settings(max_examples=300 if IS_SOAK else 24, deadline=None, derandomize=True)
@@ -187,9 +195,9 @@ def test_masks_soft_caps_and_log_sum_exps(
     lse = torch.full((q.shape[0], 6), float("nan"))
     with forced(path):
         if path == "triton":
-            twin = importlib.import_module("kernels._triton.paged_attention")
-            actual = twin.paged_attention(
-                q, cache.k, cache.v, *batch.tiles(twin, q, 16, 3), None, mask=mask, softcap=softcap, lse=lse,
+            triton = _triton()
+            actual = triton.paged_attention(
+                q, cache.k, cache.v, *batch.tiles(triton, q, 16, 3), None, mask=mask, softcap=softcap, lse=lse,
                 num_splits=num_splits,
             )  # fmt: skip
         else:
@@ -235,6 +243,20 @@ def test_sliding_windows_and_whole_ones_over_one_batch(
 
 
 @pytest.mark.parametrize("path", WITH_NATIVE)
+def test_layers_of_other_head_counts_share_a_batch(path: Path) -> None:
+    """Where a tile holds fewer queries, and a mask has more rows, what was planned for other heads must not be used."""
+    cache = _Cache(page_size=4, kv_heads=1, head_dim=8, dtype=torch.float32)
+    cache.fill([30, 21], seed=1, neighbours=False)
+    batch = AttentionBatch(page_table=cache.table, query_lens=[12, 7], kv_lens=[30, 21], query_start=[0, 12])
+    for heads in (1, 4, 2, 1):
+        q = _draw(heads, 19, heads, 8, dtype=torch.float32)
+        with forced(path):
+            actual = paged_attention(q, cache.k, cache.v, batch)
+        for rows, (k, v) in zip((slice(0, 12), slice(12, 19)), cache.histories, strict=True):
+            assert_matches(actual[rows], oracles.attention(q[rows], k, v, causal_end=True), reduced=4)
+
+
+@pytest.mark.parametrize("path", WITH_NATIVE)
 def test_a_window_of_one_sees_itself_alone(path: Path) -> None:
     cache = _Cache(page_size=4, kv_heads=1, head_dim=8, dtype=torch.float32)
     cache.fill([5], seed=1, neighbours=True)
@@ -255,15 +277,15 @@ def test_masks_of_negative_numbers_are_refused() -> None:
 @pytest.mark.parametrize("num_splits", [2, 3, 7])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_keys_shared_among_programs_give_the_same_answer(num_splits: int, dtype: torch.dtype) -> None:
-    twin = pytest.importorskip("kernels._triton.paged_attention")
+    triton = _triton()
     query_lens, kv_lens, heads_per_key = [1, 1, 3, 20], [1, 333, 64, 129], 7
     cache = _Cache(page_size=16, kv_heads=2, head_dim=48, dtype=dtype)
     cache.fill(kv_lens, seed=2, neighbours=False)
     q = _draw(4, sum(query_lens), 2 * heads_per_key, 48, dtype=dtype)
     starts = [sum(query_lens[:i]) for i in range(len(query_lens))]
-    shape = twin.shape_for(heads_per_key, 48, 20, q.element_size())
-    tiles = twin.plan(cache.table, query_lens, kv_lens, starts, shape, heads_per_key, q.device)
-    actual = twin.paged_attention(q, cache.k, cache.v, tiles, shape, None, num_splits=num_splits)
+    shape = triton.shape_for(heads_per_key, 48, 20, q.element_size())
+    tiles = triton.plan(cache.table, query_lens, kv_lens, starts, shape, heads_per_key, q.device)
+    actual = triton.paged_attention(q, cache.k, cache.v, tiles, shape, None, num_splits=num_splits)
     for start, length, (k, v) in zip(starts, query_lens, cache.histories, strict=True):
         window = slice(start, start + length)
         assert_matches(actual[window], oracles.attention(q[window], k, v, causal_end=True), reduced=4)

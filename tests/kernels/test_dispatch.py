@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from kernels import dispatch
 from kernels.errors import TritonUnavailable
-from kernels.norm import rms_norm
+from kernels.linear import linear
+from kernels.norm import add_rms_norm, rms_norm, rms_norm_heads
 
 ROWS, WEIGHT = torch.ones(2, 8), torch.ones(8)
 
@@ -58,6 +61,37 @@ def test_tensors_on_the_cpu_take_the_torch_path() -> None:
         with dispatch.forced("torch"):
             assert dispatch.twin("norm", ROWS) is None
     assert dispatch.twin("norm", ROWS) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_weights_are_not_lost(dtype: torch.dtype) -> None:
+    """The C twins, which small rows take, record nothing."""
+    x, weight = torch.randn(2, 8).to(dtype), torch.randn(8, 8).to(dtype).requires_grad_()
+    for result in (
+        rms_norm(x, weight[0], 1e-6),
+        rms_norm_heads(x[:, None].expand(2, 8, 8), weight, 1e-6),
+        add_rms_norm(x, x.clone(), weight[0], 1e-6)[0],
+        linear(x, weight),
+    ):
+        (gradient,) = torch.autograd.grad(result.float().square().sum(), weight)
+        assert bool(gradient.any())
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, wherever its pointers lead."""
+    seen: list[object] = []
+
+    @contextlib.contextmanager
+    def device(index: int) -> Iterator[None]:
+        seen.append(index)
+        yield
+        seen.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    elsewhere, here = dispatch._launching_on(3, "norm"), dispatch._load("norm")
+    assert elsewhere.ELEMENTS == here.ELEMENTS
+    assert torch.equal(elsewhere.rms_norm(2 * ROWS, WEIGHT, 1e-6, False), here.rms_norm(2 * ROWS, WEIGHT, 1e-6, False))
+    assert seen == [3, "left"]
 
 
 def test_other_dtypes_are_refused_on_the_triton_path_only() -> None:

@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.activation import gelu, gelu_tanh, swiglu
+from kernels._native.limits import SHARED_NUMBERS
+from kernels.activation import gelu, gelu_sigmoid, gelu_tanh, swiglu
 from kernels.dispatch import Path, forced
 from kernels.norm import add_rms_norm, layer_norm, rms_norm, rms_norm_heads
+from kernels.rotary import RotaryTable, rotary_table, rotate
 from tests import oracles
 from tests.kernels.paths import WITH_NATIVE, with_native
 from tests.tolerances import assert_matches
@@ -34,6 +36,7 @@ def test_rms_norm(shape: tuple[int, int, int], dtype: torch.dtype, seed: int, sc
     x, weight = _draw(seed, *shape, dtype=dtype, scale=scale), _draw(seed + 1, shape[-1], dtype=dtype)
     with forced(path):
         assert_matches(rms_norm(x, weight, 1e-6), oracles.rms_norm(x, weight, 1e-6))
+        assert_matches(rms_norm(x, None, 1e-6), oracles.rms_norm(x, torch.ones(shape[-1]), 1e-6))
 
 
 @pytest.mark.parametrize("path", WITH_NATIVE)
@@ -53,16 +56,17 @@ def test_rms_norm_takes_statistics_in_float32(path: Path) -> None:
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(shape=shapes, dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
+@given(shape=shapes, dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99), path=with_native)
 def test_every_head_is_normalised_with_its_own_weight(
-    shape: tuple[int, int, int], dtype: torch.dtype, seed: int
+    shape: tuple[int, int, int], dtype: torch.dtype, seed: int, path: Path
 ) -> None:
     tokens, heads, width = shape
     x, weight = (
         _draw(seed, tokens, heads + 2, width, dtype=dtype)[:, :heads],
         _draw(seed + 1, heads, width, dtype=dtype),
     )
-    normed = rms_norm_heads(x, weight, 1e-6)
+    with forced(path):
+        normed = rms_norm_heads(x, weight, 1e-6)
     for head in range(heads):
         assert_matches(normed[:, head], oracles.rms_norm(x[:, head], weight[head], 1e-6))
 
@@ -107,6 +111,7 @@ def test_activations(shape: tuple[int, int, int], dtype: torch.dtype, seed: int,
         assert_matches(swiglu(x), oracles.swiglu(x), reduced=16)  # silu is rounded once before the product
         assert_matches(gelu(x), oracles.gelu(x))
         assert_matches(gelu_tanh(x), oracles.gelu_tanh(x))
+        assert_matches(gelu_sigmoid(x), oracles.gelu_sigmoid(x), reduced=16)  # torch rounds its three steps
         assert_matches(swiglu(x[:, :0]), oracles.swiglu(x[:, :0]))
     assert torch.equal(x, before)
 
@@ -114,3 +119,25 @@ def test_activations(shape: tuple[int, int, int], dtype: torch.dtype, seed: int,
 def test_swiglu_refuses_an_odd_width() -> None:
     with pytest.raises(ValueError, match="must be even"):
         swiglu(torch.zeros(2, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_shared_out_among_threads_are_rows_alone(dtype: torch.dtype) -> None:
+    """The same bits for a tensor that one thread takes and for one of which each thread takes a part."""
+    tokens, width = 2 * SHARED_NUMBERS // 64 + 3, 66
+    x, weight = _draw(0, tokens, 2, width // 2, dtype=dtype), _draw(1, width // 2, dtype=dtype)
+    table = rotary_table(*(_draw(seed, tokens, width // 2 // 2, dtype=torch.float32) for seed in (2, 3)))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for op in (
+            lambda rows: rms_norm(x[rows], weight, 1e-6),
+            lambda rows: rms_norm(x[rows], None, 1e-6),
+            lambda rows: add_rms_norm(x[rows], x[rows].clone(), weight, 1e-6)[0],
+            lambda rows: swiglu(x[rows].flatten(1)),
+            lambda rows: rotate(x[rows][..., :-1], RotaryTable(cos=table.cos[rows], signed_sin=table.signed_sin[rows])),
+        ):
+            parts = [op(slice(start, start + 500)) for start in range(0, tokens, 500)]
+            assert torch.equal(op(slice(0, tokens)), torch.cat(parts))
+    finally:
+        torch.set_num_threads(before)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import device_tests
-from benchmarks.gpu.case import Setting
+from benchmarks.gpu.case import Case, Setting
 from benchmarks.gpu.measure import Ceilings, ceilings, microseconds
+from benchmarks.report import versions
 from kernels.dispatch import Path, forced
 from tests.kernels.paths import PATHS
 
@@ -22,6 +25,7 @@ TINY = Setting(device=torch.device("cpu"), is_tiny=True, dtype=torch.float16)
 def test_every_case_and_every_peer_that_is_just_called_runs(path: Path) -> None:
     names = []
     for case in command.all_cases(TINY):
+        assert isinstance(case, Case), case
         with forced(path):
             case.call()
         for name, build in case.peers.items():
@@ -29,7 +33,7 @@ def test_every_case_and_every_peer_that_is_just_called_runs(path: Path) -> None:
                 build()()
         assert case.work > 0
         names.append(case.name)
-    assert len(names) > 30
+    assert len(names) > 45
 
 
 def test_times_and_ceilings_are_positive_and_calls_are_counted() -> None:
@@ -42,7 +46,7 @@ def test_times_and_ceilings_are_positive_and_calls_are_counted() -> None:
 
 
 def test_a_row_has_rates_shares_and_the_best_peer_and_names_what_failed() -> None:
-    case = next(case for case in command.all_cases(TINY) if case.name == "rms_norm")
+    case = next(case for case in command.all_cases(TINY) if isinstance(case, Case) and case.name == "rms_norm")
     row = command.measure(case, TINY, Ceilings(copy=1e9, matmul=1e12), with_peers=False)
     assert math.isclose(row.rate, case.work / row.us * 1e6)
     assert math.isclose(row.share, row.rate / 1e9)
@@ -58,6 +62,26 @@ def test_a_row_has_rates_shares_and_the_best_peer_and_names_what_failed() -> Non
     assert broken.cells()[:2] == ("broken", "failed: RuntimeError: no such kernel")
     lines = command.table([shown.cells(), broken.cells()]).splitlines()
     assert len({len(line) for line in lines}) == 1
+
+
+def test_a_group_that_cannot_be_built_leaves_a_row_and_the_other_groups_their_figures() -> None:
+    def good(setting: Setting) -> Iterator[Case]:
+        yield Case(name="good", kind="copy", work=1.0, call=lambda: setting)
+
+    def _broken(setting: Setting) -> Iterator[Case]:
+        yield from good(setting)
+        raise RuntimeError("out of memory")
+
+    found = list(command.all_cases(TINY, [_broken, good]))
+    assert [case.name for case in found] == ["good", "rest of broken", "good"]
+    row = found[1]
+    assert isinstance(row, command.Row)
+    assert row.cells()[:2] == ("rest of broken", "failed: not built: RuntimeError: out of memory")
+    assert json.loads(json.dumps(row.content(), allow_nan=False))["us"] is None
+
+
+def test_a_package_under_another_name_does_not_cost_the_results() -> None:
+    assert versions(["torch", "no-such-package"])["no-such-package"] == "unknown"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")

@@ -69,8 +69,8 @@ def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """As many threads of torch's as the parameter says; every matrix counts as large."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
-    for module in (kernels.linear, kernels._native.linear):
-        monkeypatch.setattr(module, "SMALL_WEIGHTS", 0)
+    monkeypatch.setattr(kernels.linear, "CACHED_WEIGHTS", 0)
+    monkeypatch.setattr(kernels._native.linear, "SMALL_WEIGHTS", 0)
     yield request.param
     torch.set_num_threads(before)
 
@@ -265,3 +265,12 @@ def test_odd_rows_of_8_bit_products_change_no_other_row(dtype: torch.dtype) -> N
         x[0, 3], x[4, 7] = torch.inf, torch.nan
         odd = int8_linear(x, numbers, scales)
     assert not odd[[0, 4]].isfinite().any() and torch.equal(odd[[1, 2, 3, 5]], plain[[1, 2, 3, 5]])
+
+
+@pytest.mark.parametrize("path", WITH_NATIVE)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_of_8_bit_products_do_not_overflow_before_their_scale(dtype: torch.dtype, path: Path) -> None:
+    numbers, scales = torch.full((4, 1024), 127, dtype=torch.int8), torch.full((4,), 1e-3)
+    with forced(path):
+        actual = int8_linear(torch.ones(2, 1024, dtype=dtype), numbers, scales)
+    assert_matches(actual, torch.full((2, 4), 1024 * 0.127, dtype=torch.float64), reduced=1024)

@@ -73,13 +73,15 @@ def _attention() -> dict[str, Any]:
 def _scan() -> dict[str, Any]:
     return {
         "x": _of(5, 6, dtype=HALF),
-        "steps": _of(5, 6),
+        "dt": _of(5, 6, dtype=HALF),
         "b": _of(5, 4, dtype=HALF),
         "c": _of(5, 4, dtype=HALF),
         "a": -_of(6, 4),
         "skip": _of(6),
         "states": _of(3, 6, 4),
         "spans": torch.tensor([[0, 2, 2], [2, 3, 0]]),
+        "dt_bias": _of(6),
+        "gate": _of(5, 6, dtype=HALF),
     }
 
 
@@ -147,8 +149,12 @@ WRONG: list[tuple[str, str, torch.Tensor]] = [
     ("selective_scan", "x", _of(5, 6)),
     ("selective_scan", "x", _of(5, 7, dtype=HALF)),
     ("selective_scan", "x", _of(5, 6, dtype=torch.float16)),
-    ("selective_scan", "steps", _of(5, 6, dtype=HALF)),
-    ("selective_scan", "steps", _of(6, 5).T),
+    ("selective_scan", "dt", _of(5, 6)),
+    ("selective_scan", "dt", _of(6, 5, dtype=HALF)),
+    ("selective_scan", "dt_bias", _of(6, dtype=HALF)),
+    ("selective_scan", "dt_bias", _of(5)),
+    ("selective_scan", "gate", _of(5, 6)),
+    ("selective_scan", "gate", _of(4, 6, dtype=HALF)),
     ("selective_scan", "b", _of(5, 3, dtype=HALF)),
     ("selective_scan", "c", _of(4, 4, dtype=HALF)),
     ("selective_scan", "a", -_of(6, 300)),

@@ -49,11 +49,12 @@ def _matrices(engine: Engine) -> dict[str, QuantisedMatrix]:
 @torch.inference_mode()
 def _round_like(plain: Engine, method: Quantization) -> None:
     """Replace a plain engine's matrices by what is left of them after quantisation, rounded here in float64."""
-    for weight in _weights(plain).values():
-        size = next(s for s in (128, 64, 32) if weight.shape[1] % s == 0) if method == "int4" else weight.shape[1]
-        levels = 7 if method == "int4" else 127
+    decoder = _decoder(plain)
+    decoder.head = decoder.head.clone()  # the embedding stays as it is, also where it is the head
+    for weight, bits in ((decoder.head, 8), *((w, 4 if method == "int4" else 8) for w in _weights(plain).values())):
+        size = next(s for s in (128, 64, 32) if weight.shape[1] % s == 0) if bits == 4 else weight.shape[1]
         groups = weight.double().unflatten(1, (-1, size))
-        steps = groups.abs().amax(-1, keepdim=True) / levels
+        steps = (groups.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)).clamp_min(1e-30)  # rows of zeros
         weight.copy_(((groups / steps).round() * steps).flatten(1))
 
 

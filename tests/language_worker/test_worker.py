@@ -337,16 +337,22 @@ def test_close_fails_running_calls(client: Client) -> None:
 
 
 def test_an_engine_that_breaks_fails_its_calls_and_says_so(client: Client) -> None:
-    def broken() -> None:
+    engine = client.worker._engine
+    plan = engine.scheduler.plan
+
+    def broken() -> Any:
+        if not engine.scheduler.waiting:
+            return plan()
         raise MemoryError("no more")
 
-    client.worker._engine.scheduler.plan = broken  # type: ignore[method-assign]
+    engine.scheduler.plan = broken  # type: ignore[method-assign]
     answer, _ = client.generate(request_id="a", prompt_token_ids=[1])
     answer.wait()
-    assert answer.failure is not None and answer.failure.code == "EngineStopped"
+    assert answer.failure is not None and answer.failure.code == "EngineFailed" and "no more" in answer.failure.message
     later, _ = client.generate(request_id="b", prompt_token_ids=[1])
     later.wait()
     assert later.failure is not None and "no more" in later.failure.message
+    assert later.failure.code == "EngineStopped", "it was not there when the engine broke"
     assert not client.worker.is_healthy
 
 
@@ -358,12 +364,12 @@ def test_a_call_that_comes_while_the_engine_breaks_is_not_left_without_an_answer
     def broken() -> None:
         raise MemoryError("no more")
 
-    def add_late(*args: Any) -> None:
+    def add_late(*args: Any, **options: Any) -> None:
         worker._engine.scheduler.plan = broken  # type: ignore[method-assign]
         worker._engine.wake()
         worker._thread.join(30)
         assert not worker._thread.is_alive()
-        add(*args)
+        add(*args, **options)
 
     worker._delivery.add = add_late  # type: ignore[method-assign]
     answer, _ = client.generate(request_id="a", prompt_token_ids=[1])

@@ -109,6 +109,7 @@ def test_metrics_page(tmp_path: Path) -> None:
             await server.chat()
             await server.chat(stream=True)
             await server.chat(temperature=-1)
+            server.app.state.gateway.metrics.count_attempt("PeerLost")
             page = (await server.client.get("/metrics")).text
             samples = {
                 (s.name, tuple(sorted(s.labels.items()))): s.value
@@ -131,6 +132,8 @@ def test_metrics_page(tmp_path: Path) -> None:
             assert value("http_requests_total", endpoint="/v1/chat/completions", status="400") == 1
             assert value("request_errors_total", code="invalid_request") == 1
             assert value("gateway_requests_active") == 0
+            assert value("request_attempts_total", reason="PeerLost") == 1
+            assert value("request_attempts_total", reason="EngineFailed") == 0
             assert value("num_requests_running", worker="language-0") == 1
             assert value("kv_pages_referenced", worker="language-0") == 5
             assert value("worker_prompt_tokens_total", worker="language-0") == 9
