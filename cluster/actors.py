@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import ray
@@ -149,9 +149,9 @@ class GatewayActor:
             self._server = server
         return self._server.port
 
-    def set_workers(self, workers: Sequence[WorkerAddress]) -> None:
+    def set_workers(self, workers: Sequence[WorkerAddress], withdrawn: Collection[str] = ()) -> None:
         if self._server is not None:
-            self._server.set_workers(workers)
+            self._server.set_workers(workers, withdrawn)
 
     def health(self) -> GatewayHealth:
         server = self._server

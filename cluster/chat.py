@@ -8,7 +8,6 @@ media references come back as they were given, in prompt order.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from cluster.errors import ChatTemplateError, ConfigError, NoChatTemplate
 from cluster.template_masking import Masker, Masking, strings_in
 from cluster.template_sandbox import create_environment, render_bounded
 from language_worker.nanochat_files import read_published
+from transfer.checkpoint_json import parse_object, read_text, shown
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 RESERVED_NAMES = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
@@ -177,7 +177,8 @@ def load_chat_template(
     """The template of a Hugging Face model folder: `chat_template.jinja`, else `chat_template.json`, else the
     `chat_template` of tokenizer_config.json (a string, or a list of named ones, of which `default` is taken).
 
-    placeholder, system_prompt: see `ChatTemplate`. Raises ConfigError if there is none or it cannot be used.
+    placeholder, system_prompt: see `ChatTemplate`. Raises ConfigError if there is none or it cannot
+    be used, CheckpointError for a file that cannot be read.
     """
     folder = Path(model_dir)
     config = _read_json(folder / "tokenizer_config.json")
@@ -200,7 +201,7 @@ def load_chat_template(
 def _template_source(folder: Path, config: Mapping[str, Any]) -> str | None:
     jinja_file = folder / "chat_template.jinja"
     if jinja_file.is_file():
-        return jinja_file.read_text(encoding="utf-8")
+        return read_text(jinja_file)
     candidates = (_read_json(folder / "chat_template.json").get("chat_template"), config.get("chat_template"))
     for candidate in candidates:
         if isinstance(candidate, list):
@@ -209,6 +210,11 @@ def _template_source(folder: Path, config: Mapping[str, Any]) -> str | None:
             candidate = candidate.get("default")
         if isinstance(candidate, str):
             return candidate
+        if candidate is not None:
+            raise ConfigError(
+                f"{folder} has chat_template = {shown(candidate)}; a string is needed, or a list of "
+                '{"name": ..., "template": ...}'
+            )
     return None
 
 
@@ -232,15 +238,7 @@ def _token_text(token: Any) -> str | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     text = read_published(path.parent, path.name)
-    if text is None:
-        return {}
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}; replace it by the published file") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} must hold a JSON object; replace it by the published file")
-    return value
+    return {} if text is None else parse_object(text, path)
 
 
 def _part(part: Any, media: list[Any]) -> dict[str, Any]:

@@ -189,6 +189,9 @@ class ClusterConfig:
         if not self.model.path:
             raise ConfigError("no model is named; use --model DIR or set model.path in the configuration")
         folder = choose_folder(Path(self.model.path).expanduser().resolve())
+        if not folder.is_dir():
+            what = "is a file" if folder.exists() else "does not exist"
+            raise ConfigError(f"{folder} {what}; point --model at a model folder")
         if not any(path for pattern in MODEL_FILES for path in folder.glob(pattern)):
             raise ConfigError(f"{folder} holds no config.json and no .pth or .pt file; point --model at a model folder")
         model = dataclasses.replace(
@@ -233,7 +236,7 @@ class ClusterConfig:
         found: dict[str, Any] = {}
         for section in ("model", "embedding", "language"):
             for name, value in getattr(self, section).config_overrides.items():
-                if found.setdefault(name, value) != value:
+                if repr(found.setdefault(name, value)) != repr(value) and found[name] != value:  # NaN is no NaN's equal
                     raise ConfigError(
                         f"{section}.config_overrides.{name} is {value!r}, and another section says {found[name]!r}; "
                         "both halves read one config.json: set it once, in model.config_overrides"

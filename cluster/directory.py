@@ -6,7 +6,7 @@ Thread-safe. Knows addresses and connections; what travels over them is the hand
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from cluster.router import WorkerKind, WorkerView
@@ -33,22 +33,32 @@ class WorkerDirectory:
         self._workers: dict[str, WorkerAddress] = {}
         self._running: dict[str, int] = {}
         self._dead: set[str] = set()
+        self._withdrawn: set[str] = set()  # dead whatever a ping says: an answer may have been on its way
         self._listeners: list[Callable[[], None]] = []
 
     def listen(self, on_change: Callable[[], None]) -> None:
         """Call this, from any thread, whenever workers come, go, die or answer again."""
         self._listeners.append(on_change)
 
-    def replace(self, workers: Iterable[WorkerAddress]) -> None:
-        """The workers are these now; calls to a worker that is gone or has moved end with PeerLost."""
+    def replace(self, workers: Iterable[WorkerAddress], withdrawn: Collection[str] = ()) -> None:
+        """The workers are these now; calls to a worker that is gone, has moved or is withdrawn end with PeerLost.
+
+        withdrawn: names of those whose process has ended, as somebody knows who sees it. They are dead until they are
+        no longer among these, or are there at another address.
+        """
         new = {worker.name: worker for worker in workers}
         with self._lock:
             gone = [old for name, old in self._workers.items() if new.get(name) != old]
+            moved = {old.name for old in gone}
+            ended = [new[name] for name in new.keys() & set(withdrawn) - self._withdrawn - moved]
             self._workers = new
+            self._withdrawn = new.keys() & set(withdrawn)
             self._dead &= new.keys()
-            self._dead -= {old.name for old in gone}
+            self._dead -= moved
         for old in gone:
             self._service.drop_peer(self._connect(old), "the worker was replaced")
+        for worker in ended:
+            self._service.drop_peer(self._connect(worker), "the worker's process has ended")
         self._tell()
 
     def views(self) -> list[WorkerView]:
@@ -58,7 +68,7 @@ class WorkerDirectory:
                 WorkerView(
                     name=w.name,
                     kind=w.kind,
-                    is_alive=w.name not in self._dead,
+                    is_alive=w.name not in self._dead | self._withdrawn,
                     num_running=self._running.get(w.name, 0),
                 )
                 for w in self._workers.values()
@@ -89,7 +99,7 @@ class WorkerDirectory:
     def is_alive(self, worker: WorkerAddress) -> bool:
         """Whether exactly this incarnation is known and not taken for dead."""
         with self._lock:
-            return self._workers.get(worker.name) == worker and worker.name not in self._dead
+            return self._workers.get(worker.name) == worker and worker.name not in self._dead | self._withdrawn
 
     def add_running(self, name: str, change: int) -> None:
         """A request was handed to the worker (+1) or has ended there (-1)."""

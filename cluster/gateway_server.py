@@ -11,7 +11,7 @@ import logging
 import math
 import socket
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
@@ -92,11 +92,11 @@ class GatewayServer:
         self._monitor.start()
         self._thread.start()
 
-    def set_workers(self, workers: Iterable[WorkerAddress]) -> None:
-        """The workers are these from now on."""
+    def set_workers(self, workers: Iterable[WorkerAddress], withdrawn: Collection[str] = ()) -> None:
+        """The workers are these from now on; of those in `withdrawn` the process has ended."""
         workers = list(workers)
         self._service.endpoint.allow([w.public_key for w in workers if w.public_key])
-        self._directory.replace(workers)
+        self._directory.replace(workers, withdrawn)
 
     def close(self) -> None:
         """Take no new request, let running ones end (for `gateway.drain_s`, then with an error), stop every thread."""

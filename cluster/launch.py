@@ -36,6 +36,7 @@ CLOSE_S = 15.0  # beyond what the gateway's requests may take
 JOIN_S = 30.0
 GATEWAY = "gateway"
 Status = Callable[[str], None]
+Roster = tuple[list[WorkerAddress], set[str]]  # all workers; the names of those whose process has ended
 
 
 class RayCluster:
@@ -61,7 +62,7 @@ class RayCluster:
         self._pids: dict[str, int] = {}
         self._nodes: dict[str, str] = {}
         self._restarting: set[str] = set()  # died or was ended; its next incarnation has not answered yet
-        self._told: list[WorkerAddress] | None = None  # what the gateway serves with; None: it has to start serving
+        self._told: Roster | None = None  # what the gateway serves with; None: it has to start serving
         self._stopping = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="cluster-watch", daemon=True)
         self._folder = RuntimeFolder()
@@ -140,7 +141,7 @@ class RayCluster:
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None  # the gateway's own: the port is taken
         self.config = dataclasses.replace(config, gateway=dataclasses.replace(config.gateway, port=port))
-        self._told = addresses
+        self._told = addresses, set()
         self._watcher.start()
         on_status(f"serving {config.model.served_model_name} at {self.url}")
 
@@ -198,6 +199,8 @@ class RayCluster:
         asked: dict[str, tuple[Any, float]] = {}
         while not self._stopping.wait(WATCH_INTERVAL_S):
             for name, actor in list(self._actors.items()):
+                if self._has_ended(name):
+                    self._restarting.add(name)
                 asked.setdefault(name, (actor.health.remote(), time.monotonic()))
                 ref, since_s = asked[name]
                 try:
@@ -217,15 +220,19 @@ class RayCluster:
 
     def _patience_s(self, name: str) -> float:
         """How long an answer may take. Ray holds a call until a restarted actor has loaded its model."""
-        pid = self._pids.get(name)
-        if name not in self._restarting and pid is not None and self.is_here(name) and not is_running(pid):
-            self._restarting.add(name)
         workers = self.config.workers
         return workers.start_timeout_s if name in self._restarting else workers.health_timeout_s
 
+    def _has_ended(self, name: str) -> bool:
+        """Whether the process that answered last is one of this node and no more."""
+        pid = self._pids.get(name)
+        return pid is not None and self.is_here(name) and not is_running(pid)
+
     def _on_answer(self, name: str, health: WorkerHealth | GatewayHealth) -> None:
-        self._restarting.discard(name)
         self._pids[name], self._nodes[name] = health.pid, health.node_id
+        if self._has_ended(name):
+            return  # its last words
+        self._restarting.discard(name)
         if not health.is_healthy:
             logger.error("%s reports that it failed; restarting it (%s)", name, health.failure or "while it ran")
             self._end_process(name)
@@ -248,17 +255,17 @@ class RayCluster:
 
     def _tell_gateway(self) -> None:
         """Bring the gateway, and every worker's list of peers, up to date; what failed is tried again later."""
-        addresses = self._addresses()
-        if addresses == self._told or GATEWAY in self._restarting:
+        addresses, ended = self._addresses(), self._restarting & self._known.keys()
+        if (addresses, ended) == self._told or GATEWAY in self._restarting:
             return
-        self._allow_peers()
+        if self._told is None or addresses != self._told[0]:
+            self._allow_peers()
         gateway = self._actors[GATEWAY]
         if self._told is None:
             serve = gateway.serve.remote(self.config.gateway, addresses, self._max_model_len())
             ray.get(serve, timeout=CALL_TIMEOUT_S)
-        else:
-            ray.get(gateway.set_workers.remote(addresses), timeout=CALL_TIMEOUT_S)
-        self._told = addresses
+        ray.get(gateway.set_workers.remote(addresses, ended), timeout=CALL_TIMEOUT_S)
+        self._told = addresses, ended
 
 
 def _role(kind: str, config: ClusterConfig) -> dict[str, float] | None:

@@ -5,7 +5,6 @@ Loads no weights. Which halves exist is read off the two workers' model tables.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from cluster.errors import ConfigError, NoChatTemplate
 from embedding_worker.models import VISION_MODELS
 from language_worker.models import open_model, resolve_model
 from language_worker.tokenizer import Tokenizer
+from transfer.checkpoint import Checkpoint
 from transfer.checkpoint_torch import find_torch_files
 
 
@@ -77,17 +77,8 @@ def _names_vision(config: dict[str, Any]) -> bool:
 def _read_config(folder: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """config.json, or what the weights say where it says little or is not there, under the overrides."""
     has_weights = bool(find_torch_files(folder))
-    config = _read_file(folder) if (folder / "config.json").is_file() or not has_weights else {}
-    if config.get("architectures") or not has_weights:
-        return {**config, **overrides}
+    if (folder / "config.json").is_file() or not has_weights:
+        config = Checkpoint(folder=folder, tensors={}, overrides=overrides).config()
+        if config.get("architectures") or not has_weights:
+            return config
     return open_model(folder, overrides).config()
-
-
-def _read_file(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {folder / 'config.json'}: {error}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{folder / 'config.json'} must hold a JSON object")
-    return config

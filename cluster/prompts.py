@@ -79,8 +79,20 @@ def request_from_messages(
         raise BadRequest("a conversation is a list of messages, each a map with a role and its content", "messages")
     if info.chat_template is None:
         raise ChatTemplateError("this model has no chat template; use generate() with a prompt", "messages")
+    messages = [_with_content(message, i) for i, message in enumerate(messages)]
     pieces, media = info.chat_template.render(messages, add_generation_prompt=True)
     return _request(info, info.tokenizer.encode_prompt(pieces), media, sampling, return_logits)
+
+
+def _with_content(message: Mapping[str, Any], index: int) -> Mapping[str, Any]:
+    """Null content is content that is not there: only an assistant that calls tools may leave it out, as over HTTP."""
+    if message.get("content") is not None:
+        return message
+    if message.get("role") == "assistant" and message.get("tool_calls"):
+        return {**message, "content": ""}
+    raise BadRequest(
+        f"messages[{index}].content is required in a {message.get('role')} message", f"messages[{index}].content"
+    )
 
 
 def image_bytes(image: Any) -> bytes:

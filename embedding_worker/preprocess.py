@@ -22,9 +22,18 @@ from PIL import Image, ImageOps
 from embedding_worker.errors import BadImage, ImageAspect, ImageTooLarge, OutOfResources
 from embedding_worker.orientation import is_turned
 from embedding_worker.tiles import Tiling
+from transfer.checkpoint_json import Kinds, wrong_values
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_ASPECT = 200
+
+PREPROCESSOR: Kinds = {  # of entries whose values are not checked one by one
+    "size": "map",
+    "image_mean": "numbers",
+    "image_std": "numbers",
+    "rescale_factor": "positive",
+    "resample": "count",
+}
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -64,6 +73,9 @@ class ImageSettings:
             if not config.get(step, True):
                 raise ValueError(f"preprocessor_config.json: {step}=false is not supported")
         default = cls()
+        config = {name: value for name, value in config.items() if value is not None}
+        if problems := wrong_values(config, PREPROCESSOR, "preprocessor_config.json"):
+            raise ValueError("; ".join(problems))
         size = config.get("size") or {}
         low = [min_pixels, config.get("min_pixels"), size.get("shortest_edge"), size.get("min_pixels")]
         high = [max_pixels, config.get("max_pixels"), size.get("longest_edge"), size.get("max_pixels")]
@@ -88,12 +100,12 @@ class ImageSettings:
         Raises ValueError naming a field that is malformed or says otherwise.
         """
         size = config.get("size") or {}
-        size = {"height": size, "width": size} if isinstance(size, int) else size
+        size = size if isinstance(size, Mapping) else {"height": size, "width": size}
         crop = bool(config.get("do_center_crop", False))
         wanted = {"shortest_edge": side} if "shortest_edge" in size else {"height": side, "width": side}
         cropped = config.get("crop_size") or side
         cropped = cropped.get("height") if isinstance(cropped, Mapping) else cropped
-        if dict(size) != wanted or ("shortest_edge" in size and not crop) or (crop and cropped != side):
+        if size != wanted or ("shortest_edge" in size and not crop) or (crop and cropped != side):
             raise ValueError(
                 f"preprocessor_config.json: size {size} and crop {crop}; the model sees {side}x{side} pixels"
             )

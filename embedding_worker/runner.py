@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from embedding_worker.config import EmbedConfig
-from embedding_worker.errors import UnsupportedModel
+from embedding_worker.errors import EmbedConfigError, UnsupportedModel
 from embedding_worker.models import VISION_MODELS, open_vision_checkpoint, resolve_vision_model
 from embedding_worker.models.base import VisionModel
 from embedding_worker.preprocess import ImageSettings, PreparedImage, content_key
 from kernels.cpu_turn import cpu_turn
+from kernels.machine import most_threads, num_cpus
 from transfer.checkpoint import Checkpoint
 from transfer.checkpoint_dtype import checkpoint_dtype
 
@@ -40,6 +41,7 @@ class VisionRunner:
 
         Raises UnsupportedModel on an architecture or configuration that cannot be run, CheckpointError on its tensors.
         """
+        _require_threads(config)
         checkpoint = open_vision_checkpoint(model_path, config.config_overrides)
         device = _device(config.device)
         dtype = resolve_dtype(config.dtype, checkpoint)
@@ -56,6 +58,7 @@ class VisionRunner:
     @staticmethod
     def check(model_path: str | Path, config: EmbedConfig) -> int:
         """What `load` would say of the folder, from the headers alone; returns the number of tensors it would read."""
+        _require_threads(config)
         checkpoint = open_vision_checkpoint(model_path, config.config_overrides)
         resolve_dtype(config.dtype, checkpoint)
         kind = _model_class(checkpoint)
@@ -119,6 +122,14 @@ def _own(part: torch.Tensor) -> torch.Tensor:
     if part.dim() == 2:
         return part.clone()
     return part.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
+
+
+def _require_threads(config: EmbedConfig) -> None:
+    """Raises EmbedConfigError for more threads than this machine's CPUs can have any use for."""
+    if config.num_threads > most_threads():
+        raise EmbedConfigError(
+            "num_threads", f"{config.num_threads} on {num_cpus()} CPUs; use {most_threads()} at most, or 0"
+        )
 
 
 def _model_class(checkpoint: Checkpoint) -> type[VisionModel]:

@@ -25,6 +25,7 @@ from language_worker.handover.identity import kv_identity
 from language_worker.handover.rows import media_rows, state_rows
 from language_worker.limits import EngineLimits
 from language_worker.lora import AdaptedCheckpoint
+from language_worker.machine_limits import require_memory, require_threads
 from language_worker.models import open_model, resolve_model
 from language_worker.models.base import LanguageModel, ModelSpec
 from language_worker.models.decoder import Decoder
@@ -59,6 +60,7 @@ def build_engine(
 
     Raises ModelNotSupported, transfer.checkpoint.CheckpointError, or InvalidRequest for a config that cannot hold.
     """
+    require_threads(config)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     opened = open_model(model_path, config.config_overrides)
@@ -227,6 +229,7 @@ def _strategy(config: EngineConfig, spec: ModelSpec) -> DecodeStrategy:
 
 def check_model(model_path: str | Path, config: EngineConfig) -> int:
     """What `build_engine` would say of the tensors, from their headers and the adapter; returns how many it reads."""
+    require_threads(config)
     checkpoint = open_model(model_path, config.config_overrides)
     dtype = resolve_dtype(config.dtype, checkpoint)
     _refuse_quantised(checkpoint.config())
@@ -298,18 +301,20 @@ def resolve_cache(
             f"max_model_len {config.max_model_len} exceeds the checkpoint's {spec.max_position_embeddings} positions"
         )
     tokens = config.kv_cache_tokens
+    per_token = spec.kv.bytes_per_token(kv_dtype) + (0 if draft is None else draft.kv.bytes_per_token(kv_dtype))
     if not tokens:
         num_bytes = config.kv_cache_bytes or _default_bytes(config, device)
         if spec.state is not None and device.type == "cuda" and not config.kv_cache_bytes:
             num_bytes -= config.max_num_seqs * spec.state.num_bytes(kv_dtype)
         seats = config.max_num_seqs * (wanted_len + config.page_size)
-        per_token = spec.kv.bytes_per_token(kv_dtype) + (0 if draft is None else draft.kv.bytes_per_token(kv_dtype))
         tokens = min(num_bytes // per_token, seats)
     num_pages = tokens // config.page_size if not config.kv_cache_tokens else -(-tokens // config.page_size)
     if num_pages * config.page_size < 2:
         raise ModelNotSupported(
             f"the KV cache would hold {max(num_pages, 0)} pages of {config.page_size} tokens; raise kv_cache_bytes"
         )
+    setting = "kv_cache_tokens" if config.kv_cache_tokens else "kv_cache_bytes"
+    require_memory("a KV cache", num_pages * config.page_size, per_token, device, setting)
     max_model_len = min(wanted_len, num_pages * config.page_size)
     if config.max_model_len > max_model_len:
         raise ModelNotSupported(
@@ -319,6 +324,9 @@ def resolve_cache(
     num_swap_pages = 0
     if config.preemption == "swap":
         num_swap_pages = -(-config.swap_tokens // config.page_size) or num_pages
+        num_bytes, setting = spec.kv.bytes_per_token(kv_dtype), "swap_tokens, or kv_cache_tokens where that is 0"
+        host = torch.device("cpu")
+        require_memory("the KV put aside", num_swap_pages * config.page_size, num_bytes, host, setting)
     return CacheSize(num_pages=num_pages, max_model_len=max_model_len, num_swap_pages=num_swap_pages)
 
 

@@ -8,7 +8,6 @@ weight.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from transfer.checkpoint import Checkpoint, CheckpointError
+from transfer.checkpoint_json import read_object
 from transfer.checkpoint_rules import StoredTensor
 from transfer.checkpoint_torch import load_state
 
@@ -45,6 +45,8 @@ class Adapter:
     def open(cls, path: str | Path) -> Adapter:
         """From a file, or from a folder that holds one. Raises CheckpointError naming all that is wrong."""
         path = Path(path).expanduser()
+        if not path.exists():
+            raise CheckpointError(str(path), ("no such file or folder; give an adapter's",))
         if (path / PEFT_CONFIG).is_file():
             return cls._paired(path, _peft_tensors(path), _PEFT, _peft_scale(path))
         files = [path] if path.is_file() else sorted(path.glob("lora_*.pth"))
@@ -152,10 +154,7 @@ def _peft_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def _peft_scale(folder: Path) -> float:
     """Raises CheckpointError for what would change the numbers in another way."""
-    try:
-        config: Any = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(str(folder), (f"{PEFT_CONFIG} is not readable JSON: {error}",)) from error
+    config: Any = read_object(folder / PEFT_CONFIG)
     rank, alpha = config.get("r"), config.get("lora_alpha")
     wrong = [name for name in PEFT_UNSERVED if config.get(name)]
     if (start := config.get("init_lora_weights", True)) not in PEFT_STARTS:

@@ -19,6 +19,7 @@ from typing import Any
 from language_worker.detokenizer import byte_level_alphabet
 from language_worker.errors import ModelNotSupported
 from language_worker.tiktoken_pickle import TiktokenEncoding, read_tiktoken_pickle
+from transfer.checkpoint_json import read_text
 
 PICKLE = "tokenizer.pkl"
 BOS, EOS = "<|bos|>", "<|assistant_end|>"
@@ -49,10 +50,11 @@ _WEIGHTS = re.compile(r"model_\d+\.pt")
 
 def read_published(folder: str | Path, name: str) -> str | None:
     """Text of a file that published folders hold, derived from nanochat's own where the folder has none; None if there
-    is neither. Raises ModelNotSupported for a tokenizer that cannot be read."""
+    is neither. Raises CheckpointError for a file that is no text, ModelNotSupported for a tokenizer that cannot be
+    read."""
     path = Path(folder) / name
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     pickle = _find_pickle(Path(folder))
     if pickle is None:
         return None

@@ -6,7 +6,6 @@ exactly as Hugging Face does; otherwise trusted literals are cut out by hand and
 with special tokens switched off. Knows nothing of chat templates and models.
 """
 
-import json
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from language_worker.detokenizer import (
 from language_worker.errors import InvalidRequest, ModelNotSupported
 from language_worker.nanochat_files import read_published
 from language_worker.token_bound import max_token_chars, min_tokens
+from transfer.checkpoint_json import CheckpointError, is_kind, parse_object, shown
 
 END_OF_TURN = "<|eot_id|>"  # Llama 3 and LLaDA templates end every message with it; LLaDA's config.json does not say so
 Pieces = Sequence[tuple[str, bool]]
@@ -42,6 +42,8 @@ class Tokenizer:
         folder = Path(model_dir)
         path = folder / "tokenizer.json"
         text = read_published(folder, path.name)
+        if not folder.is_dir():
+            raise ModelNotSupported(f"{folder} is no folder that exists; give that of a checkpoint")
         if text is None:
             raise ModelNotSupported(f"{folder} has no tokenizer.json; save the checkpoint with a fast tokenizer")
         try:
@@ -65,7 +67,7 @@ class Tokenizer:
         self.eos_token_ids = _eos_ids(folder, self._parsing)
         self._token_bytes: list[bytes | None] | None = None
         self._max_token_chars: int | None = None
-        spec = json.loads(text)
+        spec = parse_object(text, path)
         if _is_byte_level(spec.get("decoder")):
             self._token_bytes = token_bytes(vocab, self._special_ids)
             self._max_token_chars = max_token_chars(spec, self._token_bytes)
@@ -201,6 +203,9 @@ def _eos_ids(folder: Path, tokenizer: RustTokenizer) -> tuple[int, ...]:
     ids: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         value = _read_json(folder / name).get("eos_token_id")
+        if value is not None and not is_kind(value, "ids"):
+            wrong = f"{name} has eos_token_id = {shown(value)}; a token id or a list of them is needed"
+            raise CheckpointError(str(folder), (wrong,))
         ids |= set(value if isinstance(value, list) else [] if value is None else [value])
         if ids:
             break
@@ -213,12 +218,4 @@ def _eos_ids(folder: Path, tokenizer: RustTokenizer) -> tuple[int, ...]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     text = read_published(path.parent, path.name)
-    if text is None:
-        return {}
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise ModelNotSupported(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelNotSupported(f"{path} must hold a JSON object")
-    return value
+    return {} if text is None else parse_object(text, path)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from transfer.checkpoint_config import config_problems
+from transfer.checkpoint_json import CheckpointError as CheckpointError
+from transfer.checkpoint_json import read_object
 from transfer.checkpoint_rules import Destination, Planned, Rule, StoredTensor, part, plan
 from transfer.checkpoint_torch import find_torch_files, read_torch_header, stream_torch
-from transfer.errors import TransferError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -29,19 +30,6 @@ SINGLE_FILE = "model.safetensors"
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SMALL = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "U8": torch.uint8, "BOOL": torch.bool}
 _DTYPES = {**_FLOATS, **_SMALL, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
-
-
-class CheckpointError(TransferError):
-    """A model folder cannot be read, or does not hold what the model needs. `problems` names every finding."""
-
-    def __init__(self, folder: str, problems: tuple[str, ...]) -> None:
-        super().__init__(folder, problems)
-        self.folder = folder
-        self.problems = problems
-
-    def __str__(self) -> str:
-        listed = "".join(f"\n  - {problem}" for problem in self.problems)
-        return f"checkpoint {self.folder} cannot be loaded, {len(self.problems)} problem(s):{listed}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,14 +87,17 @@ class Checkpoint:
 
     def config(self) -> dict[str, Any]:
         """config.json as a map, over what was inferred and under the overrides. Raises CheckpointError when there is
-        nothing to override, or config.json is not a JSON object."""
-        if self.inferred and not (self.folder / "config.json").is_file():
-            return {**self.inferred, **self.overrides}
-        return {**self.inferred, **self.read_json("config.json"), **self.overrides}
+        nothing to override, config.json is not a JSON object, or an entry is of the wrong kind."""
+        is_there = not self.inferred or (self.folder / "config.json").is_file()
+        stated = self.read_json("config.json") if is_there else {}
+        config = {**self.inferred, **stated, **self.overrides}
+        if problems := config_problems(config):
+            raise CheckpointError(str(self.folder), tuple(problems))
+        return config
 
     def read_json(self, file_name: str) -> dict[str, Any]:
         """A JSON object of the folder. Raises CheckpointError when it is missing or not a JSON object."""
-        return _read_json(self.folder, self.folder / file_name)
+        return read_object(self.folder / file_name)
 
     def stream(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, CPU tensor) of these tensors, file by file; nothing is kept once the caller lets go."""
@@ -180,20 +171,8 @@ def _digest(tensor: torch.Tensor) -> str:
     return hasher.hexdigest()
 
 
-def _read_json(folder: Path, path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(str(folder), (f"{path.name} is missing",)) from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(str(folder), (f"{path.name} is not readable JSON: {error}",)) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(str(folder), (f"{path.name} must hold a JSON object, not {type(value).__name__}",))
-    return value
-
-
 def _weight_map(folder: Path, index_path: Path) -> dict[str, str]:
-    weight_map = _read_json(folder, index_path).get("weight_map")
+    weight_map = read_object(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(str(folder), (f"{index_path.name} has no weight_map",))
     for name, file in weight_map.items():

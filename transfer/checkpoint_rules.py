@@ -102,11 +102,19 @@ def _shape_problems(stored: Stored, destinations: Mapping[str, Destination], pla
             problems.append(f"unexpected: {name} (the model's configuration has no {target})")
             continue
         tensor = stored[name]
+        if not tensor.dtype.is_floating_point and _wants_floats(destinations[target]):
+            held = str(tensor.dtype).removeprefix("torch.")
+            problems.append(f"wrong dtype: {name} holds {held}; the model wants floating point numbers")
         wanted = tuple(part(destinations[target], rule).shape)
         if _arriving_shape(tensor, rule) != wanted:
             after = "" if rule.transform is None else f", {_arriving_shape(tensor, rule)} as loaded"
             problems.append(f"wrong shape: {name} is {tensor.shape}{after}, the model's configuration wants {wanted}")
     return problems
+
+
+def _wants_floats(destination: Destination) -> bool:
+    """What keeps its rows in a form of its own (quantised matrices) takes floating point numbers, too."""
+    return not isinstance(destination, torch.Tensor) or destination.dtype.is_floating_point
 
 
 def _arriving_shape(stored: StoredTensor, rule: Rule) -> tuple[int, ...] | str:

@@ -34,6 +34,7 @@ from embedding_worker.config import EmbedConfig
 from embedding_worker.errors import EmbedError
 from embedding_worker.runner import VisionRunner
 from kernels.dispatch import has_native
+from kernels.machine import GIB, memory_bytes, num_cpus
 from language_worker.engine_builder import check_model
 from language_worker.errors import EngineError
 from language_worker.nanochat_files import choose_folder
@@ -44,7 +45,6 @@ DISTRIBUTION = "tandem-serve"
 MAX_SOCKET_PATH_CHARS = 107  # of a Unix socket, on Linux
 SOCKET_NAME_CHARS = 48  # what a cluster adds to the folder of temporary files: its own folder, and a worker's socket
 MIN_SHARED_MEMORY_BYTES = 64 * 1024 * 1024
-GIB = 1024**3
 
 Verdict = Literal["ok", "note", "bad"]
 STYLES: dict[Verdict, str] = {"ok": "green", "note": "yellow", "bad": "red"}
@@ -128,8 +128,8 @@ def _package(requirement: Requirement, advice: str) -> Finding:
 
 
 def _machine() -> Finding:
-    num_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    what = f"{os.cpu_count()} CPUs, {num_bytes / GIB:.0f} GiB of memory"
+    num_bytes = memory_bytes(torch.device("cpu"))
+    what = f"{num_cpus()} CPUs, {num_bytes / GIB:.0f} GiB of memory"
     if num_bytes < 4 * GIB:
         return Finding(verdict="note", what=what, advice="Ray and three processes need about 2.5 GiB before any model")
     return Finding(verdict="ok", what=what)

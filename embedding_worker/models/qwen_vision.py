@@ -54,6 +54,7 @@ class TowerConfig:
         vision = config.get("vision_config")
         if not isinstance(vision, Mapping):
             raise ValueError("config.json has no vision_config")
+        vision = {name: value for name, value in vision.items() if value is not None}
         if missing := [name for name in SIZES if not isinstance(vision.get(name), int)]:
             raise ValueError(f"vision_config needs integers for {', '.join(missing)}")
         if (given := vision.get("hidden_act", activation)) != activation:

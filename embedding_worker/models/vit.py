@@ -20,6 +20,7 @@ from kernels.activation import gelu, gelu_sigmoid, gelu_tanh
 from kernels.norm import layer_norm
 from kernels.varlen_attention import Segments, varlen_attention
 from transfer.checkpoint import Checkpoint
+from transfer.checkpoint_json import is_kind
 from transfer.checkpoint_rules import Rule
 
 IN_MINIMIND = r"(?:vision_encoder\.)?"  # before an encoder's names, where it is part of MiniMind-V's own file
@@ -58,15 +59,17 @@ class EncoderConfig:
         }  # fmt: skip
         defaults = {"num_hidden_layers": 12, "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
         values = {field: vision.get(name, defaults.get(name, 224)) for field, name in sizes.items()}
-        if wrong := [name for field, name in sizes.items() if type(values[field]) is not int or values[field] < 1]:
+        if wrong := [name for field, name in sizes.items() if not is_kind(values[field], "size")]:
             raise ValueError(f"the vision encoder's config.json needs positive integers for {', '.join(wrong)}")
-        if vision["hidden_act"] not in ACTIVATIONS or vision.get("num_channels", 3) != 3:
+        if str(vision["hidden_act"]) not in ACTIVATIONS or vision.get("num_channels", 3) != 3:
             raise ValueError(
                 f"the vision encoder has {vision.get('num_channels', 3)} channels and hidden_act "
                 f"{vision['hidden_act']!r}; served are 3 and {', '.join(ACTIVATIONS)}"
             )
         if values["hidden_size"] % values["num_heads"] or values["image_size"] < values["patch_size"]:
             raise ValueError(f"the vision encoder's sizes do not fit each other: {values}")
+        if not is_kind(vision["layer_norm_eps"], "amount"):
+            raise ValueError(f"the vision encoder's layer_norm_eps is {vision['layer_norm_eps']!r}; a number is needed")
         eps, is_clip = float(vision["layer_norm_eps"]), KINDS[kind]
         return cls(is_clip=is_clip, has_last_norm=not is_clip, eps=eps, activation=vision["hidden_act"], **values)
 

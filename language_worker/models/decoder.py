@@ -173,14 +173,6 @@ class Decoder(RuledModel):
         return rows if rows is None or inputs.logit_rows is None else rows.index_select(0, inputs.logit_rows)
 
 
-def read_size(text: Mapping[str, Any], name: str) -> int:
-    """A positive integer of config.json; ModelNotSupported names it when it is none."""
-    value = text.get(name)
-    if type(value) is not int or value < 1:
-        raise ModelNotSupported(f"config.json has {name} = {value!r}; a positive integer is needed")
-    return value
-
-
 def refuse_unserved(text: Mapping[str, Any]) -> None:
     """ModelNotSupported for options that would change the numbers and are not served."""
     if text.get("hidden_act", "silu") != "silu":

@@ -15,7 +15,7 @@ import torch
 
 from language_worker.errors import ModelNotSupported
 from language_worker.models.base import ModelSpec
-from language_worker.models.decoder import read_size
+from language_worker.models.config_values import read_size
 from language_worker.models.fusion_tree import CodeKind, FusionTree, FusionTreeShape
 from transfer.checkpoint import Checkpoint
 from transfer.checkpoint_rules import Rule

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from language_worker.errors import ModelNotSupported
-from language_worker.models.decoder import read_size
+from language_worker.models.config_values import read_size
 from language_worker.models.feed_forward import ExpertShape
 from language_worker.models.text_decoder import Llama, TextConfig
 from language_worker.models.text_moe import with_experts

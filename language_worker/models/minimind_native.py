@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from language_worker.errors import ModelNotSupported
+from language_worker.models.config_values import read_size
 from transfer.checkpoint import Checkpoint, CheckpointError
 from transfer.checkpoint_rules import StoredTensor
 
@@ -37,7 +38,7 @@ def infer_config(checkpoint: Checkpoint) -> dict[str, Any]:
         "hidden_size": hidden_size,
         "num_hidden_layers": max(numbers) + 1,
         "tie_word_embeddings": _is_tied(checkpoint),
-        **_heads(checkpoint, int(given.get("num_attention_heads", HEADS))),
+        **_heads(checkpoint, read_size(given, "num_attention_heads", HEADS)),
     }
     return {**config, **_mlp(checkpoint), **_vision(checkpoint)}
 

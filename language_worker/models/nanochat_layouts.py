@@ -15,11 +15,12 @@ import torch
 
 from language_worker.errors import ModelNotSupported
 from language_worker.models.base import ModelSpec
-from language_worker.models.decoder import read_size
+from language_worker.models.config_values import read_amount, read_size
 from language_worker.models.nanochat import NanoChat, NanoChatShape
 from language_worker.models.nanochat_generations import GENERATIONS, detect_generation
 from language_worker.models.rope import Rope
 from transfer.checkpoint import Checkpoint
+from transfer.checkpoint_json import is_kind
 from transfer.checkpoint_rules import Rule
 
 ARCHITECTURE = "NanoChat"  # of a checkpoint in nanochat's own layout
@@ -126,10 +127,10 @@ def _hf_shape(config: Mapping[str, Any]) -> NanoChatShape:
         hidden_size=hidden,
         intermediate_size=read_size(config, "intermediate_size"),
         num_heads=heads,
-        num_kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or hidden // heads),
+        num_kv_heads=read_size(config, "num_key_value_heads", heads),
+        head_dim=read_size(config, "head_dim", hidden // heads),
         windows=(0,) * read_size(config, "num_hidden_layers"),
-        eps=float(config.get("rms_norm_eps", 1e-6)),
+        eps=read_amount(config, "rms_norm_eps", 1e-6),
         cap=_cap(config),
     )
     return _checked(shape)
@@ -137,7 +138,7 @@ def _hf_shape(config: Mapping[str, Any]) -> NanoChatShape:
 
 def _hf_spec(shape: NanoChatShape, config: Mapping[str, Any]) -> ModelSpec:
     longest = Rope.read(config, GENERATIONS[0].rope_base).max_positions(
-        int(config.get("max_position_embeddings", 2048))
+        read_size(config, "max_position_embeddings", 2048)
     )
     return shape.spec(max_positions=longest, default_len=longest)
 
@@ -160,7 +161,7 @@ def _native_shape(config: Mapping[str, Any], number: int, padded_vocab: int) -> 
         hidden_size=hidden,
         intermediate_size=4 * hidden,
         num_heads=heads,
-        num_kv_heads=int(config.get("n_kv_head") or heads),
+        num_kv_heads=read_size(config, "n_kv_head", heads),
         head_dim=hidden // heads,
         windows=generation.windows(str(config.get("window_pattern") or "L"), read_size(config, "sequence_len"), layers),
         eps=EPS,
@@ -193,7 +194,7 @@ def _checked(shape: NanoChatShape) -> NanoChatShape:
 def _cap(config: Mapping[str, Any]) -> float | None:
     """Of the logits: what is said, None where it is said to be none."""
     value = config.get("final_logit_softcapping", SOFTCAP)
-    if value is not None and (type(value) not in (int, float) or value <= 0):
+    if value is not None and not is_kind(value, "positive"):
         raise ModelNotSupported(f"final_logit_softcapping is {value!r}; a positive number or null is needed")
     return None if value is None else float(value)
 

@@ -15,7 +15,8 @@ import torch
 
 from language_worker.errors import ModelNotSupported
 from language_worker.models.base import KVSpec, ModelSpec, PromptPositions
-from language_worker.models.decoder import Decoder, read_size, refuse_unserved
+from language_worker.models.config_values import read_amount, read_count, read_size, read_theta
+from language_worker.models.decoder import Decoder, refuse_unserved
 from language_worker.models.layers import BlockShape, RotaryPositions
 from language_worker.models.mrope import Grid, mrope_positions
 from language_worker.models.rope import Rope
@@ -59,8 +60,8 @@ class Qwen2_5_VLConfig:
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         _refuse_unserved(text, rope)
         hidden, heads = read_size(text, "hidden_size"), read_size(text, "num_attention_heads")
-        kv_heads = int(text.get("num_key_value_heads") or heads)
-        head_dim = int(text.get("head_dim") or hidden // heads)
+        kv_heads = read_size(text, "num_key_value_heads", heads)
+        head_dim = read_size(text, "head_dim", hidden // heads)
         sections = tuple(rope.get("mrope_section") or sections)
         if sum(sections) * 2 != head_dim or heads % kv_heads:
             raise ModelNotSupported(
@@ -72,9 +73,9 @@ class Qwen2_5_VLConfig:
         spec = ModelSpec(
             vocab_size=read_size(text, "vocab_size"),
             hidden_size=hidden,
-            max_position_embeddings=int(text.get("max_position_embeddings") or 32768),
+            max_position_embeddings=read_size(text, "max_position_embeddings", 32768),
             kv=KVSpec(num_layers=layers, num_kv_heads=kv_heads, head_dim=head_dim, window=kept_by_all(windows)),
-            media_token_id=int(config.get("image_token_id", 151655)),
+            media_token_id=read_count(config, "image_token_id", 151655),
         )
         block = BlockShape(
             hidden_size=hidden,
@@ -82,16 +83,16 @@ class Qwen2_5_VLConfig:
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
-            eps=float(text.get("rms_norm_eps", 1e-5)),
+            eps=read_amount(text, "rms_norm_eps", 1e-5),
             windows=windows,
         )
         return cls(
             spec=spec,
             block=block,
-            theta=float(rope.get("rope_theta") or text.get("rope_theta") or theta),
+            theta=read_theta(rope, text, theta),
             sections=sections,
             tied=bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-            merge_size=int((config.get("vision_config") or {}).get("spatial_merge_size", 2)),
+            merge_size=read_size(config.get("vision_config") or {}, "spatial_merge_size", 2),
         )
 
 

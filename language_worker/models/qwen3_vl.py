@@ -30,7 +30,8 @@ class Qwen3VLText(Qwen2_5_VLText):
 def read_config(config: Mapping[str, Any]) -> Qwen2_5_VLConfig:
     """What the text half takes from config.json; ModelNotSupported names a bad option."""
     base = Qwen2_5_VLConfig.read(config, sections=DEFAULT_SECTIONS, theta=DEFAULT_THETA, window_rule=none_slide)
-    layers = (config.get("vision_config") or {}).get("deepstack_visual_indexes", DEFAULT_LAYERS)
+    layers = (config.get("vision_config") or {}).get("deepstack_visual_indexes")
+    layers = DEFAULT_LAYERS if layers is None else layers
     if len(layers) > base.spec.kv.num_layers:
         raise ModelNotSupported(
             f"config.json has {len(layers)} deepstack_visual_indexes for {base.spec.kv.num_layers} layers of text"

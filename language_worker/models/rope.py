@@ -22,6 +22,8 @@ import torch
 
 from kernels.rotary import inverse_frequencies
 from language_worker.errors import ModelNotSupported
+from language_worker.models.config_values import read_size, read_theta
+from transfer.checkpoint_json import is_kind, shown
 
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
@@ -46,19 +48,18 @@ class Rope:
         """From `rope_parameters`, or `rope_theta` and `rope_scaling`; ModelNotSupported names what is not served."""
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
-        theta = float(rope.get("rope_theta") or text.get("rope_theta") or default_theta)
+        theta = read_theta(rope, text, default_theta)
         if kind not in KINDS:
             raise ModelNotSupported(f"rotary scaling {kind!r} is not served; served are {', '.join(KINDS)}")
         if rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 1.0)) != 1.0:
             raise ModelNotSupported("partial_rotary_factor is not 1; only heads that are rotated whole are served")
         if kind == "default":
             return cls(theta=theta)
-        configured = int(text.get("max_position_embeddings") or 2048)
-        trained = int(_first(rope, text, "original_max_position_embeddings") or configured)
-        factor = rope.get("factor") or configured / trained
-        if type(factor) not in (int, float) or factor < 1:
-            raise ModelNotSupported(f"rotary scaling {kind!r} has factor {factor!r}; a number of at least 1 is needed")
-        base = {"theta": theta, "kind": kind, "factor": float(factor), "trained_len": trained}
+        configured = read_size(text, "max_position_embeddings", 2048)
+        stated = _first(rope, text, "original_max_position_embeddings")
+        trained = int(stated or configured)
+        factor = _factor(rope, kind, configured / trained if stated else None)
+        base = {"theta": theta, "kind": kind, "factor": factor, "trained_len": trained}
         if kind == "llama3":
             low, high = rope.get("low_freq_factor"), rope.get("high_freq_factor")
             if low is None or high is None or low >= high:
@@ -71,7 +72,7 @@ class Rope:
             **base,
             low=float(rope.get("beta_slow") or 1),
             high=float(rope.get("beta_fast") or 32),
-            attention_factor=_attention_factor(rope, float(factor)),
+            attention_factor=_attention_factor(rope, factor),
             truncate=bool(rope.get("truncate", True)),
         )
 
@@ -123,6 +124,17 @@ class Rope:
 
 def _first(rope: Mapping[str, Any], text: Mapping[str, Any], name: str) -> Any:
     return rope.get(name) or text.get(name)
+
+
+def _factor(rope: Mapping[str, Any], kind: str, growth: float | None) -> float:
+    """How many times the trained length is served. Only YaRN's may be left out: then it is `growth`, from the trained
+    length to the configured one, where both are said."""
+    factor: Any = rope.get("factor")
+    if factor is None and kind == "yarn":
+        factor = growth
+    if not is_kind(factor, "positive") or factor < 1:
+        raise ModelNotSupported(f"rotary scaling {kind!r} has factor {shown(factor)}; a number of at least 1 is needed")
+    return float(factor)
 
 
 def _attention_factor(rope: Mapping[str, Any], factor: float) -> float:

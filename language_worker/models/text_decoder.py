@@ -15,7 +15,8 @@ import torch
 
 from language_worker.errors import ModelNotSupported
 from language_worker.models.base import KVSpec, ModelSpec
-from language_worker.models.decoder import Decoder, read_size, refuse_unserved
+from language_worker.models.config_values import read_amount, read_size
+from language_worker.models.decoder import Decoder, refuse_unserved
 from language_worker.models.layers import BlockShape, RotaryPositions
 from language_worker.models.rope import Rope
 from language_worker.models.weights import HF_EXPERTS, ExpertNames, decoder_rules
@@ -48,8 +49,8 @@ class TextConfig:
         """ModelNotSupported names an option that is not served."""
         refuse_unserved(config)
         hidden, heads = read_size(config, "hidden_size"), read_size(config, "num_attention_heads")
-        kv_heads = int(config.get("num_key_value_heads") or heads)
-        head_dim = int(config.get("head_dim") or (QWEN3_HEAD_DIM if has_qk_norm else hidden // heads))
+        kv_heads = read_size(config, "num_key_value_heads", heads)
+        head_dim = read_size(config, "head_dim", QWEN3_HEAD_DIM if has_qk_norm else hidden // heads)
         if heads % kv_heads or head_dim % 2:
             raise ModelNotSupported(
                 f"{heads} heads must be a multiple of {kv_heads} key heads, and head_dim {head_dim} even"
@@ -61,7 +62,7 @@ class TextConfig:
         spec = ModelSpec(
             vocab_size=read_size(config, "vocab_size"),
             hidden_size=hidden,
-            max_position_embeddings=rope.max_positions(int(config.get("max_position_embeddings") or 2048)),
+            max_position_embeddings=rope.max_positions(read_size(config, "max_position_embeddings", 2048)),
             kv=kv,
             media_token_id=None,
         )
@@ -71,7 +72,7 @@ class TextConfig:
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
-            eps=float(config.get("rms_norm_eps", 1e-6)),
+            eps=read_amount(config, "rms_norm_eps", 1e-6),
             has_qk_norm=has_qk_norm,
             windows=windows,
         )

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from language_worker.errors import ModelNotSupported
-from language_worker.models.decoder import read_size
+from language_worker.models.config_values import read_amount, read_size
 from language_worker.models.feed_forward import ExpertShape, GroupedRouting
 from language_worker.models.text_decoder import Llama, TextConfig
 from language_worker.models.weights import ExpertNames
@@ -91,7 +91,7 @@ class Dots1(Qwen3Moe):
         grouped = GroupedRouting(
             num_groups=int(config.get("n_group") or 1),
             groups_kept=int(config.get("topk_group") or 1),
-            scale=float(config.get("routed_scaling_factor", 1.0)),
+            scale=read_amount(config, "routed_scaling_factor", 1.0),
         )
         return ExpertShape(
             num_experts=read_size(config, "n_routed_experts"),

@@ -15,6 +15,7 @@ from cluster.chat import ChatTemplate, load_chat_template
 from cluster.errors import ChatTemplateError, ConfigError
 from language_worker.tokenizer import Tokenizer
 from tests.tiny_tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, TOKEN_IDS, save_tokenizer
+from transfer.checkpoint import CheckpointError
 
 IMAGE: dict[str, Any] = {"type": "image_url", "image_url": {"url": "data:a"}}
 
@@ -242,7 +243,7 @@ def test_where_a_template_is_found(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not compile"):
         load_chat_template(tmp_path)
     config.write_text("{")
-    with pytest.raises(ConfigError, match="not valid JSON"):
+    with pytest.raises(CheckpointError, match="not readable JSON"):
         load_chat_template(tmp_path)
 
 

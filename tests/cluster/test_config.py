@@ -190,6 +190,10 @@ def test_a_model_folder_is_needed(folder: Path, monkeypatch: pytest.MonkeyPatch)
         ClusterConfig().resolve()
     with pytest.raises(ConfigError, match=r"holds no config\.json"):
         build_config({"model": {"path": str(folder.parent)}}).resolve()
+    with pytest.raises(ConfigError, match="nowhere does not exist; point --model"):
+        build_config({"model": {"path": str(folder / "nowhere")}}).resolve()
+    with pytest.raises(ConfigError, match=r"config\.json is a file; point --model"):
+        build_config({"model": {"path": str(folder / "config.json")}}).resolve()
     monkeypatch.chdir(folder.parent)
     assert build_config({"model": {"path": "tiny"}}).resolve().model.path == str(folder.resolve())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from cluster.config import build_config, load_config
 from cluster.errors import ConfigError
 from cluster.model_info import ModelInfo
 from embedding_worker.config import EmbedConfig
-from embedding_worker.errors import UnsupportedModel
 from embedding_worker.runner import VisionRunner
 from tests.tiny_models import make_qwen2_5_vl, random_image
+from transfer.checkpoint import CheckpointError
 
 IMAGE = random_image(140, 84, seed=3)
 QUESTION = [{"role": "user", "content": [{"type": "image", "image": IMAGE}, {"type": "text", "text": "What is it?"}]}]
@@ -81,12 +82,18 @@ def test_one_half_in_one_section_and_the_other_in_another(
 
 
 def test_sections_that_contradict_each_other_are_refused(folder: Path) -> None:
-    tree = {
+    tree: dict[str, Any] = {
         "model": {"path": str(folder), "config_overrides": {"rms_norm_eps": 1e-6}},
         "language": {"config_overrides": {"rms_norm_eps": 1e-5}},
     }
     with pytest.raises(ConfigError, match=r"language\.config_overrides\.rms_norm_eps is 1e-05, and another section"):
         build_config(tree).resolve()
+    for section in ("model", "language"):  # which are no contradiction, whatever a float says of itself
+        tree[section] = {**tree[section], "config_overrides": {"rope_theta": float("nan")}}
+    assert build_config(tree).config_overrides().keys() == {"rope_theta"}
+    with pytest.raises(CheckpointError, match="rope_theta = nan; a positive number is needed"):
+        ModelInfo.load(folder, build_config(tree).config_overrides())
+    tree["model"]["config_overrides"] = {"rms_norm_eps": 1e-6}
     tree["language"] = {"config_overrides": {"rms_norm_eps": 1e-6, "rope_theta": 5.0}}
     config = build_config(tree).resolve()
     assert config.resolve() == config, "resolving again changes nothing"
@@ -101,9 +108,13 @@ def test_the_front_reads_them_too(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("vision", "words"), [({"depth": "two"}, "needs integers for depth"), ("none", "no vision_config")]
+    ("vision", "words"),
+    [
+        ({"depth": "two"}, "config.json's vision_config has depth = 'two'; a positive integer is needed"),
+        ("none", "config.json has vision_config = 'none'; an object is needed"),
+    ],
 )
 def test_what_the_vision_half_cannot_be_is_refused_by_name(folder: Path, vision: Any, words: str) -> None:
     for read in (VisionRunner.load, VisionRunner.check):
-        with pytest.raises(UnsupportedModel, match=words):
+        with pytest.raises(CheckpointError, match=re.escape(words)):
             read(folder, EmbedConfig(device="cpu", config_overrides={"vision_config": vision}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from queue import Queue
 
 import pytest
 
@@ -111,3 +112,27 @@ def test_counting_from_many_threads_loses_nothing(directory: WorkerDirectory) ->
     for thread in threads:
         thread.join()
     assert directory.views()[0].num_running == 8
+
+
+def test_a_withdrawn_worker_is_dead_at_once_whatever_its_last_ping_says(
+    service: Service, directory: WorkerDirectory
+) -> None:
+    with FakeWorker("language") as ended, FakeWorker("language") as stays:
+        directory.replace([ended.entry, stays.entry])
+        failures: Queue[RemoteFailure | None] = Queue()
+        for worker in (ended, stays):
+            connection = directory.connection(worker.entry)
+            service.call(connection, "generate", {}, on_end=lambda _, failure: failures.put(failure))
+            worker.take("generate")
+        for _ in range(2):  # the second time it is no news, and costs the new incarnation's callers nothing
+            directory.replace([ended.entry, stays.entry], withdrawn={ended.name, "stranger"})
+            directory.set_alive(ended.entry, True)  # an answer that was on its way
+            assert _alive(directory) == {ended.name: False, stays.name: True}
+        failure = failures.get(timeout=WAIT_S)
+        assert failure is not None and failure.code == "PeerLost" and "process has ended" in failure.message
+        assert failures.empty() and service.stats()["peers_lost"] == 1
+        directory.replace([ended.entry, stays.entry])  # a false alarm
+        assert _alive(directory) == {ended.name: True, stays.name: True}
+        directory.replace([ended.entry, stays.entry], withdrawn={ended.name})
+        directory.replace([_worker(ended.name, "inproc://reborn"), stays.entry])
+        assert _alive(directory) == {ended.name: True, stays.name: True}

@@ -108,7 +108,7 @@ def test_what_is_wrong_is_named_and_advice_given(tmp_path: Path, name: str) -> N
 
 SETTINGS: dict[str, tuple[str, str]] = {  # name -> the language section of a configuration, what is said of it
     "an override that contradicts the weights": ("config_overrides: {intermediate_size: 77}", "wrong shape"),
-    "an adapter that is not there": ("lora: nowhere", "one lora_*.pth"),
+    "an adapter that is not there": ("lora: nowhere", "no such file or folder"),
     "a dtype that is not the checkpoint's": ("dtype: float16", "embedding.dtype"),
 }
 

@@ -319,7 +319,7 @@ def test_settings_and_folders_that_cannot_be_used(tmp_path: Path) -> None:
         LLM(model=MODEL, block_size=0)
     with pytest.raises(ConfigError, match=r"model\.dtype"):
         LLM(model=MODEL, dtype="float8")
-    with pytest.raises(ConfigError, match=r"holds no config\.json"):
+    with pytest.raises(ConfigError, match="none does not exist; point --model"):
         LLM(model=str(tmp_path / "none"))
     broken = tmp_path / "broken"
     broken.mkdir()

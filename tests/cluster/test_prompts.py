@@ -146,6 +146,18 @@ def test_a_conversation_is_rendered_as_the_reference_does(info: ModelInfo, oracl
     assert request.media == (PNG,)
 
 
+@pytest.mark.parametrize("content", [{}, {"content": None}])
+def test_null_content_is_as_no_content_and_only_calls_do_without(info: ModelInfo, content: dict[str, Any]) -> None:
+    for role in ("system", "user", "assistant", "tool"):
+        with pytest.raises(BadRequest, match=rf"messages\[1\]\.content is required in a {role} message"):
+            request_from_messages(info, [{"role": "user", "content": "a"}, {"role": role, **content}], PARAMS)
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call], **content}]
+    plain = [messages[0], {**messages[1], "content": ""}]
+    wanted = request_from_messages(info, plain, PARAMS).prompt_token_ids
+    assert request_from_messages(info, messages, PARAMS).prompt_token_ids == wanted
+
+
 def test_images_of_a_conversation_come_in_prompt_order(info: ModelInfo) -> None:
     url = "data:image/png;base64," + base64.b64encode(PNG).decode()
     messages: list[dict[str, Any]] = [
