@@ -120,7 +120,7 @@ def test_training_needs_the_train_extra_and_no_more() -> None:
         for node in ast.walk(tree)
         if isinstance(node, (ast.Import, ast.ImportFrom))
         for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
-    } - {*sys.stdlib_module_names, "examples"}
+    } - {*sys.stdlib_module_names, *TOP_LEVEL, "examples"}
     distributions = {"PIL": "pillow", "sklearn": "scikit-learn"}
     assert {distributions.get(name, name) for name in imported} <= provided
     assert "sklearn" in imported
