@@ -223,14 +223,18 @@ def test_the_bans_catch_what_they_name(source: str) -> None:
     )
 
 
-HAND_ROLLED = {"scaled_dot_product_attention", "softmax", "rms_norm", "layer_norm", "silu", "gelu", "rsqrt", "baddbmm"}
+HAND_ROLLED = {
+    "scaled_dot_product_attention", "softmax", "log_softmax", "rms_norm", "layer_norm", "silu", "gelu", "rsqrt", "bmm",
+    "baddbmm", "F.linear",
+}  # fmt: skip
 
 
 def _hand_rolled(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Calls of torch that do what an op of `kernels` is for: attention, norms, activations."""
+    """Calls of torch that do what an op of `kernels` is for: attention, norms, activations, products."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in HAND_ROLLED:
-            yield node.lineno, ast.unparse(node.func)
+        called = node.func if isinstance(node, ast.Call) else None
+        if isinstance(called, ast.Attribute) and HAND_ROLLED & {called.attr, ast.unparse(called)}:
+            yield called.lineno, ast.unparse(called)
 
 
 def test_models_use_the_ops_of_kernels_and_roll_none_by_hand() -> None:
@@ -238,7 +242,10 @@ def test_models_use_the_ops_of_kernels_and_roll_none_by_hand() -> None:
     wrong = [f"{_name(path)}:{line} {what}" for path in models for line, what in _hand_rolled(_tree(path))]
     assert not wrong, wrong
     assert any(module.startswith("kernels.") for path in models for _, module in _imports(_tree(path)))
-    assert list(_hand_rolled(ast.parse("F.scaled_dot_product_attention(q, k, v); torch.rsqrt(x)")))
+    assert (
+        len(list(_hand_rolled(ast.parse("F.scaled_dot_product_attention(q, k, v); torch.rsqrt(x); F.linear(x, w)"))))
+        == 3
+    )
 
 
 def _functions(path: Path) -> Iterator[tuple[str, int]]:

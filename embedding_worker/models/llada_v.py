@@ -31,6 +31,7 @@ from embedding_worker.models.vit import (
 from embedding_worker.preprocess import ImageSettings
 from embedding_worker.tiles import Tiling
 from kernels.activation import gelu
+from kernels.linear import linear
 from transfer.checkpoint import Checkpoint
 from transfer.checkpoint_rules import Rule
 
@@ -186,4 +187,4 @@ class LladaVision:
         return overview, lines.flatten(1).T
 
     def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self._weights[name + ".weight"], self._weights[name + ".bias"])
+        return linear(x, self._weights[name + ".weight"], self._weights[name + ".bias"])

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 
 from embedding_worker.models.base import PLANE, Grid
 from embedding_worker.models.sources import Source, check_sources, load_sources
@@ -28,6 +27,7 @@ from embedding_worker.models.vit import (
 )
 from embedding_worker.preprocess import ImageSettings
 from kernels.activation import gelu
+from kernels.linear import linear
 from kernels.norm import layer_norm
 from transfer.checkpoint import Checkpoint
 from transfer.checkpoint_rules import Rule
@@ -150,4 +150,4 @@ class MiniMindVision:
         return self._linear("mlp.3", gelu(self._linear("mlp.1", normed)))
 
     def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self._weights[name + ".weight"], self._weights[name + ".bias"])
+        return linear(x, self._weights[name + ".weight"], self._weights[name + ".bias"])

@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from embedding_worker.models.base import Grid
 from embedding_worker.models.qwen_vision import NORM_EPS, ROPE_THETA, QwenVision, Shapes, TowerConfig
 from kernels.activation import gelu, swiglu
+from kernels.linear import linear
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.rotary import RotaryTable, rotary_2d_cos_sin, rotary_table, rotate
 from kernels.varlen_attention import Segments, varlen_attention
@@ -145,7 +145,7 @@ class Qwen2_5_VLVision(QwenVision):
         layouts = [frame_layout(grid, config.merge_size, config.window_units) for grid in grids]
         order = _concatenate_orders(layouts)
         device = weights["patch_embed.weight"].device
-        embedded = F.linear(patches.to(device, weights["patch_embed.weight"].dtype), weights["patch_embed.weight"])
+        embedded = linear(patches.to(device, weights["patch_embed.weight"].dtype), weights["patch_embed.weight"])
         stream = embedded.view(order.shape[0], -1)[order.to(device)].view(num_patches, -1)
         positions = torch.cat([layout.positions for layout in layouts]).to(device)
         table = rotary_table(*rotary_2d_cos_sin(positions, config.head_dim, ROPE_THETA))

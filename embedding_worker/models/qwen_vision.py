@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 
 from embedding_worker.models.base import PLANE, Grid
 from embedding_worker.preprocess import ImageSettings
+from kernels.linear import linear
 from transfer.checkpoint import Checkpoint, check_checkpoint, load_checkpoint
 from transfer.checkpoint_rules import Rule
 
@@ -142,4 +142,4 @@ class QwenVision(ABC):
         return num_patches
 
     def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self._weights[name + ".weight"], self._weights[name + ".bias"])
+        return linear(x, self._weights[name + ".weight"], self._weights[name + ".bias"])

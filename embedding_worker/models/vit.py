@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from kernels.activation import gelu, gelu_sigmoid, gelu_tanh
+from kernels.linear import linear
 from kernels.norm import layer_norm
 from kernels.varlen_attention import Segments, varlen_attention
 from transfer.checkpoint import Checkpoint
@@ -157,7 +157,7 @@ class Encoder:
         """patches [images * side^2, patch_dim] of any dtype and device -> features [images * side^2, hidden]."""
         config, weights, num_patches = self.config, self._weights, self.config.side**2
         embed = weights["patch_embed.weight"]
-        embedded = F.linear(patches.to(embed.device, embed.dtype), embed, weights.get("patch_embed.bias"))
+        embedded = linear(patches.to(embed.device, embed.dtype), embed, weights.get("patch_embed.bias"))
         stream = embedded.view(-1, num_patches, config.hidden_size)
         num_images = stream.shape[0]
         if config.is_clip:
@@ -182,7 +182,7 @@ class Encoder:
         stream.add_(self._linear(name + "fc2", ACTIVATIONS[config.activation](inner)))
 
     def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self._weights[name + ".weight"], self._weights[name + ".bias"])
+        return linear(x, self._weights[name + ".weight"], self._weights[name + ".bias"])
 
     def _norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return layer_norm(x, self._weights[name + ".weight"], self._weights[name + ".bias"], self.config.eps)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from kernels.activation import swiglu
 from kernels.experts import combine_experts, group_by_expert, grouped_matmul, route, route_grouped
@@ -135,7 +134,7 @@ class ExpertMLP:
         for shared in self.shared:
             added = shared.forward(normed)
             if self.shared_gate is not None:
-                added = added * torch.sigmoid(F.linear(normed, self.shared_gate))
+                added = added * torch.sigmoid(linear(normed, self.shared_gate))
             mixed = mixed + added
         return mixed
 
@@ -143,9 +142,9 @@ class ExpertMLP:
         """(weights [T, k] float32, experts [T, k] int64)."""
         shape, grouped = self.shape, self.shape.grouped
         if grouped is None or self.router_bias is None:
-            return route(F.linear(normed, self.router), shape.top_k, normalise=shape.normalise)
+            return route(linear(normed, self.router), shape.top_k, normalise=shape.normalise)
         return route_grouped(
-            F.linear(normed.float(), self.router.float()),
+            linear(normed.float(), self.router.float()),
             self.router_bias,
             shape.top_k,
             normalise=shape.normalise,

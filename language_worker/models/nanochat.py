@@ -136,7 +136,7 @@ class NanoChatLayer:
         """values [T, kv heads, D] plus the tokens' own, by a gate per key head."""
         if self.value_gate is None or self.value_embedding is None:
             return values
-        gate = torch.sigmoid(F.linear(normed[:, : self.shape.gate_width], self.value_gate)) * self.shape.gate_scale
+        gate = torch.sigmoid(linear(normed[:, : self.shape.gate_width], self.value_gate)) * self.shape.gate_scale
         return values + gate[:, :, None] * F.embedding(ids, self.value_embedding).view(values.shape)
 
 
@@ -194,5 +194,5 @@ class NanoChat(RuledModel):
             return x
         assert previous_ids is not None, "the step lacks the ids before its tokens"
         before = rms_norm(F.embedding(previous_ids.clamp(min=0), self.embedding), None, self.shape.eps)
-        gate = torch.sigmoid(F.linear(x[:, : self.shape.smear_width], self.smear_gate)) * self.smear_lambda[0]
+        gate = torch.sigmoid(linear(x[:, : self.shape.smear_width], self.smear_gate)) * self.smear_lambda[0]
         return x + torch.where(previous_ids[:, None] >= 0, gate, 0.0) * before
