@@ -7,14 +7,14 @@ composes the ops themselves, with the same result.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
 
 from kernels._native.limits import MAX_HEAD_DIM, MAX_ROWS, MIN_COLUMNS
-from kernels.dispatch import native
+from kernels.dispatch import deciding, native
 from kernels.halved_matrix import HalvedMatrix
 from kernels.invariance import is_batch_invariant
 from kernels.linear import Weight
@@ -50,11 +50,14 @@ class LayerWeights:
     def is_served(self) -> bool:
         """Whether there is a C path for how its matrices are stored."""
         matrices = (self.qkv, self.o, self.gate_up, self.down)
-        return all(type(m) in (torch.Tensor, HalvedMatrix, Int8Matrix) and m.shape[0] >= MIN_COLUMNS for m in matrices)
+        plain = (m for m in matrices if isinstance(m, torch.Tensor))
+        is_stored = all(type(m) in (torch.Tensor, HalvedMatrix, Int8Matrix) for m in matrices)
+        return is_stored and all(m.shape[0] >= MIN_COLUMNS for m in matrices) and all(m.is_contiguous() for m in plain)
 
 
 class DecoderLayers:
-    """Layers of one size. Their tensors stay where they are for as long as this is used; numbers in them may change."""
+    """Layers of one size. Their tensors stay where they are for as long as this is used; numbers in them may change. It
+    holds pointers once it was used, and cannot be copied or pickled then."""
 
     def __init__(
         self, layers: Sequence[LayerWeights], *, num_heads: int, num_kv_heads: int, head_dim: int, eps: float
@@ -82,7 +85,8 @@ class DecoderLayers:
         """
         if not self._is_served or not 0 < hidden.shape[0] <= MAX_ROWS or is_batch_invariant():
             return None
-        quick = native("decoder_layers", hidden, hidden.numel())
+        lead = deciding(hidden, *self._tensors()) if torch.is_grad_enabled() else hidden
+        quick = native("decoder_layers", lead, hidden.numel())
         if quick is None or not isinstance(caches[0][0], torch.Tensor) or caches[0][0].dtype != hidden.dtype:
             return None
         if sum(attention.query_lens) != hidden.shape[0]:
@@ -96,6 +100,13 @@ class DecoderLayers:
         return self._prepared.forward(
             hidden, final_norm, rotary.cos, rotary.signed_sin, plain, slots, windows.page_table, windows.windows
         )
+
+    def _tensors(self) -> Iterator[torch.Tensor | None]:
+        """All that a gradient could be wanted of."""
+        for layer in self._layers:
+            matrices = (layer.qkv, layer.o, layer.gate_up, layer.down)
+            yield from (m if isinstance(m, torch.Tensor) else getattr(m, "full", None) for m in matrices)
+            yield from (layer.input_norm, layer.qk_norm, layer.post_norm, layer.qkv_bias, layer.o_bias)
 
     def _prepare(self, kind: type[Layers]) -> Layers:
         prepared = kind(

@@ -30,7 +30,8 @@ class Gathering:
             return [chunk]
         held = self._held.get(chunk.index)
         if held is None:
-            self._held[chunk.index] = []
+            if chunk.token_ids:
+                self._held[chunk.index] = []
             return [chunk]
         if chunk.preview is not None or chunk.prompt_logprobs is not None:
             return [*self._take(chunk.index), chunk]

@@ -61,7 +61,7 @@ static void FLOAT(product)(const real *x, const Matrix *m, real *out, size rows,
 }
 
 /* hidden [tokens, hidden] is used up; out [tokens, hidden] is normed by final_norm. caches: keys and values of each layer
-   in turn. scratch: room for rows of hidden + (2 * heads + 3 * kv_heads) * dim + hidden + 3 * inner numbers. Returns -1;
+   in turn. scratch: room for rows of 2 * hidden + 3 * (heads + kv_heads) * dim + 3 * inner numbers. Returns -1;
    t, when the slot of token t is not there; tokens + s, when the windows or pages of sequence s are not. */
 size FLOAT(decoder_layers)(const Layer *layers, const Sizes *sizes, const Step *step, real *const *caches,
                            const real *final_norm, real *hidden, real *out, real *scratch) {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 
@@ -49,6 +51,20 @@ class _Step(ctypes.Structure):
 Matrix = torch.Tensor | HalvedMatrix | Int8Matrix
 
 
+class _Caches(NamedTuple):
+    """The keys and values of the layers in turn, and pointers to them."""
+
+    planes: tuple[torch.Tensor, ...]
+    pointers: Any
+    shape: tuple[int, ...]
+
+    def are(self, caches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+        """Whether these are the same tensors; a list may have been given others since."""
+        if 2 * len(caches) != len(self.planes):
+            return False
+        return all(a is b for a, b in zip(self.planes, chain.from_iterable(caches), strict=True))
+
+
 class Layers:
     """What the C path reads of layers that are all of one size; whoever holds it holds the tensors too."""
 
@@ -58,9 +74,7 @@ class Layers:
         self._sizes = _Sizes(layers=count, heads=heads, kv_heads=kv_heads, dim=dim, inner=inner, eps=eps)
         self._sizes.scale = dim**-0.5
         self._held: list[object] = []
-        self._caches: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
-        self._cache_pointers = (POINTER * 0)()
-        self._cache_shape: tuple[int, ...] = ()
+        self._caches = _Caches((), (POINTER * 0)(), ())
         self.dtype = torch.float32
 
     def add(
@@ -97,22 +111,21 @@ class Layers:
             full, scales, dtype = weight.numbers, weight.scales, torch.int8
         assert isinstance(full, torch.Tensor)
         fits = is_like(full, dtype, columns, inputs) and (bias is None or is_like(bias, self.dtype, columns))
-        fits &= half is None or is_like(half, torch.bfloat16, columns, inputs)
+        fits &= half is None or (self.dtype == torch.float32 and is_like(half, torch.bfloat16, columns, inputs))
         if not fits or not (scales is None or is_like(scales, torch.float32, columns)):
             raise misfit("decoder_layers", weight=full, half=half, scales=scales, bias=bias)
         self._held += [full, half, scales, bias]
         pointers = (None if tensor is None else tensor.data_ptr() for tensor in (full, half, bias, scales))
         return _Matrix(*pointers, columns, inputs)
 
-    def _keep(self, caches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Pointers to the caches of all layers, until others come."""
-        shape = caches[0][0].shape
-        planes = [plane for cache in caches for plane in cache]
-        sizes = (shape[0], shape[1], self._sizes.kv_heads, self._sizes.dim)
+    def _checked(self, caches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> _Caches:
+        """Pointers to the planes of all layers. Raises ValueError where they are not of the sizes."""
+        planes = tuple(plane for cache in caches for plane in cache)
+        shape = tuple(planes[0].shape)
+        sizes = (*shape[:2], self._sizes.kv_heads, self._sizes.dim)
         if len(caches) != self._count or not all(is_like(plane, self.dtype, *sizes) for plane in planes):
             raise misfit("decoder_layers", **{f"cache_{i}": plane for i, plane in enumerate(planes)})
-        self._cache_pointers = (POINTER * len(planes))(*(plane.data_ptr() for plane in planes))
-        self._caches, self._cache_shape = caches, tuple(shape)
+        return _Caches(planes, (POINTER * len(planes))(*(plane.data_ptr() for plane in planes)), shape)
 
     def forward(
         self, hidden: torch.Tensor, final_norm: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor,
@@ -124,8 +137,9 @@ class Layers:
         others and where a window or its pages are not there, IndexError for a slot that is not.
         """
         tokens, sizes = hidden.shape[0], self._sizes
-        if caches is not self._caches:
-            self._keep(caches)
+        kept = self._caches
+        if not kept.are(caches):
+            kept = self._caches = self._checked(caches)
         cos, signed_sin, slots = cos.contiguous(), signed_sin.contiguous(), slots.contiguous()
         fits = 0 < tokens <= MAX_ROWS and is_like(hidden, self.dtype, tokens, sizes.hidden)
         fits &= is_like(final_norm, self.dtype, sizes.hidden) and is_like(slots, torch.int64, tokens)
@@ -138,24 +152,24 @@ class Layers:
             )  # fmt: skip
         step = _Step(
             cos.data_ptr(), signed_sin.data_ptr(), slots.data_ptr(), page_table.data_ptr(), windows.data_ptr(),
-            tokens, len(page_table), page_table.shape[1], self._cache_shape[0], self._cache_shape[1],
+            tokens, len(page_table), page_table.shape[1], kept.shape[0], kept.shape[1],
             torch.get_num_threads(),
         )  # fmt: skip
-        heads = (2 * sizes.heads + sizes.kv_heads) + (sizes.heads + 2 * sizes.kv_heads)
+        heads = 3 * (sizes.heads + sizes.kv_heads)
         scratch = torch.empty(tokens * (2 * sizes.hidden + heads * sizes.dim + 3 * sizes.inner), dtype=self.dtype)
         out = torch.empty_like(hidden)
         refused = _DECODER_LAYERS[self.dtype](
-            self._layers, ctypes.byref(sizes), ctypes.byref(step), self._cache_pointers, final_norm.data_ptr(),
+            self._layers, ctypes.byref(sizes), ctypes.byref(step), kept.pointers, final_norm.data_ptr(),
             hidden.data_ptr(), out.data_ptr(), scratch.data_ptr(),
         )  # fmt: skip
         if 0 <= refused < tokens:
-            slot, room = int(slots[refused]), self._cache_shape[0] * self._cache_shape[1]
+            slot, room = int(slots[refused]), kept.shape[0] * kept.shape[1]
             raise IndexError(f"decoder_layers: slot {slot} is none of the cache's {room}")
         if refused >= tokens:
             asked = windows[:, refused - tokens].tolist()
             raise ValueError(
                 f"decoder_layers: sequence {refused - tokens} has the windows {asked} (queries, keys, first row) and "
                 f"the page_table {page_table[refused - tokens].tolist()}, for {tokens} rows and "
-                f"{self._cache_shape[0]} pages of {self._cache_shape[1]}"
+                f"{kept.shape[0]} pages of {kept.shape[1]}"
             )
         return out

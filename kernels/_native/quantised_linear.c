@@ -1,8 +1,9 @@
 /* x @ weight.T + bias for few rows and weights of 8 or 4 bits, in parts as in linear.c.
 
 Processors that multiply bytes take 8-bit weights as they are: a row of x is written in steps of a 2^23rd of its largest
-number, the three bytes of these are multiplied with the weights, and whole numbers are added up. So a sum is exact, and
-what is lost of x is as little as float32 loses. Others widen the weights piece by piece, for all rows at once. */
+number, the three bytes of these are multiplied with the weights, and whole numbers are added up exactly. What a step
+loses is little beside the row's other numbers, unless one of them stands out by far: such a row, and other processors,
+have the weights widened piece by piece. */
 
 #include <stdlib.h>
 
@@ -12,6 +13,7 @@ what is lost of x is as little as float32 loses. Others widen the weights piece 
 #define MULTIPLIES_BYTES 1
 
 enum { BYTES = 64, PLANES = 3, MIDDLE = 1 << 23, MOST_INPUTS = 1 << 16 };
+static const float OUTSTANDING = 64; /* times the mean magnitude of the others */
 static const double STEPS = 8388600; /* a little below MIDDLE, so that rounding never reaches it */
 
 /* The sums of the whole numbers in each of four registers. */
@@ -28,21 +30,24 @@ static inline __m512i up_to_64_bytes(const int8_t *from, size left) {
 }
 
 /* `rows` of x [rows, inputs] in steps: planes [rows, PLANES, stride] are their bytes, low ones first, MIDDLE added; steps
-   [rows] are as wide as that, NaN where a number is not finite. */
+   [rows] are as wide as that, NaN where a number is not finite, and -1 where the largest stands out too far. */
 #define IN_STEPS(name, type, load)                                                                                     \
     static inline void in_steps_##name(const type *x, size rows, size inputs, uint8_t *planes, size stride,            \
                                        double *steps) {                                                                \
         for (size r = 0; r < rows; r++, x += inputs, planes += PLANES * stride) {                                      \
-            float largest = 0, nothing = 0;                                                                            \
-            _Pragma("omp simd reduction(max : largest) reduction(+ : nothing)") for (size i = 0; i < inputs; i++) {    \
+            float largest = 0, total = 0, nothing = 0;                                                                 \
+            _Pragma("omp simd reduction(max : largest) reduction(+ : total, nothing)")                                 \
+            for (size i = 0; i < inputs; i++) {                                                                        \
                 float magnitude = fabsf(load(x[i]));                                                                   \
                 largest = magnitude > largest ? magnitude : largest;                                                   \
+                total += magnitude;                                                                                    \
                 nothing += magnitude * 0; /* NaN of what is not finite */                                              \
             }                                                                                                          \
-            steps[r] = largest / STEPS + nothing;                                                                      \
-            double per_step = largest > 0 && nothing == 0 ? STEPS / largest : 0;                                       \
+            int is_even = largest * (float)inputs <= OUTSTANDING * (total - largest);                                  \
+            steps[r] = nothing != 0 ? nothing : (is_even ? largest / STEPS : -1);                                      \
+            double per_step = largest > 0 && nothing == 0 && is_even ? STEPS / largest : 0;                            \
             for (size i = 0; i < inputs; i++) {                                                                        \
-                int32_t whole = nothing == 0 ? (int32_t)rint(load(x[i]) * per_step) + MIDDLE : MIDDLE;                 \
+                int32_t whole = per_step > 0 ? (int32_t)rint(load(x[i]) * per_step) + MIDDLE : MIDDLE;                 \
                 planes[i] = (uint8_t)whole;                                                                            \
                 planes[stride + i] = (uint8_t)(whole >> 8);                                                            \
                 planes[2 * stride + i] = (uint8_t)(whole >> 16);                                                       \
@@ -176,10 +181,13 @@ BYTES_INT8(float32, float, kept, kept)
         if (planes) in_steps_##name(x, rows, inputs, planes, stride, steps);                                           \
         _Pragma("omp parallel for num_threads(parts) if (parts > 1)") for (size part = 0; part < parts; part++) {      \
             size start = columns * part / parts, end = columns * (part + 1) / parts;                                   \
-            if (planes)                                                                                                \
-                bytes_int8_##name(planes, stride, steps, weight, scales, bias, out, rows, inputs, columns, start, end);\
-            else                                                                                                       \
-                wide_int8_##name(x, weight, scales, bias, out, rows, inputs, columns, start, end);                     \
+            if (!planes) wide_int8_##name(x, weight, scales, bias, out, rows, inputs, columns, start, end);            \
+            if (!planes) continue;                                                                                     \
+            bytes_int8_##name(planes, stride, steps, weight, scales, bias, out, rows, inputs, columns, start, end);    \
+            for (size r = 0; r < rows; r++)                                                                            \
+                if (steps[r] < 0)                                                                                      \
+                    wide_int8_##name(x + r * inputs, weight, scales, bias, out + r * columns, 1, inputs, columns,      \
+                                     start, end);                                                                      \
         }                                                                                                              \
         free(planes);                                                                                                  \
     }

@@ -50,7 +50,8 @@ def selective_scan(
             "selective_scan", x=x, dt=dt, b=b, c=c, a=a, skip=skip, states=states, spans=spans, dt_bias=dt_bias,
             gate=gate,
         )  # fmt: skip
-    y, steps = torch.empty((tokens, channels), dtype=x.dtype), torch.empty((tokens, channels))
+    y = torch.empty((tokens, channels), dtype=x.dtype)
+    steps = torch.empty((tokens, channels), dtype=torch.float32)
     threads = torch.get_num_threads() if tokens * channels * width >= SHARED_WORK else 1
     bias = None if dt_bias is None else dt_bias.data_ptr()
     gates = (None, 0) if gate is None else (gate.data_ptr(), gate.stride(0))

@@ -258,6 +258,29 @@ def test_what_it_is_not_made_for_is_left_to_others_untouched() -> None:
     assert case.run(model) is not None
 
 
+def test_a_list_of_caches_may_be_given_other_tensors() -> None:
+    model = _model()
+    case = Case(model, [(3, 1)], 16)
+    expected = case.run(model)
+    case.caches[0] = (case.caches[0][0].clone(), case.caches[0][1].clone())
+    before = [plane.clone() for plane in case.caches[0]]
+    for plane in case.caches[0]:
+        plane.view(-1, *plane.shape[2:])[case.slots] = torch.nan
+    actual = case.run(model)
+    assert actual is not None and expected is not None and torch.equal(actual, expected)
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.caches[0], before, strict=True))
+
+
+def test_a_gradient_that_is_wanted_is_left_to_the_ops() -> None:
+    model = _model()
+    case = Case(model, [(3, 1)], 16)
+    wanted = dataclasses.replace(model.weights[0], post_norm=model.weights[0].post_norm.clone().requires_grad_())
+    model.op = DecoderLayers([wanted, *model.weights[1:]], num_heads=4, num_kv_heads=2, head_dim=6, eps=EPS)
+    assert case.run(model) is None
+    with torch.no_grad():
+        assert case.run(model) is not None
+
+
 def test_slots_pages_and_shapes_that_are_not_there_are_refused() -> None:
     model = _model()
     case = Case(model, [(3, 1), (20, 2)], 16)

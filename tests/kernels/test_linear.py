@@ -274,3 +274,16 @@ def test_sums_of_8_bit_products_do_not_overflow_before_their_scale(dtype: torch.
     with forced(path):
         actual = int8_linear(torch.ones(2, 1024, dtype=dtype), numbers, scales)
     assert_matches(actual, torch.full((2, 4), 1024 * 0.127, dtype=torch.float64), reduced=1024)
+
+
+@pytest.mark.parametrize("outstanding", [1e2, 1e3, 1e5, 1e8])
+def test_a_number_that_stands_out_costs_the_others_nothing(outstanding: float) -> None:
+    """Its own weights are zeros, so that its row's result is the others'."""
+    numbers, scales = quantise_weight_int8(_draw(0, 9, 300))
+    numbers[:, 7] = 0
+    x = 0.1 * _draw(1, 3, 300)
+    x[1, 7] = outstanding
+    with forced("native"):
+        assert_matches(
+            int8_linear(x, numbers, scales), x.double() @ (numbers.double() * scales.double()[:, None]).T, reduced=300
+        )

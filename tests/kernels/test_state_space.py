@@ -222,3 +222,22 @@ def test_small_step_sizes_keep_their_digits(path: Path) -> None:
         x, dt, b, c, weights.a, weights.skip, weights.dt_bias, torch.zeros(channels, size), None
     )
     assert float(((states[0].double() - last) / last.abs().amax(-1, keepdim=True)).abs().max()) < 1e-5
+
+
+def test_a_default_dtype_of_the_callers_changes_nothing() -> None:
+    """Rooms for the C path are of the sizes that it writes."""
+    weights = _weights(64, 16, torch.float32, True)
+    x, dt, b, c, gate = _inputs(200, 64, 16, torch.float32)
+    batch = StateBatch(lengths=[200], slots=[0])
+
+    def run() -> torch.Tensor:
+        with forced("native"):
+            states = torch.zeros(1, 64, 16, dtype=torch.float32)
+            return selective_scan(x, dt, b, c, weights, states, batch, gate)
+
+    expected, before = run(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(run(), expected)
+    finally:
+        torch.set_default_dtype(before)

@@ -75,6 +75,13 @@ def test_the_first_token_leaves_at_once_and_so_does_the_end() -> None:
     assert (end.token_ids, end.text, end.finish_reason) == ((1, 2), "<1><2>", "length")
 
 
+def test_a_block_that_is_shown_first_does_not_hold_the_first_tokens_back() -> None:
+    gathering = Gathering(16)
+    first = _chunk(0, 0, 1, has_logprobs=False, has_mask=False, is_last=False)
+    shown = replace(first, token_ids=(), text="", preview=(None, 4))
+    assert gathering.add(shown) == [shown] and gathering.add(first) == [first]
+
+
 def test_an_open_block_is_shown_after_what_came_before_it() -> None:
     gathering = Gathering(16)
     first = _chunk(0, 0, 1, has_logprobs=False, has_mask=False, is_last=False)
