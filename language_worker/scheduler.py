@@ -10,12 +10,15 @@ Rules, in order
  3. What is left of `max_step_tokens` goes to running prefills, oldest first, in chunks. One whose media rows have not
     all arrived waits until `min_partial_chunk` tokens can be computed: a step reads all the weights for however few.
     One whose logits are all asked for computes `max_prompt_logits` positions a step at most, together with its like.
-    One that cannot end in this step leaves a quarter of what is left to those behind it, running or waiting, so that a
-    short prompt does not stand behind a long one; what they do not take goes back to it.
+    One that cannot end in this step leaves a quarter of what is left to those behind it, so that a short prompt does
+    not stand behind a long one; what they do not take goes back to it.
  4. Waiting sequences are admitted oldest first while there are seats, budget, and pages for all known tokens plus one.
     The first that does not fit stops admission: nobody overtakes. Two exceptions for media whose rows have not all
     arrived: those that have every input go first, and a running sequence that can only wait for rows gives way to
     them, so a slow stream slows nobody else. Rows come whether or not their sequence runs, so it cannot starve.
+    To what a prefill leaves by rule 3, the oldest that fits into a step is admitted, and beside that one those that
+    end within what is left: more at once would hold their pages for long, and begin before a prefix is there that they
+    could share.
  5. A request's samples share its prompt: the first computes it, the others are forked off it then, or wait while one of
     them computes it again.
 Progress: the oldest running sequence that can compute is never preempted for another, and one sequence always fits the
@@ -127,7 +130,7 @@ class Scheduler:
         budget = self.max_step_tokens - sum(window.length for window in windows)
         budget = self._plan_prefills([s for s in self.running if not self._is_decode(s)], windows, budget)
         if not preempted:
-            budget = self._admit(windows, budget, preempted)
+            budget = self._admit(windows, num_decodes, budget, preempted)
         self._give_back(windows, num_decodes, budget)
         return StepPlan(
             windows=tuple(windows),
@@ -196,15 +199,20 @@ class Scheduler:
 
     def _give_back(self, windows: list[Window], num_decodes: int, budget: int) -> None:
         """What nobody took of the budget goes to the prefills that left it, oldest first."""
-        for i, window in enumerate(windows):
-            if budget <= 0 or self.strategy.is_whole:
-                break
-            if i >= num_decodes and window.end < len(window.seq.tokens):
-                room = self._room_for_logits(window.seq, windows[:i] + windows[i + 1 :])
-                longer = self._chunk(window.seq, min(window.length + budget, room))
-                if longer is not None and longer.length > window.length:
-                    windows[i] = longer
-                    budget -= longer.length - window.length
+        for i in range(num_decodes, len(windows)):
+            longer = self._longer(windows, i, budget)
+            if longer is not None:
+                budget -= longer.length - windows[i].length
+                windows[i] = longer
+
+    def _longer(self, windows: list[Window], i: int, budget: int) -> Window | None:
+        """Window i with what it would take of `budget`, None if that is nothing."""
+        window = windows[i]
+        if budget <= 0 or self.strategy.is_whole or window.end >= len(window.seq.tokens):
+            return None
+        room = self._room_for_logits(window.seq, windows[:i] + windows[i + 1 :])
+        longer = self._chunk(window.seq, min(window.length + budget, room))
+        return longer if longer is not None and longer.length > window.length else None
 
     def _room_for_logits(self, seq: Sequence, windows: list[Window]) -> int:
         """Positions that `seq` may compute beside `windows` for the sake of the logits that it wants of them."""
@@ -233,9 +241,13 @@ class Scheduler:
             return window
         return self.strategy.window(seq, window.length - excess) if window.length > excess else None
 
-    def _admit(self, windows: list[Window], budget: int, preempted: list[Sequence]) -> int:
+    def _admit(self, windows: list[Window], num_decodes: int, budget: int, preempted: list[Sequence]) -> int:
         stalled = self._stalled() if self.waiting else []
-        while budget > 0 and (seq := self._next_waiting()) is not None:
+        while budget > 0 and self.waiting:
+            num_left = sum(self._longer(windows, i, budget) is not None for i in range(num_decodes, len(windows)))
+            seq = self._next_waiting((None, self.max_step_tokens)[num_left] if num_left < 2 else budget)
+            if seq is None:
+                break
             while not self._try_start(seq):
                 if not stalled or not seq.is_ready:
                     return budget
@@ -244,16 +256,18 @@ class Scheduler:
             budget = self._plan_prefills([seq], windows, budget)
         return budget
 
-    def _next_waiting(self) -> Sequence | None:
-        """Whose turn it is by rules 4 and 5."""
+    def _next_waiting(self, most: int | None = None) -> Sequence | None:
+        """Whose turn it is by rules 4 and 5; most: positions in which it must end."""
         oldest = None
         for seq in self.waiting:
             if seq.has_siblings and any(s.kv_len < s.prompt_len for s in self._siblings(seq)):
                 continue
+            if most is not None and seq.imported is None and seq.missing > most:
+                continue
             if seq.is_ready:
                 return seq
             oldest = oldest or seq
-        return oldest
+        return oldest if most is None else None
 
     def _siblings(self, seq: Sequence) -> list[Sequence]:
         """Running samples of the same prompt."""

@@ -12,6 +12,7 @@ import pytest
 from cluster.config import ClusterConfig, GatewayConfig, build_config, flat_overrides, load_config
 from cluster.demo import MODEL_DIR
 from cluster.errors import ConfigError
+from cluster.yaml_files import read_yaml
 from embedding_worker.config import EmbedConfig
 from language_worker.config import EngineConfig
 from transfer.config import TransferConfig
@@ -251,3 +252,13 @@ def test_placement_by_roles_is_one_of_two_words() -> None:
     assert build_config({"workers": {"placement": "roles"}}).workers.placement == "roles"
     with pytest.raises(ConfigError, match=r"workers\.placement"):
         build_config({"workers": {"placement": "role"}})
+
+
+def test_keys_that_a_merge_brings_may_be_written_beside_it(tmp_path: Path) -> None:
+    """Also where the map that is merged has a merge of its own; and a number is another key than its digits."""
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "base: &base {x: 1}\na: {inner: &mid {<<: *base, x: 2}}\nb: {<<: *mid, y: 3}\nc: {1: one, '1': digit}\n"
+    )
+    read = read_yaml(path)
+    assert read["a"]["inner"] == {"x": 2} and read["b"] == {"x": 2, "y": 3} and len(read["c"]) == 2

@@ -1,5 +1,6 @@
 """Random traffic against the pure scheduler: invariants after every step, and every sequence ends right."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -7,6 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from language_worker.decode.autoregressive import Autoregressive
 from language_worker.errors import InvalidRequest
 from language_worker.page_pool import PagePool
+from language_worker.prefix_cache import PrefixCache
 from language_worker.request import Sequence, Status
 from language_worker.scheduler import Scheduler
 
@@ -274,21 +276,51 @@ def test_a_short_prompt_does_not_stand_behind_a_long_one() -> None:
     head_start=st.integers(0, 3),
 )
 def test_how_long_a_prompt_waits_behind_longer_ones(budget: int, longs: list[int], short: int, head_start: int) -> None:
-    """By the share that each of those leaves, one step more for each that ends, and no budget is ever left over."""
+    """At most for those before it that fit into a step, each and itself at three quarters of a quarter of one; and no
+    budget is ever left over."""
     scheduler = _scheduler(2000, max_step_tokens=budget)
     for order, length in enumerate(longs):
         scheduler.add(_seq(order, length, 1))
     for _ in range(head_start):
         _steps_of(scheduler)
     scheduler.add(_seq(99, short, 1))
-    share, num_steps, ended = budget // 4 ** len(longs), 0, -1
+    rate = budget // 4 - budget // 16
+    num_steps, ended = 0, -1
     while scheduler.running or scheduler.waiting:
         num_steps += 1
         last = _steps_of(scheduler)
         ended = num_steps if 99 in last else ended
         if 0 in last:
             assert head_start + num_steps <= -(-longs[0] // (budget - budget // 4)), "the oldest has three quarters"
-    assert share == 0 or ended <= -(-short // share) + len(longs)
+    if rate and short <= budget:
+        before = [length for length in longs if length <= budget]
+        assert ended <= sum(-(-length // rate) for length in (*before, short)) + len(longs)
+
+
+@pytest.mark.parametrize(("num_prompts", "shared"), [(2, 800), (8, 800), (16, 400)])
+def test_prompts_that_begin_alike_cost_little_more_than_one(num_prompts: int, shared: int) -> None:
+    """Who comes behind a long prompt does not begin before that is there to be shared."""
+    pool = PagePool(2000)
+    scheduler = Scheduler(
+        pool=pool,
+        strategy=Autoregressive(),
+        page_size=4,
+        max_num_seqs=32,
+        max_step_tokens=200,
+        prefix_cache=PrefixCache(pool, 4, b"root"),
+    )
+    prompts = [[*range(shared), *(1000 + i for _ in range(5))] for i in range(num_prompts)]
+    for i, prompt in enumerate(prompts):
+        scheduler.add(Sequence(key=(i, 0), prompt=prompt, max_len=len(prompt) + 1))
+    num_computed = 0
+    while scheduler.running or scheduler.waiting:
+        plan = scheduler.plan()
+        num_computed += plan.num_tokens
+        for window in plan.windows:
+            scheduler.commit(window, [1] if window.samples else [])
+            if window.samples:
+                scheduler.end(window.seq)
+    assert num_computed <= shared + num_prompts * (5 + 4) + 2 * 200, "the steps in which the first ended, and pages"
 
 
 def _steps_of(scheduler: Scheduler) -> list[int]:
