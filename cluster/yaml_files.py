@@ -19,7 +19,7 @@ MERGE_TAG = "tag:yaml.org,2002:merge"  # `<<`, which may stand beside keys that 
 class _OnceLoader(yaml.SafeLoader):
     """Lets every key of a map stand once."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """As it is written: what `<<` brings is not there yet."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen: set[tuple[str, str]] = set()
