@@ -155,6 +155,9 @@ class _Run:
 
     # -- for the attempt, on the I/O thread -------------------------------------------------------------------------
 
+    def on_taken(self, worker: WorkerAddress) -> None:
+        self._suspects.took(self, worker)
+
     def on_chunk(self, chunk: TokenChunk) -> None:
         if self._differs:
             return

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,18 +27,28 @@ from cluster.served import ServedRequest
 from language_worker.api import SamplingParams
 from language_worker.config import EngineConfig
 from language_worker.worker import LanguageWorker
-from tests.cluster.fake_workers import FakeWorker, Names
-from tests.cluster.test_handoff import IMAGES, WAIT_S, MakeRig, Outcome, Rig, _serve, make_rig
+from tests.cluster.fake_workers import FakeWorker, Names, send_tokens
+from tests.cluster.test_handoff import IMAGES, QUICK, WAIT_S, Loss, MakeRig, Outcome, Rig, _serve, lose, make_rig
 from tests.tiny_text_models import make_text_model
 from transfer.config import TransferConfig
 from transfer.endpoints.endpoint import open_endpoint
+from transfer.protocol.messages import Parts
 from transfer.service.service import Service
 
-__all__ = ["make_rig"]  # the fixture
+__all__ = ["lose", "make_rig"]  # the fixtures
+
+
+def _ping(rig: Rig, worker: FakeWorker) -> None:
+    """Until the worker's answers to all pings that left before have come."""
+    is_answered = threading.Event()
+    connection = rig.directory.connection(worker.entry)
+    rig.service.call(connection, "ping", {}, on_end=lambda body, failure: is_answered.set())
+    assert is_answered.wait(WAIT_S)
 
 
 def _crash(rig: Rig, worker: FakeWorker) -> None:
     """Its process is gone, and the monitor says so."""
+    _ping(rig, worker)
     rig.directory.set_alive(worker.entry, False)
     rig.lose(worker)
 
@@ -78,6 +88,59 @@ def test_a_link_that_broke_is_no_crash(make_rig: MakeRig) -> None:
     _crash(rig, rig.language[1])
     _serve(rig.language[2].take("generate"), 5)
     assert outcome.wait().error is None and outcome.tokens == [5]
+
+
+@pytest.mark.parametrize("num_language", [2, 3])
+def test_a_link_that_broke_after_a_crash_is_none_either(
+    make_rig: MakeRig, lose: Callable[[Loss], Loss], num_language: int
+) -> None:
+    """The second worker lives; a part of its answer was lost."""
+    rig = make_rig(num_language=num_language, config=QUICK)
+    outcome, _ = rig.submit()
+    rig.language[0].take("generate")
+    _crash(rig, rig.language[0])
+    call = rig.language[1].take("generate")
+    _ping(rig, rig.language[1])
+    lose(Loss(Parts))
+    send_tokens(call, 5)
+    send_tokens(call, 6)
+    _serve(rig.language[-1].take("generate"), 5, 6, 7)
+    assert outcome.wait().error is None and outcome.tokens == [5, 6, 7]
+
+
+def test_a_worker_that_was_dead_before_the_request_came_did_not_crash_of_it(make_rig: MakeRig) -> None:
+    """A node dies with two workers, and the silence of the first is found first."""
+    rig = make_rig(num_language=3)
+    left = threading.Event()
+    rig.handoff = Handoff(rig.service, rig.directory, lambda reason: left.set() if reason == "PeerLost" else None)
+    outcome, _ = rig.submit()
+    rig.language[0].take("generate")
+    rig.language[1].close()
+    _crash(rig, rig.language[0])
+    assert left.wait(WAIT_S)
+    rig.directory.set_alive(rig.language[1].entry, False)
+    rig.lose(rig.language[1])
+    _serve(rig.language[2].take("generate"), 5)
+    assert outcome.wait().error is None and outcome.tokens == [5]
+
+
+def test_of_a_lost_peer_s_calls_the_monitor_s_ping_may_end_last(make_rig: MakeRig) -> None:
+    """The silence ends them in the order in which they left."""
+    rig = make_rig(num_language=3)
+    outcome, _ = rig.submit()
+    for worker in rig.language[:2]:
+        worker.take("generate")
+        _ping(rig, worker)
+        rig.service.call(
+            rig.directory.connection(worker.entry),
+            "reissue",  # which no fake worker answers by itself
+            {},
+            on_end=lambda body, failure, entry=worker.entry: rig.directory.set_alive(entry, False),
+        )
+        worker.take("reissue")
+        rig.lose(worker)
+    assert isinstance(outcome.wait().error, CrashingRequest)
+    assert not rig.language[2].has_calls()
 
 
 def test_an_image_that_crashes_embedding_workers_is_given_up(make_rig: MakeRig) -> None:
