@@ -266,7 +266,7 @@ class _Run:
             return Verdict.ANEW
         is_sure = failure.code == "EngineFailed"
         if is_sure:  # its process answers until it is replaced, and would refuse what is handed to it
-            self._directory.set_alive(address, False)
+            self._directory.set_failed(address)
         return self._suspects.judge(self, address, is_sure=is_sure)
 
     def _wait(self, worker: str, failure: RemoteFailure) -> None:

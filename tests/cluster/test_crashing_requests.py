@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import httpx
@@ -23,6 +24,7 @@ from cluster.errors import CrashingRequest, RequestTimeout, http_error
 from cluster.gateway_server import GatewayServer
 from cluster.handoff import Handoff
 from cluster.model_info import ModelInfo
+from cluster.monitor import WorkerMonitor
 from cluster.served import ServedRequest
 from language_worker.api import SamplingParams
 from language_worker.config import EngineConfig
@@ -213,6 +215,48 @@ def test_when_the_first_to_be_tried_is_named_the_other_waits_no_more(make_rig: M
     assert isinstance(twice.one.wait().error, CrashingRequest)
     _serve(rig.language[2].take("generate"), 6)
     assert twice.two.wait().tokens == [6]
+
+
+def test_a_broken_engine_whose_process_answers_pings_is_no_live_worker(
+    make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither is the last live worker risked for it, nor do requests go to it."""
+    rig = make_rig(num_language=3)
+    first, second, left = rig.language
+    _only(rig, first)
+    for _ in range(2):
+        rig.submit()
+    for broken, other in ((first, second), (second, left)):
+        calls = [broken.take("generate") for _ in range(2)]
+        rig.directory.set_alive(other.entry, True)
+        for call in calls:
+            call.fail("EngineFailed", "no more")
+    _ping(rig, second)
+    assert rig.handoff._suspects.num_waiting == 2
+    answered: Queue[str] = Queue()
+    set_alive = rig.directory.set_alive
+
+    def note(worker: WorkerAddress, is_alive: bool) -> bool:
+        news = set_alive(worker, is_alive)
+        answered.put(worker.name)
+        return news
+
+    monkeypatch.setattr(rig.directory, "set_alive", note)
+    monitor = WorkerMonitor(rig.service, rig.directory, interval_s=0.01)
+    monitor.start()
+    try:
+        waited_for = {first.name, second.name}
+        while waited_for:
+            waited_for.discard(answered.get(timeout=WAIT_S))
+        for _ in range(2):  # for what was let go on, and for its call
+            _ping(rig, left)
+        assert rig.handoff._suspects.num_waiting == 2 and not left.has_calls()
+        young, _ = rig.submit()
+        _serve(left.take("generate"), 5)
+        assert young.wait().tokens == [5]
+        assert not any(worker.has_calls() for worker in rig.language)
+    finally:
+        monitor.close()
 
 
 def test_who_waits_can_be_cancelled(make_rig: MakeRig) -> None:
