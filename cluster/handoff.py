@@ -275,8 +275,8 @@ class _Run:
         self._waits_after = (worker, failure)
         self._timer = threading.Timer(max(0.0, self._deadline - time.monotonic()), self._on_deadline)
         self._timer.daemon = True
-        self._timer.start()
         self._suspects.wait(self)
+        self._timer.start()  # not before: the deadline may be over
         if self._cancelled and self._suspects.withdraw(self):
             self._end_cancelled()
         else:

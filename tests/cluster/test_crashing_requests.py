@@ -285,6 +285,23 @@ def test_who_waits_does_so_within_its_deadline(make_rig: MakeRig, monkeypatch: p
     assert isinstance(twice.one.wait().error, RequestTimeout) and isinstance(twice.two.wait().error, RequestTimeout)
 
 
+def test_a_deadline_that_passed_before_the_wait_began_ends_it(
+    make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Timer(threading.Timer):
+        """Whose time is over as soon as it starts."""
+
+        def start(self) -> None:
+            self.function()
+
+    monkeypatch.setattr(threading, "Timer", Timer)
+    rig = make_rig(num_language=3)
+    twice = Twice(rig)
+    for outcome in (twice.one, twice.two):
+        assert isinstance(outcome.wait().error, RequestTimeout)
+    assert rig.handoff._suspects.num_waiting == 0
+
+
 def test_the_gateway_answers_it_with_an_error_that_is_final_and_counts_the_attempts() -> None:
     service = Service(open_endpoint(f"inproc://{Names.fresh('gateway')}"), TransferConfig())
     config = GatewayConfig(host="127.0.0.1", port=0)
