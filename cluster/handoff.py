@@ -77,7 +77,10 @@ class Handoff:
     def _resume(self) -> None:
         views = self._directory.views()
         for run in self._suspects.release(lambda kinds: can_risk(views, kinds)):
-            run.resume()
+            try:
+                run.resume()
+            except Exception:  # the others wait no more either
+                logger.exception("a request that had waited could not go on")
 
 
 class _Run:
@@ -295,10 +298,14 @@ class _Run:
             end()
 
     def resume(self) -> None:
-        """It waits no more."""
+        """It waits no more. Raises what nobody expected, once the request has ended with it."""
         self._stop_timer()
         assert self._waits_after is not None
-        self._begin_anew(*self._waits_after)
+        try:
+            self._begin_anew(*self._waits_after)
+        except Exception as error:
+            self._end(error)
+            raise
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

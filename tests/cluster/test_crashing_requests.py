@@ -259,6 +259,33 @@ def test_a_broken_engine_whose_process_answers_pings_is_no_live_worker(
         monitor.close()
 
 
+def test_one_that_cannot_go_on_leaves_the_others_that_are_let_go_with_it(make_rig: MakeRig) -> None:
+    """Of three suspects the first is named by its trial, and the other two wait no more."""
+    rig = make_rig(num_language=4)
+    _only(rig, rig.language[0])
+    outcomes = [rig.submit()[0] for _ in range(3)]
+    for worker, other in zip(rig.language[:2], rig.language[1:3], strict=True):
+        calls = [worker.take("generate") for _ in outcomes]
+        rig.directory.set_alive(other.entry, True)
+        for call in calls:
+            call.fail("EngineFailed", "no more")
+    broken = iter([RuntimeError("nobody expected this")])
+    trial = rig.language[2]
+
+    def break_once(worker: WorkerAddress) -> None:
+        for error in broken:
+            raise error
+
+    rig.directory.set_alive(rig.language[3].entry, True)
+    call = trial.take("generate")
+    rig.directory.before_connection = break_once
+    call.fail("EngineFailed", "no more")
+    errors = [outcome.wait().error for outcome in outcomes[:2]]
+    assert isinstance(errors[0], CrashingRequest) and isinstance(errors[1], RuntimeError)
+    _serve(rig.language[3].take("generate"), 5)
+    assert outcomes[2].wait().tokens == [5]
+
+
 def test_who_waits_can_be_cancelled(make_rig: MakeRig) -> None:
     twice = Twice(make_rig(num_language=3))
     twice.one_running.cancel()
