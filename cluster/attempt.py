@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from contextlib import suppress
 from typing import Any, Protocol
 
 from cluster.directory import WorkerAddress, WorkerDirectory
@@ -21,7 +22,8 @@ from cluster.errors import NoWorker
 from cluster.legs import Bodies, Route
 from cluster.served import RequestStats, ServedRequest
 from language_worker.api import TokenChunk
-from transfer.errors import RemoteFailure, TransferError, error_code
+from transfer.connection import Connection
+from transfer.errors import EndpointClosed, RemoteFailure, TransferError, error_code
 from transfer.service.outgoing_calls import OutgoingCall
 from transfer.service.service import Service
 
@@ -38,6 +40,9 @@ FIGURES_GRACE_S = 0.05  # for the embed call's end, when all tokens have come: i
 
 class AttemptOwner(Protocol):
     """Hears how the attempt goes: chunks, then one end or one failure."""
+
+    def on_taken(self, worker: WorkerAddress) -> None:
+        """The worker was heard from after its call had left."""
 
     def on_chunk(self, chunk: TokenChunk) -> None: ...
 
@@ -119,18 +124,30 @@ class Attempt:
     def _begin(self, leg: str, worker: WorkerAddress, body: dict[str, Any]) -> None:
         self._directory.add_running(worker.name, 1)
         try:
+            connection = self._directory.connection(worker)
             call = self._service.call(
-                self._directory.connection(worker),
+                connection,
                 leg,
                 body,
                 self._request.media if leg == "embed" else (),
                 on_part=self._on_part if leg != "embed" else None,
-                on_end=lambda body, failure: self._on_leg_end(leg, body, failure),
+                on_end=lambda body, failure: self._hear_end(leg, body, failure),
             )
         except BaseException:
             self._directory.add_running(worker.name, -1)
             raise
         self._keep(leg, call)
+        self._ask_whether_taken(worker, connection)
+
+    def _ask_whether_taken(self, worker: WorkerAddress, connection: Connection) -> None:
+        """With a ping behind the call: what was dead before the call came does not answer."""
+
+        def on_end(body: dict[str, Any] | None, failure: RemoteFailure | None) -> None:
+            if failure is None:
+                self._owner.on_taken(worker)
+
+        with suppress(EndpointClosed):  # then the call itself says so
+            self._service.call(connection, "ping", {}, on_end=on_end)
 
     def _keep(self, leg: str, call: OutgoingCall) -> None:
         with self._lock:
@@ -164,6 +181,16 @@ class Attempt:
             self._ttft_ms = (time.perf_counter() - self._started_s) * 1e3
         self._num_prompt_tokens = body.get("num_prompt_tokens", self._num_prompt_tokens)
         self._owner.on_chunk(TokenChunk.from_body(self._request.request_id, body, self._num_prompt_tokens))
+
+    def _hear_end(self, leg: str, body: dict[str, Any] | None, failure: RemoteFailure | None) -> None:
+        """A lost peer's calls end one after another, the monitor's ping among them: once all have, it is known whether
+        the worker is taken for dead, or only the link to it broke.
+        """
+        if failure is not None and failure.code == "PeerLost":
+            with suppress(EndpointClosed):
+                self._service.post(lambda: self._on_leg_end(leg, body, failure))
+                return
+        self._on_leg_end(leg, body, failure)
 
     def _on_leg_end(self, leg: str, body: dict[str, Any] | None, failure: RemoteFailure | None) -> None:
         self._directory.add_running(self._names[leg], -1)

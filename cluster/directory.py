@@ -34,6 +34,7 @@ class WorkerDirectory:
         self._running: dict[str, int] = {}
         self._dead: set[str] = set()
         self._withdrawn: set[str] = set()  # dead whatever a ping says: an answer may have been on its way
+        self._failed: set[WorkerAddress] = set()  # dead too: the engine broke, its process answers until it is replaced
         self._listeners: list[Callable[[], None]] = []
 
     def listen(self, on_change: Callable[[], None]) -> None:
@@ -51,7 +52,9 @@ class WorkerDirectory:
             gone = [old for name, old in self._workers.items() if new.get(name) != old]
             moved = {old.name for old in gone}
             ended = [new[name] for name in new.keys() & set(withdrawn) - self._withdrawn - moved]
+            back = self._withdrawn - set(withdrawn)  # as another process, though it may listen at the same address
             self._workers = new
+            self._failed = {worker for worker in self._failed & set(new.values()) if worker.name not in back}
             self._withdrawn = new.keys() & set(withdrawn)
             self._dead &= new.keys()
             self._dead -= moved
@@ -68,7 +71,7 @@ class WorkerDirectory:
                 WorkerView(
                     name=w.name,
                     kind=w.kind,
-                    is_alive=w.name not in self._dead | self._withdrawn,
+                    is_alive=self._lives(w),
                     num_running=self._running.get(w.name, 0),
                 )
                 for w in self._workers.values()
@@ -87,6 +90,14 @@ class WorkerDirectory:
         """The (cached, lazily made) connection to a worker."""
         return self._connect(worker)
 
+    def set_failed(self, worker: WorkerAddress) -> None:
+        """The engine of exactly this incarnation broke: it stays dead, whatever a ping says."""
+        with self._lock:
+            if self._workers.get(worker.name) != worker or worker in self._failed:
+                return
+            self._failed.add(worker)
+        self._tell()
+
     def set_alive(self, worker: WorkerAddress, is_alive: bool) -> bool:
         """Note a verdict about exactly this incarnation of the worker. True if that is news."""
         with self._lock:
@@ -99,7 +110,7 @@ class WorkerDirectory:
     def is_alive(self, worker: WorkerAddress) -> bool:
         """Whether exactly this incarnation is known and not taken for dead."""
         with self._lock:
-            return self._workers.get(worker.name) == worker and worker.name not in self._dead | self._withdrawn
+            return self._workers.get(worker.name) == worker and self._lives(worker)
 
     def add_running(self, name: str, change: int) -> None:
         """A request was handed to the worker (+1) or has ended there (-1)."""
@@ -109,6 +120,9 @@ class WorkerDirectory:
                 self._running[name] = left
             else:
                 self._running.pop(name, None)
+
+    def _lives(self, worker: WorkerAddress) -> bool:
+        return worker.name not in self._dead | self._withdrawn and worker not in self._failed
 
     def _tell(self) -> None:
         for on_change in self._listeners:

@@ -77,7 +77,10 @@ class Handoff:
     def _resume(self) -> None:
         views = self._directory.views()
         for run in self._suspects.release(lambda kinds: can_risk(views, kinds)):
-            run.resume()
+            try:
+                run.resume()
+            except Exception:  # the others wait no more either
+                logger.exception("a request that had waited could not go on")
 
 
 class _Run:
@@ -154,6 +157,9 @@ class _Run:
             attempt.cancel()
 
     # -- for the attempt, on the I/O thread -------------------------------------------------------------------------
+
+    def on_taken(self, worker: WorkerAddress) -> None:
+        self._suspects.took(self, worker)
 
     def on_chunk(self, chunk: TokenChunk) -> None:
         if self._differs:
@@ -263,7 +269,7 @@ class _Run:
             return Verdict.ANEW
         is_sure = failure.code == "EngineFailed"
         if is_sure:  # its process answers until it is replaced, and would refuse what is handed to it
-            self._directory.set_alive(address, False)
+            self._directory.set_failed(address)
         return self._suspects.judge(self, address, is_sure=is_sure)
 
     def _wait(self, worker: str, failure: RemoteFailure) -> None:
@@ -272,8 +278,8 @@ class _Run:
         self._waits_after = (worker, failure)
         self._timer = threading.Timer(max(0.0, self._deadline - time.monotonic()), self._on_deadline)
         self._timer.daemon = True
-        self._timer.start()
         self._suspects.wait(self)
+        self._timer.start()  # not before: the deadline may be over
         if self._cancelled and self._suspects.withdraw(self):
             self._end_cancelled()
         else:
@@ -292,10 +298,14 @@ class _Run:
             end()
 
     def resume(self) -> None:
-        """It waits no more."""
+        """It waits no more. Raises what nobody expected, once the request has ended with it."""
         self._stop_timer()
         assert self._waits_after is not None
-        self._begin_anew(*self._waits_after)
+        try:
+            self._begin_anew(*self._waits_after)
+        except Exception as error:
+            self._end(error)
+            raise
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

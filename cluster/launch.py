@@ -201,7 +201,8 @@ class RayCluster:
             for name, actor in list(self._actors.items()):
                 if self._has_ended(name):
                     self._restarting.add(name)
-                asked.setdefault(name, (actor.health.remote(), time.monotonic()))
+                if name not in asked:
+                    asked[name] = actor.health.remote(), time.monotonic()
                 ref, since_s = asked[name]
                 try:
                     if ray.wait([ref], timeout=0)[0]:

@@ -2,8 +2,10 @@
 
 A request that ran at one crash is computed anew like any other. One that ran at two may be their cause: where no other
 request ran at both, it is; where others did, one of them at a time is tried once more while the rest wait, so that a
-third crash names it. The crashes that a named request ran at are explained by it, and held against nobody else. Where
-the worker answers after all, only the link to it broke: that was no crash. Thread-safe; requests are opaque objects.
+third crash names it. The crashes that a named request ran at are explained by it, and held against nobody else.
+
+In doubt it was no crash: a loss counts against a request only if the worker was heard from after the request had left
+for it, and is gone. Where it lives, or answers after all, only the link broke. Thread-safe; requests are opaque.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ class Suspects(Generic[R]):
         self._lock = threading.Lock()
         self._running: dict[R, frozenset[WorkerAddress]] = {}
         self._crashes: dict[WorkerAddress, set[R]] = {}  # who ran there, of those that have not ended
+        self._taken: dict[R, set[WorkerAddress]] = {}  # who was heard from after the request had left for it
         self._sure: set[WorkerAddress] = set()  # crashed by their own word: the process may still answer
         self._guilty: set[R] = set()
         self._waiting: list[R] = []
@@ -46,10 +49,17 @@ class Suspects(Generic[R]):
             before = self._running.get(request, frozenset()) if goes_on else frozenset()
             self._running[request] = before | frozenset(workers)
 
+    def took(self, request: R, worker: WorkerAddress) -> None:
+        """The worker was heard from after the request had left for it: it lived when the request came."""
+        with self._lock:
+            if worker in self._running.get(request, ()):
+                self._taken.setdefault(request, set()).add(worker)
+
     def leave(self, request: R) -> None:
         """The request has ended."""
         with self._lock:
             self._running.pop(request, None)
+            self._taken.pop(request, None)
             self._guilty.discard(request)
             self._on_trial = None if self._on_trial == request else self._on_trial
             for crash in self._crashes.values():
@@ -61,11 +71,13 @@ class Suspects(Generic[R]):
         with self._lock:
             if request in self._guilty:
                 return Verdict.GUILTY
+            if not is_sure and self._is_alive(worker):
+                return Verdict.ANEW
             if worker not in self._crashes:
                 self._crashes[worker] = {other for other, workers in self._running.items() if worker in workers}
             self._crashes[worker].add(request)
             self._sure |= {worker} if is_sure else set()
-            crashes = self._crashes_of(request) | {worker}
+            crashes = self._crashes_of(request)
             if len(crashes) < MAX_CRASHES:
                 return Verdict.ANEW
             if len(set.intersection(*(self._crashes[crashed] for crashed in crashes))) > 1:
@@ -108,9 +120,10 @@ class Suspects(Generic[R]):
             return len(self._waiting)
 
     def _crashes_of(self, request: R) -> set[WorkerAddress]:
-        """Where it ran when they crashed."""
+        """Those that count against it: where it ran when they crashed."""
         ran_at = {worker for worker, crash in self._crashes.items() if request in crash}
-        return {worker for worker in ran_at if worker in self._sure or not self._is_alive(worker)}
+        gone = {worker for worker in ran_at & self._taken.get(request, set()) if not self._is_alive(worker)}
+        return gone | (ran_at & self._sure)
 
     def _drop(self, workers: set[WorkerAddress]) -> None:
         self._crashes = {worker: crash for worker, crash in self._crashes.items() if worker not in workers}

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import httpx
@@ -23,22 +24,33 @@ from cluster.errors import CrashingRequest, RequestTimeout, http_error
 from cluster.gateway_server import GatewayServer
 from cluster.handoff import Handoff
 from cluster.model_info import ModelInfo
+from cluster.monitor import WorkerMonitor
 from cluster.served import ServedRequest
 from language_worker.api import SamplingParams
 from language_worker.config import EngineConfig
 from language_worker.worker import LanguageWorker
-from tests.cluster.fake_workers import FakeWorker, Names
-from tests.cluster.test_handoff import IMAGES, WAIT_S, MakeRig, Outcome, Rig, _serve, make_rig
+from tests.cluster.fake_workers import FakeWorker, Names, send_tokens
+from tests.cluster.test_handoff import IMAGES, QUICK, WAIT_S, Loss, MakeRig, Outcome, Rig, _serve, lose, make_rig
 from tests.tiny_text_models import make_text_model
 from transfer.config import TransferConfig
 from transfer.endpoints.endpoint import open_endpoint
+from transfer.protocol.messages import Parts
 from transfer.service.service import Service
 
-__all__ = ["make_rig"]  # the fixture
+__all__ = ["lose", "make_rig"]  # the fixtures
+
+
+def _ping(rig: Rig, worker: FakeWorker) -> None:
+    """Until the worker's answers to all pings that left before have come."""
+    is_answered = threading.Event()
+    connection = rig.directory.connection(worker.entry)
+    rig.service.call(connection, "ping", {}, on_end=lambda body, failure: is_answered.set())
+    assert is_answered.wait(WAIT_S)
 
 
 def _crash(rig: Rig, worker: FakeWorker) -> None:
     """Its process is gone, and the monitor says so."""
+    _ping(rig, worker)
     rig.directory.set_alive(worker.entry, False)
     rig.lose(worker)
 
@@ -78,6 +90,59 @@ def test_a_link_that_broke_is_no_crash(make_rig: MakeRig) -> None:
     _crash(rig, rig.language[1])
     _serve(rig.language[2].take("generate"), 5)
     assert outcome.wait().error is None and outcome.tokens == [5]
+
+
+@pytest.mark.parametrize("num_language", [2, 3])
+def test_a_link_that_broke_after_a_crash_is_none_either(
+    make_rig: MakeRig, lose: Callable[[Loss], Loss], num_language: int
+) -> None:
+    """The second worker lives; a part of its answer was lost."""
+    rig = make_rig(num_language=num_language, config=QUICK)
+    outcome, _ = rig.submit()
+    rig.language[0].take("generate")
+    _crash(rig, rig.language[0])
+    call = rig.language[1].take("generate")
+    _ping(rig, rig.language[1])
+    lose(Loss(Parts))
+    send_tokens(call, 5)
+    send_tokens(call, 6)
+    _serve(rig.language[-1].take("generate"), 5, 6, 7)
+    assert outcome.wait().error is None and outcome.tokens == [5, 6, 7]
+
+
+def test_a_worker_that_was_dead_before_the_request_came_did_not_crash_of_it(make_rig: MakeRig) -> None:
+    """A node dies with two workers, and the silence of the first is found first."""
+    rig = make_rig(num_language=3)
+    left = threading.Event()
+    rig.handoff = Handoff(rig.service, rig.directory, lambda reason: left.set() if reason == "PeerLost" else None)
+    outcome, _ = rig.submit()
+    rig.language[0].take("generate")
+    rig.language[1].close()
+    _crash(rig, rig.language[0])
+    assert left.wait(WAIT_S)
+    rig.directory.set_alive(rig.language[1].entry, False)
+    rig.lose(rig.language[1])
+    _serve(rig.language[2].take("generate"), 5)
+    assert outcome.wait().error is None and outcome.tokens == [5]
+
+
+def test_of_a_lost_peer_s_calls_the_monitor_s_ping_may_end_last(make_rig: MakeRig) -> None:
+    """The silence ends them in the order in which they left."""
+    rig = make_rig(num_language=3)
+    outcome, _ = rig.submit()
+    for worker in rig.language[:2]:
+        worker.take("generate")
+        _ping(rig, worker)
+        rig.service.call(
+            rig.directory.connection(worker.entry),
+            "reissue",  # which no fake worker answers by itself
+            {},
+            on_end=lambda body, failure, entry=worker.entry: rig.directory.set_alive(entry, False),
+        )
+        worker.take("reissue")
+        rig.lose(worker)
+    assert isinstance(outcome.wait().error, CrashingRequest)
+    assert not rig.language[2].has_calls()
 
 
 def test_an_image_that_crashes_embedding_workers_is_given_up(make_rig: MakeRig) -> None:
@@ -152,6 +217,75 @@ def test_when_the_first_to_be_tried_is_named_the_other_waits_no_more(make_rig: M
     assert twice.two.wait().tokens == [6]
 
 
+def test_a_broken_engine_whose_process_answers_pings_is_no_live_worker(
+    make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither is the last live worker risked for it, nor do requests go to it."""
+    rig = make_rig(num_language=3)
+    first, second, left = rig.language
+    _only(rig, first)
+    for _ in range(2):
+        rig.submit()
+    for broken, other in ((first, second), (second, left)):
+        calls = [broken.take("generate") for _ in range(2)]
+        rig.directory.set_alive(other.entry, True)
+        for call in calls:
+            call.fail("EngineFailed", "no more")
+    _ping(rig, second)
+    assert rig.handoff._suspects.num_waiting == 2
+    answered: Queue[str] = Queue()
+    set_alive = rig.directory.set_alive
+
+    def note(worker: WorkerAddress, is_alive: bool) -> bool:
+        news = set_alive(worker, is_alive)
+        answered.put(worker.name)
+        return news
+
+    monkeypatch.setattr(rig.directory, "set_alive", note)
+    monitor = WorkerMonitor(rig.service, rig.directory, interval_s=0.01)
+    monitor.start()
+    try:
+        waited_for = {first.name, second.name}
+        while waited_for:
+            waited_for.discard(answered.get(timeout=WAIT_S))
+        for _ in range(2):  # for what was let go on, and for its call
+            _ping(rig, left)
+        assert rig.handoff._suspects.num_waiting == 2 and not left.has_calls()
+        young, _ = rig.submit()
+        _serve(left.take("generate"), 5)
+        assert young.wait().tokens == [5]
+        assert not any(worker.has_calls() for worker in rig.language)
+    finally:
+        monitor.close()
+
+
+def test_one_that_cannot_go_on_leaves_the_others_that_are_let_go_with_it(make_rig: MakeRig) -> None:
+    """Of three suspects the first is named by its trial, and the other two wait no more."""
+    rig = make_rig(num_language=4)
+    _only(rig, rig.language[0])
+    outcomes = [rig.submit()[0] for _ in range(3)]
+    for worker, other in zip(rig.language[:2], rig.language[1:3], strict=True):
+        calls = [worker.take("generate") for _ in outcomes]
+        rig.directory.set_alive(other.entry, True)
+        for call in calls:
+            call.fail("EngineFailed", "no more")
+    broken = iter([RuntimeError("nobody expected this")])
+    trial = rig.language[2]
+
+    def break_once(worker: WorkerAddress) -> None:
+        for error in broken:
+            raise error
+
+    rig.directory.set_alive(rig.language[3].entry, True)
+    call = trial.take("generate")
+    rig.directory.before_connection = break_once
+    call.fail("EngineFailed", "no more")
+    errors = [outcome.wait().error for outcome in outcomes[:2]]
+    assert isinstance(errors[0], CrashingRequest) and isinstance(errors[1], RuntimeError)
+    _serve(rig.language[3].take("generate"), 5)
+    assert outcomes[2].wait().tokens == [5]
+
+
 def test_who_waits_can_be_cancelled(make_rig: MakeRig) -> None:
     twice = Twice(make_rig(num_language=3))
     twice.one_running.cancel()
@@ -176,6 +310,23 @@ def test_who_waits_does_so_within_its_deadline(make_rig: MakeRig, monkeypatch: p
     for _, pass_deadline in timers:
         pass_deadline()
     assert isinstance(twice.one.wait().error, RequestTimeout) and isinstance(twice.two.wait().error, RequestTimeout)
+
+
+def test_a_deadline_that_passed_before_the_wait_began_ends_it(
+    make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Timer(threading.Timer):
+        """Whose time is over as soon as it starts."""
+
+        def start(self) -> None:
+            self.function()
+
+    monkeypatch.setattr(threading, "Timer", Timer)
+    rig = make_rig(num_language=3)
+    twice = Twice(rig)
+    for outcome in (twice.one, twice.two):
+        assert isinstance(outcome.wait().error, RequestTimeout)
+    assert rig.handoff._suspects.num_waiting == 0
 
 
 def test_the_gateway_answers_it_with_an_error_that_is_final_and_counts_the_attempts() -> None:

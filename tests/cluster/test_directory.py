@@ -136,3 +136,29 @@ def test_a_withdrawn_worker_is_dead_at_once_whatever_its_last_ping_says(
         directory.replace([ended.entry, stays.entry], withdrawn={ended.name})
         directory.replace([_worker(ended.name, "inproc://reborn"), stays.entry])
         assert _alive(directory) == {ended.name: True, stays.name: True}
+
+
+def test_a_worker_whose_engine_broke_stays_dead_until_another_process_takes_its_place(
+    directory: WorkerDirectory,
+) -> None:
+    broken, stays = _worker("a", "inproc://old"), _worker("b")
+    told: list[dict[str, bool]] = []
+    directory.replace([broken, stays])
+    directory.listen(lambda: told.append(_alive(directory)))
+    directory.set_failed(broken)
+    directory.set_failed(broken)
+    assert told == [{"a": False, "b": True}], "told once"
+    directory.set_alive(broken, True)
+    directory.replace([broken, stays])
+    assert _alive(directory) == {"a": False, "b": True} and not directory.is_alive(broken) and directory.is_alive(stays)
+    reborn = _worker("a", "inproc://new")
+    directory.replace([reborn, stays])
+    directory.set_failed(broken)
+    assert _alive(directory) == {"a": True, "b": True}
+    directory.replace([broken, stays])
+    assert directory.is_alive(broken), "what was forgotten is new"
+    directory.set_failed(broken)
+    directory.replace([broken, stays], withdrawn={"a"})
+    assert not directory.is_alive(broken)
+    directory.replace([broken, stays])
+    assert directory.is_alive(broken), "its process was replaced by one at the same address"

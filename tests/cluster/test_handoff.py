@@ -478,7 +478,10 @@ class Loss:
         self.num_seen = self.num_lost = 0
 
     def __call__(self, source: str, target: str, message: Message, frames: Sequence[memoryview]) -> list[Parcel]:
-        if not isinstance(message, self.kind) or getattr(message, "method", "generate") != "generate":
+        is_ping = getattr(message, "method", "generate") != "generate" or (
+            isinstance(message, End) and not message.body
+        )
+        if not isinstance(message, self.kind) or is_ping:
             return [(message, frames)]
         is_lost = self.num_seen in self.wanted
         self.num_seen += 1

@@ -18,19 +18,25 @@ def _suspects(*alive: WorkerAddress) -> Suspects[str]:
     return Suspects(lambda worker: worker in alive)
 
 
+def _enter(suspects: Suspects[str], request: str, worker: WorkerAddress) -> None:
+    """It runs there, and the worker was heard from since."""
+    suspects.enter(request, [worker])
+    suspects.took(request, worker)
+
+
 def _always(kinds: set[str]) -> bool:
     return True
 
 
 def test_the_only_one_that_ran_at_two_crashes_is_guilty() -> None:
     suspects = _suspects()
-    suspects.enter("bad", [W0])
-    suspects.enter("other", [W0])
+    _enter(suspects, "bad", W0)
+    _enter(suspects, "other", W0)
     assert suspects.judge("bad", W0, is_sure=False) is Verdict.ANEW
     assert suspects.judge("other", W0, is_sure=False) is Verdict.ANEW
-    suspects.enter("bad", [W1])
-    suspects.enter("other", [W2])
-    suspects.enter("third", [W1])
+    _enter(suspects, "bad", W1)
+    _enter(suspects, "other", W2)
+    _enter(suspects, "third", W1)
     assert suspects.judge("third", W1, is_sure=False) is Verdict.ANEW
     assert suspects.judge("bad", W1, is_sure=False) is Verdict.GUILTY
     assert suspects.judge("bad", W1, is_sure=False) is Verdict.GUILTY, "it stays so until it has ended"
@@ -46,11 +52,51 @@ def test_one_worker_crashes_once() -> None:
 
 def test_a_worker_that_answers_after_all_did_not_crash_unless_it_said_so() -> None:
     for is_sure, verdict in ((False, Verdict.ANEW), (True, Verdict.GUILTY)):
-        suspects = _suspects(W0)
-        suspects.enter("one", [W0])
+        alive: set[WorkerAddress] = set()
+        suspects: Suspects[str] = Suspects(alive.__contains__)
+        _enter(suspects, "one", W0)
         assert suspects.judge("one", W0, is_sure=is_sure) is Verdict.ANEW
-        suspects.enter("one", [W1])
+        alive.add(W0)
+        _enter(suspects, "one", W1)
         assert suspects.judge("one", W1, is_sure=False) is verdict
+
+
+def test_the_loss_of_a_worker_that_lives_counts_neither_at_once_nor_when_it_dies_later() -> None:
+    alive = {W1}
+    suspects: Suspects[str] = Suspects(alive.__contains__)
+    _enter(suspects, "one", W0)
+    assert suspects.judge("one", W0, is_sure=False) is Verdict.ANEW
+    _enter(suspects, "one", W1)
+    assert suspects.judge("one", W1, is_sure=False) is Verdict.ANEW, "only the link to it broke"
+    alive.clear()
+    _enter(suspects, "one", W2)
+    assert suspects.judge("one", W2, is_sure=False) is Verdict.GUILTY, "of W0 and W2"
+    assert _suspects_after_a_link_broke() is Verdict.ANEW
+
+
+def _suspects_after_a_link_broke() -> Verdict:
+    """Of a request that lost the link to a worker, which dies afterwards, and then another worker."""
+    alive = {W0}
+    suspects: Suspects[str] = Suspects(alive.__contains__)
+    _enter(suspects, "one", W0)
+    suspects.judge("one", W0, is_sure=False)
+    alive.clear()
+    _enter(suspects, "one", W1)
+    return suspects.judge("one", W1, is_sure=False)
+
+
+def test_a_worker_that_was_dead_before_it_was_asked_counts_for_nobody_and_hides_nobody() -> None:
+    suspects = _suspects()
+    suspects.enter("untaken", [W0])
+    _enter(suspects, "taken", W0)
+    for name in ("untaken", "taken"):
+        assert suspects.judge(name, W0, is_sure=False) is Verdict.ANEW
+        _enter(suspects, name, W1)
+    assert suspects.judge("untaken", W1, is_sure=False) is Verdict.ANEW, "one crash is all that is sure of it"
+    assert suspects.judge("taken", W1, is_sure=False) is Verdict.TRIAL, "the other one may have been the cause of both"
+    suspects.took("stranger", W1)
+    suspects.enter("stranger", [W2])
+    assert suspects.judge("stranger", W2, is_sure=False) is Verdict.ANEW
 
 
 def _two_of_two() -> Suspects[str]:
