@@ -31,7 +31,7 @@ def llm() -> Iterator[LLM]:
 
 def test_many_mixed_requests_in_flat_memory(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
     rng = random.Random(3)
-    llm.generate(*_mixed(rng, 100))  # every cache is full once
+    llm.generate(*_mixed(rng, max(100, NUM_REQUESTS)))  # every cache is full once, and as many were there at once
     rises: list[int] = []
     for _ in range(ROUNDS):
         prompts, params = _mixed(rng, NUM_REQUESTS)
