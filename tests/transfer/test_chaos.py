@@ -22,6 +22,9 @@ from transfer.errors import ConfigError, LocalProtocolError
 WAIT_S = 20.0
 DATA = bytes(range(256)) * 2000
 
+# Sockets that earlier tests left to the garbage collector may be found here.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 class Upstream:
     """Accepts links, keeps what each brings, echoes it when asked to, and notes how each ends."""
