@@ -1,9 +1,10 @@
 """Linear layers whose weights are 8 or 4 bits wide, for batches so small that reading the weights is all the time.
 
 int8: weight [N, K] int8, one float32 scale per output row. int4: groups of `group_size` neighbouring inputs share a
-scale; a byte of packed [N, K / 2] holds two numbers, each stored with 8 added: inside group g, byte b holds input
-`g * group_size + b` in its low half and the input half a group further in its high half. Activations stay in their
-dtype but for `int8_dynamic_linear`, sums are float32, no bias is quantised.
+scale; a byte of packed [N, K / 2] holds two numbers, each stored with the group's zero added, which is 8 unless there
+are zeros [N, K / group_size] uint8: inside group g, byte b holds input `g * group_size + b` in its low half and the
+input half a group further in its high half. Activations stay in their dtype but for `int8_dynamic_linear`, sums are
+float32, no bias is quantised.
 
 On the CPU torch brings operations for bfloat16 activations and for 8-bit ones that read the weights at the speed of
 memory; float32 takes a C twin for few rows. The rest widens a part of the weight at a time. `PackedInt8` and
@@ -24,7 +25,7 @@ from kernels.quantise import quantise_rows
 
 GROUP_SIZE = 128
 SMALLEST_GROUP = 32
-CHUNK_ELEMENTS = 1 << 20  # of the weight, widened at one time on the torch path
+CHUNK_ELEMENTS = 1 << 21  # of the weight, widened at one time on the torch path
 PACKED_ROWS = 10  # of bfloat16 activations, up to which torch's own product with 8-bit weights is the quicker one
 PACKED_INPUTS = 16  # of which that product takes a multiple: it reads past the ends of others
 INT4_COLUMNS = 16  # of which torch's layout for 4 bits takes a multiple
@@ -46,16 +47,27 @@ def quantise_weight_int4(weight: torch.Tensor, group_size: int = GROUP_SIZE) -> 
     largest = groups.abs().amax(-1, keepdim=True)
     steps = torch.where(largest > 0, 7.0 / largest, 0.0)
     numbers = ((groups * steps).round_().clamp_(-7, 7) + 8).to(torch.uint8)
-    low, high = numbers.chunk(2, dim=-1)
-    return (low | (high << 4)).reshape(rows, columns // 2), largest[..., 0] / 7.0
+    return pack_int4(numbers.view(rows, columns), group_size), largest[..., 0] / 7.0
 
 
-def unpack_int4(packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The weight [N, K] that (packed, scales) stand for."""
+def pack_int4(numbers: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Whole numbers [N, K] uint8 below 16, K a multiple of group_size, as packed [N, K / 2]."""
+    rows, columns = numbers.shape
+    low, high = numbers.reshape(rows, columns // group_size, group_size).chunk(2, dim=-1)
+    return (low | (high << 4)).reshape(rows, columns // 2)
+
+
+def unpack_int4(
+    packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, zeros: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The weight [N, K] that these stand for, rounded to `dtype` once."""
     rows, num_groups = scales.shape
     halves = packed.view(rows, num_groups, -1)
-    numbers = torch.cat((halves & 15, halves >> 4), dim=-1).to(dtype) - 8
-    return (numbers * scales[..., None].to(dtype)).view(rows, -1)
+    numbers = torch.empty(rows, num_groups, 2, halves.shape[2], device=packed.device)
+    numbers[:, :, 0] = halves & 15
+    numbers[:, :, 1] = halves >> 4
+    numbers.sub_(8 if zeros is None else zeros[..., None, None].float())
+    return numbers.mul_(scales[..., None, None]).view(rows, -1).to(dtype)
 
 
 def int8_linear(
@@ -87,11 +99,16 @@ def int8_linear(
 
 
 def int4_linear(
-    x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    zeros: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`x @ weight.T + bias` for a packed 4-bit weight: x [..., K] -> [..., N] of x's dtype.
 
-    packed: [N, K / 2] uint8, scales: [N, K / group_size] float32. Raises ValueError on other shapes.
+    packed: [N, K / 2] uint8, scales: [N, K / group_size] float32, zeros: of the same shape, uint8. Raises ValueError on
+    other shapes.
     """
     columns = x.shape[-1]
     if packed.dim() != 2 or 2 * packed.shape[1] != columns or scales.shape[0] != packed.shape[0]:
@@ -99,20 +116,24 @@ def int4_linear(
             f"int4_linear: inputs {tuple(x.shape)}, packed {tuple(packed.shape)} and scales {tuple(scales.shape)} "
             "do not fit"
         )
+    if zeros is not None and zeros.shape != scales.shape:
+        raise ValueError(f"int4_linear: zeros {tuple(zeros.shape)} and scales {tuple(scales.shape)} do not fit")
     _check_group(columns, columns // max(1, scales.shape[1]))
     triton = twin("quantised_linear", x)
     if triton is not None:
-        return triton.int4_linear(x, packed, scales, bias)  # type: ignore[no-any-return]
+        return triton.int4_linear(x, packed, scales, bias, zeros)  # type: ignore[no-any-return]
     flat = x.reshape(-1, columns)
-    if x.dtype == torch.float32 and _takes_native(flat, packed) and columns // scales.shape[1] <= MAX_GROUP:
-        small = native("linear", flat, flat.numel())
+    if _takes_native(flat, packed) and columns // scales.shape[1] <= MAX_GROUP:
+        wide = flat.float()  # the C path knows no other; in few rows that is quickly done
+        small = native("linear", wide, wide.numel())
         if small is not None:
-            total: torch.Tensor = small.int4_linear(flat, packed, scales, bias)
-            return total.view(*x.shape[:-1], len(packed))
+            own = None if bias is None else bias.float()
+            total: torch.Tensor = small.int4_linear(wide, packed, scales, own, zeros)
+            return total.to(x.dtype).view(*x.shape[:-1], len(packed))
     rows = max(1, CHUNK_ELEMENTS // columns)
     chunks = (slice(start, start + rows) for start in range(0, len(packed), rows))
-    parts = [F.linear(x, unpack_int4(packed[chunk], scales[chunk], x.dtype)) for chunk in chunks]
-    return _finish(parts, x, packed.shape[0], None, bias)
+    weights = (unpack_int4(packed[c], scales[c], x.dtype, None if zeros is None else zeros[c]) for c in chunks)
+    return _finish([F.linear(x, weight) for weight in weights], x, packed.shape[0], None, bias)
 
 
 def int8_dynamic_linear(
@@ -228,7 +249,7 @@ def _finish(
         return x.new_empty(*x.shape[:-1], 0)
     total = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
     if scales is not None:
-        total = (total.float() * scales).to(x.dtype)
+        total = total.float().mul_(scales).to(x.dtype)
     return total if bias is None else total + bias
 
 

@@ -1,4 +1,5 @@
-"""Matrices of linear layers as 8-bit or 4-bit numbers, quantised row by row as they are read from a checkpoint.
+"""Matrices of linear layers as 8-bit or 4-bit numbers, quantised row by row as they are read from a checkpoint (or kept
+as they are stored there: see `stored_matrix.py`).
 
 A matrix takes the place of a tensor among a loader's destinations: it has a shape, parts of it can be named by a slice
 of rows, and full-precision rows are copied into it; `finish` is called once all of them are there. What is held at one
@@ -34,30 +35,28 @@ from kernels.quantised_linear import (
 
 Quantization = Literal["none", "int8", "int8_dynamic", "int4"]
 QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
+GROUP_SIZES = (GROUP_SIZE, GROUP_SIZE // 2, SMALLEST_GROUP)  # of 4-bit numbers, the best first
 CHUNK_ELEMENTS = 1 << 22  # of a source, in float32 at one time
 
 
 class QuantisedMatrix(ABC):
-    """[out, in] numbers and their scales on a device. dtype: of the activations that it will meet."""
+    """A weight [out, in] on a device that is no plain tensor. dtype: of the activations that it will meet."""
 
     def __init__(self, out: int, inputs: int, *, dtype: torch.dtype, device: torch.device) -> None:
         self.shape = (out, inputs)
         self.dtype = dtype
         self.device = device
 
-    def __getitem__(self, rows: slice) -> _Rows:
-        return _Rows(self, range(self.shape[0])[rows])
+    def __getitem__(self, rows: slice) -> Rows:
+        return Rows(self, range(self.shape[0])[rows])
 
     def copy_(self, weight: torch.Tensor) -> None:
-        """Quantise the whole of it."""
+        """Take the whole of it."""
         self.fill(0, weight)
 
+    @abstractmethod
     def fill(self, first: int, weight: torch.Tensor) -> None:
-        """Quantise rows [n, in] of any floating dtype and device into rows first..first+n."""
-        step = max(1, CHUNK_ELEMENTS // self.shape[1])
-        for start in range(0, weight.shape[0], step):
-            chunk = weight[start : start + step].to(self.device, torch.float32)
-            self._store(slice(first + start, first + start + chunk.shape[0]), chunk)
+        """Take rows [n, in] of any floating dtype and device as rows first..first+n."""
 
     @property
     @abstractmethod
@@ -65,19 +64,15 @@ class QuantisedMatrix(ABC):
         """What it holds."""
 
     @abstractmethod
-    def _store(self, rows: slice, weight: torch.Tensor) -> None:
-        """Quantise float32 rows into place."""
-
-    @abstractmethod
-    def finish(self) -> None:
-        """All rows are there: bring them into the layout that is read fastest."""
+    def finish(self) -> QuantisedMatrix | torch.Tensor:
+        """All rows are there: the matrix in the form that is read fastest, most often this one."""
 
     @abstractmethod
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`x @ matrix.T + bias`, of x's dtype."""
 
 
-class _Rows:
+class Rows:
     """A range of a matrix's rows, to be filled."""
 
     __slots__ = ("_matrix", "_rows")
@@ -94,7 +89,21 @@ class _Rows:
         self._matrix.fill(self._rows.start, weight)
 
 
-class Int8Matrix(QuantisedMatrix):
+class RoundedMatrix(QuantisedMatrix):
+    """Numbers and their scales, made from full precision."""
+
+    def fill(self, first: int, weight: torch.Tensor) -> None:
+        step = max(1, CHUNK_ELEMENTS // self.shape[1])
+        for start in range(0, weight.shape[0], step):
+            chunk = weight[start : start + step].to(self.device, torch.float32)
+            self._store(slice(first + start, first + start + chunk.shape[0]), chunk)
+
+    @abstractmethod
+    def _store(self, rows: slice, weight: torch.Tensor) -> None:
+        """Quantise float32 rows into place."""
+
+
+class Int8Matrix(RoundedMatrix):
     """One scale per row."""
 
     def __init__(self, out: int, inputs: int, *, dtype: torch.dtype, device: torch.device) -> None:
@@ -109,8 +118,8 @@ class Int8Matrix(QuantisedMatrix):
     def _store(self, rows: slice, weight: torch.Tensor) -> None:
         self.numbers[rows], self.scales[rows] = quantise_weight_int8(weight)
 
-    def finish(self) -> None:
-        """They are read as they are."""
+    def finish(self) -> QuantisedMatrix:
+        return self
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return int8_linear(x, self.numbers, self.scales, bias)
@@ -127,10 +136,11 @@ class Int8DynamicMatrix(Int8Matrix):
         super().__init__(out, inputs, dtype=dtype, device=device)
         self.packed: PackedInt8 | None = None
 
-    def finish(self) -> None:
+    def finish(self) -> QuantisedMatrix:
         if PackedInt8.is_served(self.device):
             self.packed = PackedInt8.of(self.numbers, self.scales)
             self.numbers = self.numbers[:0]
+        return self
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if self.packed is not None:
@@ -138,12 +148,12 @@ class Int8DynamicMatrix(Int8Matrix):
         return int8_dynamic_linear(x, self.numbers, self.scales, bias)
 
 
-class Int4Matrix(QuantisedMatrix):
+class Int4Matrix(RoundedMatrix):
     """One scale per group of inputs. Raises ValueError where no group divides them."""
 
     def __init__(self, out: int, inputs: int, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(out, inputs, dtype=dtype, device=device)
-        size = next((s for s in (GROUP_SIZE, GROUP_SIZE // 2, SMALLEST_GROUP) if inputs % s == 0), 0)
+        size = next((s for s in GROUP_SIZES if inputs % s == 0), 0)
         if not size:
             raise ValueError(f"a matrix of {inputs} inputs has no groups of {SMALLEST_GROUP}: 4 bits are not served")
         self.group_size = size
@@ -158,10 +168,11 @@ class Int4Matrix(QuantisedMatrix):
     def _store(self, rows: slice, weight: torch.Tensor) -> None:
         self.numbers[rows], self.scales[rows] = quantise_weight_int4(weight, self.group_size)
 
-    def finish(self) -> None:
+    def finish(self) -> QuantisedMatrix:
         if PackedInt4.is_served(self.shape[0], self.dtype, self.device):
             self.packed = PackedInt4.of(self.numbers, self.scales, self.dtype)
             self.numbers, self.scales = self.numbers[:0], self.scales[:0]
+        return self
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if self.packed is not None:

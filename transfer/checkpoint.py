@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 from transfer.checkpoint_config import config_problems
 from transfer.checkpoint_json import CheckpointError as CheckpointError
 from transfer.checkpoint_json import read_object
-from transfer.checkpoint_rules import Destination, Planned, Rule, StoredTensor, part, plan
+from transfer.checkpoint_rules import Destination, GroupedPart, Part, Planned, Rule, StoredTensor, part, plan
 from transfer.checkpoint_torch import find_torch_files, read_torch_header, stream_torch
+from transfer.grouped_weights import GroupedWeight
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -34,9 +35,11 @@ _DTYPES = {**_FLOATS, **_SMALL, "I64": torch.int64, "I32": torch.int32, "I16": t
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LoadReport:
-    """What `load_checkpoint` did. fingerprint: hex digest of all loaded names and bytes ("" unless asked for)."""
+    """What `load_checkpoint` did. num_grouped: of the tensors, those stored as whole numbers in groups. fingerprint:
+    hex digest of all loaded names and bytes ("" unless asked for)."""
 
     num_tensors: int
+    num_grouped: int
     num_bytes: int
     num_foreign: int
     fingerprint: str
@@ -99,7 +102,12 @@ class Checkpoint:
         """A JSON object of the folder. Raises CheckpointError when it is missing or not a JSON object."""
         return read_object(self.folder / file_name)
 
-    def stream(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    @property
+    def grouped(self) -> Collection[str]:
+        """Names of the matrices that are stored as whole numbers in groups, and come so."""
+        return ()
+
+    def stream(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor | GroupedWeight]]:
         """Yield (name, CPU tensor) of these tensors, file by file; nothing is kept once the caller lets go."""
         by_file = sorted(names, key=lambda name: str(self.tensors[name].file))
         for file, group in itertools.groupby(by_file, key=lambda name: self.tensors[name].file):
@@ -112,6 +120,13 @@ class Checkpoint:
                         yield name, reader.get_tensor(name)
             except (OSError, ValueError, SafetensorError) as error:
                 raise CheckpointError(str(self.folder), (f"{file.name}: {error}",)) from error
+
+    def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """These tensors, all at once, in full precision."""
+        return {
+            name: source.dequantised() if isinstance(source, GroupedWeight) else source
+            for name, source in self.stream(names)
+        }
 
 
 def check_checkpoint(
@@ -149,20 +164,31 @@ def load_checkpoint(
     planned, num_foreign = check_checkpoint(checkpoint, destinations, rules, foreign=foreign)
     num_bytes, digests = 0, {}
     with torch.no_grad():
-        for name, tensor in checkpoint.stream(list(planned)):
+        for name, source in checkpoint.stream(list(planned)):
             rule, target = planned[name]
-            num_bytes += tensor.numel() * tensor.element_size()
+            tensors = source.tensors if isinstance(source, GroupedWeight) else (source,)
+            num_bytes += sum(tensor.nbytes for tensor in tensors)
             if fingerprint:
-                digests[name] = _digest(tensor)
-            value = tensor if rule.transform is None else rule.transform(tensor)
-            part(destinations[target], rule).copy_(value)
+                digests[name] = "".join(map(_digest, tensors))
+            _fill(part(destinations[target], rule), source, rule)
     combined = hashlib.blake2b(repr(sorted(digests.items())).encode(), digest_size=16).hexdigest()
     return LoadReport(
         num_tensors=len(planned),
+        num_grouped=sum(name in checkpoint.grouped for name in planned),
         num_bytes=num_bytes,
         num_foreign=num_foreign,
         fingerprint=combined if fingerprint else "",
     )
+
+
+def _fill(place: Part, source: torch.Tensor | GroupedWeight, rule: Rule) -> None:
+    """As whole numbers where the place keeps such, else in full precision."""
+    if isinstance(source, GroupedWeight):
+        if isinstance(place, GroupedPart) and rule.transform is None:
+            place.take_groups(source)
+            return
+        source = source.dequantised()
+    place.copy_(source if rule.transform is None else rule.transform(source))
 
 
 def _digest(tensor: torch.Tensor) -> str:

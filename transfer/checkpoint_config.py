@@ -50,11 +50,13 @@ MODEL: Kinds = {
     "srte_share_across_layers": "flag",
     "use_alignment": "flag",
     "image_ids": "counts",
+    "image_token_len": "size",
     "rope_parameters": "map",
     "rope_scaling": "map",
     "text_config": "map",
     "vision_config": "map",
     "mm_vision_config": "map",
+    "quantization_config": "map",
 }
 ROPE: Kinds = {
     "type": "text",

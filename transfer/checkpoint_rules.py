@@ -11,9 +11,11 @@ import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+
+from transfer.grouped_weights import GroupedWeight
 
 
 class Part(Protocol):
@@ -24,6 +26,14 @@ class Part(Protocol):
 
     def copy_(self, source: torch.Tensor, /) -> Any:
         """Take all of `source`, converting what must be."""
+
+
+@runtime_checkable
+class GroupedPart(Protocol):
+    """Rows that keep whole numbers in groups as they come."""
+
+    def take_groups(self, source: GroupedWeight, /) -> None:
+        """Instead of `copy_`."""
 
 
 class Destination(Part, Protocol):

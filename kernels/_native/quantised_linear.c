@@ -8,6 +8,7 @@ have the weights widened piece by piece. */
 #include <stdlib.h>
 
 #include "columns.h"
+#include "sharing.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define MULTIPLIES_BYTES 1
@@ -107,13 +108,15 @@ static inline void int8_to_bfloat16(const int8_t *weight, size count, bfloat16 *
     }
 }
 
-static inline void int4_to_float32(const uint8_t *packed, const float *scales, size groups, size width, float *wide) {
+static inline void int4_to_float32(const uint8_t *packed, const float *scales, const uint8_t *zeros, size groups,
+                                   size width, float *wide) {
     for (size g = 0; g < groups; g++, packed += width / 2, wide += width) {
         float scale = scales[g];
+        int zero = zeros ? zeros[g] : 8;
 #pragma omp simd
         for (size i = 0; i < width / 2; i++) {
-            wide[i] = (float)((packed[i] & 15) - 8) * scale;
-            wide[i + width / 2] = (float)((packed[i] >> 4) - 8) * scale;
+            wide[i] = (float)((packed[i] & 15) - zero) * scale;
+            wide[i + width / 2] = (float)((packed[i] >> 4) - zero) * scale;
         }
     }
 }
@@ -170,65 +173,97 @@ BYTES_INT8(bfloat16, bfloat16, widened, narrowed)
 BYTES_INT8(float32, float, kept, kept)
 #endif
 
+typedef struct {
+    const void *x, *weight, *bias;
+    const float *scales;
+    void *out;
+    size rows, inputs, columns, parts;
+    const uint8_t *planes; /* of int8 where bytes are multiplied, else null */
+    const double *steps;
+    size stride, groups; /* of planes, and of int4 */
+    const uint8_t *zeros; /* of int4, null where all are 8 */
+} Product;
+
 #ifdef MULTIPLIES_BYTES
+/* A part of the columns: by their bytes, and again for the rows that cannot be written in steps. */
+#define PART_OF_INT8(name, type)                                                                                       \
+    static void part_of_int8_##name(const void *job, size part) {                                                      \
+        const Product *p = job;                                                                                        \
+        const type *x = p->x;                                                                                          \
+        type *out = p->out;                                                                                            \
+        size start = p->columns * part / p->parts, end = p->columns * (part + 1) / p->parts;                           \
+        if (p->planes)                                                                                                 \
+            bytes_int8_##name(p->planes, p->stride, p->steps, p->weight, p->scales, p->bias, out, p->rows, p->inputs,  \
+                              p->columns, start, end);                                                                 \
+        else                                                                                                           \
+            wide_int8_##name(x, p->weight, p->scales, p->bias, out, p->rows, p->inputs, p->columns, start, end);       \
+        for (size r = 0; p->planes && r < p->rows; r++)                                                                \
+            if (p->steps[r] < 0)                                                                                       \
+                wide_int8_##name(x + r * p->inputs, p->weight, p->scales, p->bias, out + r * p->columns, 1, p->inputs, \
+                                 p->columns, start, end);                                                              \
+    }
+#define PREPARED(name, job)                                                                                            \
+    double steps[MAX_ROWS];                                                                                            \
+    size stride = (inputs + BYTES - 1) / BYTES * BYTES;                                                                \
+    uint8_t *planes = inputs <= MOST_INPUTS ? malloc(rows * PLANES * stride) : NULL;                                   \
+    if (planes) in_steps_##name(x, rows, inputs, planes, stride, steps);                                               \
+    job.planes = planes, job.steps = steps, job.stride = stride;
+#else
+#define PART_OF_INT8(name, type)                                                                                       \
+    static void part_of_int8_##name(const void *job, size part) {                                                      \
+        const Product *p = job;                                                                                        \
+        wide_int8_##name(p->x, p->weight, p->scales, p->bias, p->out, p->rows, p->inputs, p->columns,                  \
+                         p->columns * part / p->parts, p->columns * (part + 1) / p->parts);                            \
+    }
+#define PREPARED(name, job) uint8_t *planes = NULL;
+#endif
+
 #define INT8_LINEAR(name, type)                                                                                        \
+    PART_OF_INT8(name, type)                                                                                           \
     void int8_linear_##name(const type *x, const int8_t *weight, const float *scales, const type *bias, type *out,     \
                             size rows, size inputs, size columns, size threads) {                                      \
-        size parts = threads < columns / 4 ? threads : columns / 4;                                                    \
-        size stride = (inputs + BYTES - 1) / BYTES * BYTES;                                                            \
-        double steps[MAX_ROWS];                                                                                        \
-        uint8_t *planes = inputs <= MOST_INPUTS ? malloc(rows * PLANES * stride) : NULL;                               \
-        if (planes) in_steps_##name(x, rows, inputs, planes, stride, steps);                                           \
-        _Pragma("omp parallel for num_threads(parts) if (parts > 1)") for (size part = 0; part < parts; part++) {      \
-            size start = columns * part / parts, end = columns * (part + 1) / parts;                                   \
-            if (!planes) wide_int8_##name(x, weight, scales, bias, out, rows, inputs, columns, start, end);            \
-            if (!planes) continue;                                                                                     \
-            bytes_int8_##name(planes, stride, steps, weight, scales, bias, out, rows, inputs, columns, start, end);    \
-            for (size r = 0; r < rows; r++)                                                                            \
-                if (steps[r] < 0)                                                                                      \
-                    wide_int8_##name(x + r * inputs, weight, scales, bias, out + r * columns, 1, inputs, columns,      \
-                                     start, end);                                                                      \
-        }                                                                                                              \
+        size parts = parts_of(rows * inputs * columns, columns / 4, threads);                                          \
+        Product job = {x, weight, bias, scales, out, rows, inputs, columns, parts, NULL, NULL, 0, 0, NULL};            \
+        PREPARED(name, job)                                                                                            \
+        share(parts, threads, part_of_int8_##name, &job);                                                              \
         free(planes);                                                                                                  \
     }
-#else
-#define INT8_LINEAR(name, type)                                                                                        \
-    void int8_linear_##name(const type *x, const int8_t *weight, const float *scales, const type *bias, type *out,     \
-                            size rows, size inputs, size columns, size threads) {                                      \
-        size parts = threads < columns / 4 ? threads : columns / 4;                                                    \
-        _Pragma("omp parallel for num_threads(parts) if (parts > 1)") for (size part = 0; part < parts; part++)        \
-            wide_int8_##name(x, weight, scales, bias, out, rows, inputs, columns, columns * part / parts,              \
-                             columns * (part + 1) / parts);                                                            \
-    }
-#endif
 
 INT8_LINEAR(bfloat16, bfloat16)
 INT8_LINEAR(float32, float)
 
-/* packed [columns, inputs / 2]: in each group of inputs the low halves of its bytes, then the high ones, 8 added. */
-void int4_linear_float32(const float *x, const uint8_t *packed, const float *scales, const float *bias, float *out,
-                         size rows, size inputs, size columns, size threads, size groups) {
-    size width = inputs / groups, most = PIECE > width ? PIECE / width : 1;
-    size parts = threads < columns / 4 ? threads : columns / 4;
-#pragma omp parallel for num_threads(parts) if (parts > 1)
-    for (size part = 0; part < parts; part++) {
-        size start = columns * part / parts, end = columns * (part + 1) / parts;
-        for (size n = 0; n < fours(start, end); n++) {
-            float wide[4][MAX_GROUP], sums[4 * MAX_ROWS] = {0};
-            const float *const w[4] = {wide[0], wide[1], wide[2], wide[3]};
-            size column[4];
-            columns_of(n, start, end, column);
-            for (size from = 0; from < groups; from += most) {
-                size count = groups - from < most ? groups - from : most;
-                for (size c = 0; c < 4; c++) {
-                    size group = column[c] * groups + from;
-                    int4_to_float32(packed + group * width / 2, scales + group, count, width, wide[c]);
-                }
-                columns_float32(x + from * width, inputs, rows, w, count * width, sums);
+static void part_of_int4(const void *job, size part) {
+    const Product *p = job;
+    const uint8_t *packed = p->weight;
+    const float *x = p->x, *bias = p->bias;
+    float *out = p->out;
+    size groups = p->groups, width = p->inputs / groups, most = PIECE > width ? PIECE / width : 1;
+    size start = p->columns * part / p->parts, end = p->columns * (part + 1) / p->parts;
+    for (size n = 0; n < fours(start, end); n++) {
+        float wide[4][MAX_GROUP], sums[4 * MAX_ROWS] = {0};
+        const float *const w[4] = {wide[0], wide[1], wide[2], wide[3]};
+        size column[4];
+        columns_of(n, start, end, column);
+        for (size from = 0; from < groups; from += most) {
+            size count = groups - from < most ? groups - from : most;
+            for (size c = 0; c < 4; c++) {
+                size group = column[c] * groups + from;
+                const uint8_t *zeros = p->zeros ? p->zeros + group : NULL;
+                int4_to_float32(packed + group * width / 2, p->scales + group, zeros, count, width, wide[c]);
             }
-            for (size r = 0; r < rows; r++)
-                for (size c = 0; c < 4; c++)
-                    out[r * columns + column[c]] = sums[4 * r + c] + (bias ? bias[column[c]] : 0);
+            columns_float32(x + from * width, p->inputs, p->rows, w, count * width, sums);
         }
+        for (size r = 0; r < p->rows; r++)
+            for (size c = 0; c < 4; c++)
+                out[r * p->columns + column[c]] = sums[4 * r + c] + (bias ? bias[column[c]] : 0);
     }
+}
+
+/* packed [columns, inputs / 2]: in each group of inputs the low halves of its bytes, then the high ones, the group's zero
+   (8 where there are none) added. */
+void int4_linear_float32(const float *x, const uint8_t *packed, const float *scales, const float *bias, float *out,
+                         size rows, size inputs, size columns, size threads, size groups, const uint8_t *zeros) {
+    size parts = parts_of(rows * inputs * columns, columns / 4, threads);
+    Product job = {x, packed, bias, scales, out, rows, inputs, columns, parts, NULL, NULL, 0, groups, zeros};
+    share(parts, threads, part_of_int4, &job);
 }

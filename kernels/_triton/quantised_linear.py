@@ -47,8 +47,8 @@ def int8_kernel(
 @triton.jit
 def int4_kernel(
     x_ptr, packed_ptr, scales_ptr, bias_ptr, out_ptr, x_stride, num_rows, num_columns, num_groups, split_groups,
-    BIAS: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    HALF: tl.constexpr,
+    zeros_ptr, BIAS: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, HALF: tl.constexpr, ZEROS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
@@ -67,8 +67,11 @@ def int4_kernel(
             high_x = high_x.to(tl.float32)
         place = packed_ptr + columns[None, :] * (num_groups * HALF) + (group * HALF + places)[:, None]
         pairs = tl.load(place, mask=is_column[None, :], other=0)
-        low = ((pairs & 15).to(tl.int32) - 8).to(low_x.dtype)
-        high = ((pairs >> 4).to(tl.int32) - 8).to(low_x.dtype)
+        zero = 8
+        if ZEROS:
+            zero = tl.load(zeros_ptr + columns * num_groups + group, mask=is_column, other=0).to(tl.int32)[None, :]
+        low = ((pairs & 15).to(tl.int32) - zero).to(low_x.dtype)
+        high = ((pairs >> 4).to(tl.int32) - zero).to(low_x.dtype)
         part = tl.dot(low_x, low, input_precision="tf32x3")
         part = tl.dot(high_x, high, part, input_precision="tf32x3")
         acc += part * tl.load(scales_ptr + columns * num_groups + group, mask=is_column, other=0.0)[None, :]
@@ -108,17 +111,23 @@ def int8_linear(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bia
     )
 
 
-def int4_linear(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def int4_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    zeros: torch.Tensor | None = None,
+) -> torch.Tensor:
     """See kernels.quantised_linear.int4_linear."""
     num_columns, num_groups = scales.shape
-    half = packed.shape[1] // num_groups
-    return _launch(
-        int4_kernel, x, packed.contiguous(), scales.contiguous(), bias, num_columns, num_groups, 1, {"HALF": half}
-    )
+    zeros_ptr = packed if zeros is None else zeros.contiguous()  # read only where there are zeros
+    own = {"HALF": packed.shape[1] // num_groups, "ZEROS": zeros is not None, "zeros_ptr": zeros_ptr}
+    return _launch(int4_kernel, x, packed.contiguous(), scales.contiguous(), bias, num_columns, num_groups, 1, own)
 
 
-def _launch(kernel, x, weight, scales, bias, num_columns, num_units, step, constants) -> torch.Tensor:
-    """`num_units`: what the input dimension is counted in (inputs or groups); a split is whole steps of it."""
+def _launch(kernel, x, weight, scales, bias, num_columns, num_units, step, own) -> torch.Tensor:
+    """`num_units`: what the input dimension is counted in (inputs or groups); a split is whole steps of it. `own`: the
+    kernel's further arguments."""
     flat = x.reshape(-1, x.shape[-1])
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
     num_rows = flat.shape[0]
@@ -135,7 +144,7 @@ def _launch(kernel, x, weight, scales, bias, num_columns, num_units, step, const
         kernel[(*grid, splits)](
             flat, weight, scales, out if bias is None else bias, target, flat.stride(0), num_rows, num_columns,
             num_units, split, BIAS=bias is not None, SPLIT=splits > 1,
-            UPCAST=IS_INTERPRETED and x.dtype == torch.bfloat16, ROWS=rows, COLUMNS=COLUMNS, **constants,
+            UPCAST=IS_INTERPRETED and x.dtype == torch.bfloat16, ROWS=rows, COLUMNS=COLUMNS, **own,
             num_warps=warps_of(rows),
         )  # fmt: skip
         if splits > 1:
