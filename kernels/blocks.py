@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from kernels.dispatch import twin
+from kernels.put_rows import put_rows
 
 
 def place_rows(
@@ -35,7 +36,7 @@ def place_rows(
         triton.place_rows(out, targets, pool, tables, streams, rows)
         return
     flat = pool.view(-1, pool.shape[-1])
-    out.index_copy_(0, targets, flat.index_select(0, _slots(tables, streams, rows, pool.shape[1])).to(out.dtype))
+    put_rows(out, targets, flat.index_select(0, _slots(tables, streams, rows, pool.shape[1])))
 
 
 def store_rows(
@@ -51,8 +52,7 @@ def store_rows(
     if triton is not None:
         triton.store_rows(pool, tables, streams, rows, values)
         return
-    flat = pool.view(-1, pool.shape[-1])
-    flat.index_copy_(0, _slots(tables, streams, rows, pool.shape[1]), values.to(pool.dtype))
+    put_rows(pool.view(-1, pool.shape[-1]), _slots(tables, streams, rows, pool.shape[1]), values)
 
 
 def blocks_to_pages(
@@ -116,9 +116,18 @@ def _convert(
         triton.convert(source, source_ids, target, target_ids, first, count)
         return
     rows = torch.arange(first, first + count, device=source.device)
-    source_size, target_size = source.shape[1], target.shape[1]
-    values = source[source_ids[rows // source_size], rows % source_size]
-    target[target_ids[rows // target_size], rows % target_size] = values.to(target.dtype)
+    if source.is_contiguous():
+        values = source.flatten(0, 1).index_select(0, _slots_of(source_ids, rows, source.shape[1]))
+    else:
+        values = source[source_ids[rows // source.shape[1]], rows % source.shape[1]]
+    if target.is_contiguous():
+        put_rows(target.flatten(0, 1), _slots_of(target_ids, rows, target.shape[1]), values)
+    else:
+        target[target_ids[rows // target.shape[1]], rows % target.shape[1]] = values.to(target.dtype)
+
+
+def _slots_of(ids: torch.Tensor, rows: torch.Tensor, size: int) -> torch.Tensor:
+    return ids[rows // size] * size + rows % size
 
 
 def _check_streams(op: str, first: torch.Tensor, streams: torch.Tensor, rows: torch.Tensor) -> None:

@@ -31,22 +31,28 @@ class FairLock:
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Hold the lock inside the block."""
-        with self._lock:
-            called = None
-            if self._is_taken:
-                called = threading.Event()
-                self._waiting.append(called)
-            self._is_taken = True
-        if called is not None:
-            called.wait()
+        called = threading.Event()
         try:
-            yield
-        finally:
             with self._lock:
-                if self._waiting:
-                    self._waiting.popleft().set()  # handed over without being free in between
+                if self._is_taken:
+                    self._waiting.append(called)
                 else:
-                    self._is_taken = False
+                    called.set()
+                    self._is_taken = True
+            called.wait()
+            yield
+        finally:  # an interrupt may come anywhere above
+            with self._lock:
+                if called in self._waiting:
+                    self._waiting.remove(called)
+                elif called.is_set():
+                    self._pass_on()
+
+    def _pass_on(self) -> None:
+        if self._waiting:
+            self._waiting.popleft().set()  # handed over without being free in between
+        else:
+            self._is_taken = False
 
 
 _CORES = FairLock()

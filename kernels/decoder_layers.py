@@ -76,12 +76,13 @@ class DecoderLayers:
         caches: Sequence[LayerCache],
         slots: torch.Tensor,
         attention: AttentionBatch,
+        num_threads: int = 0,
     ) -> torch.Tensor | None:
         """hidden [T, H] through all layers and `final_norm` [H]: [T, H], or None with nothing touched.
 
         hidden is used up. The keys and values of the T tokens are written to `slots` [T] of each layer's cache; every
-        token is asked for by one of the windows of `attention`, causally. Raises as `write_pages` and
-        `paged_attention` do.
+        token is asked for by one of the windows of `attention`, causally. num_threads: to share the work among, 0 for
+        as many as torch has. Raises as `write_pages` and `paged_attention` do.
         """
         if not self._is_served or not 0 < hidden.shape[0] <= MAX_ROWS or is_batch_invariant():
             return None
@@ -91,15 +92,16 @@ class DecoderLayers:
             return None
         if sum(attention.query_lens) != hidden.shape[0]:
             raise ValueError(f"decoder_layers: windows ask for {sum(attention.query_lens)} of {hidden.shape[0]} tokens")
-        windows = attention.short_windows(caches[0][0].shape[1], self._heads * self._head_dim)
+        windows = attention.short_windows(caches[0][0].shape[1])
         if windows is None:
             return None
         if self._prepared is None:
             self._prepared = self._prepare(quick.Layers)
         plain = cast(Sequence[tuple[torch.Tensor, torch.Tensor]], caches)
         return self._prepared.forward(
-            hidden, final_norm, rotary.cos, rotary.signed_sin, plain, slots, windows.page_table, windows.windows
-        )
+            hidden, final_norm, rotary.cos, rotary.signed_sin, plain, slots, windows.page_table, windows.windows,
+            num_threads or torch.get_num_threads(),
+        )  # fmt: skip
 
     def _tensors(self) -> Iterator[torch.Tensor | None]:
         """All that a gradient could be wanted of."""

@@ -82,10 +82,10 @@ def native(module: str, tensor: torch.Tensor, most: int = NATIVE_NUMBERS) -> Mod
     path = _forced.get()
     if path is None:
         is_small = tensor.numel() <= most or is_batch_invariant()
-        takes = tensor.dtype in _NATIVE_FLOATS and not tensor.is_cuda and is_small
+        takes = tensor.dtype in _NATIVE_FLOATS and is_small
     else:
         takes = path == "native" and tensor.dtype in _NATIVE_FLOATS
-    if not takes or tensor.device.type != "cpu" or _is_recorded(tensor):
+    if not takes or not tensor.is_cpu or _is_recorded(tensor):
         return None
     if has_native():
         return _load_native(module)

@@ -13,7 +13,9 @@ import torch
 
 from kernels.dispatch import twin
 from kernels.linear import linear
+from kernels.ranking import best_places, closing_others
 
+MANY_TOKENS = 32  # from which on torch's softmax over short rows takes longer than over their columns
 SMALL_SUM = 1 << 16  # numbers, up to which they are added up in one call
 
 
@@ -30,14 +32,20 @@ class ExpertGroups:
 def route(logits: torch.Tensor, top_k: int, *, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(logits) in float32, and of that the `top_k` largest: (weights [T, k] float32, experts [T, k] int64).
 
-    logits: [T, E]. Equal ones are taken by rising expert. normalise: the weights of a token add up to 1.
+    logits: [T, E]. Equal logits are taken by rising expert. normalise: the weights of a token add up to 1.
     Raises ValueError when top_k is not in 1..E.
     """
-    if not 1 <= top_k <= logits.shape[1]:
-        raise ValueError(f"route: {top_k} of {logits.shape[1]} experts")
-    ordered, experts = torch.softmax(logits.float(), dim=1).sort(dim=1, descending=True, stable=True)
-    weights, experts = ordered[:, :top_k], experts[:, :top_k]
-    return weights / weights.sum(1, keepdim=True) if normalise else weights, experts
+    num_tokens, num_experts = logits.shape
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"route: {top_k} of {num_experts} experts")
+    wide = logits.float()
+    experts = best_places(wide, top_k)
+    if not normalise:
+        return torch.softmax(wide, 1).gather(1, experts), experts
+    chosen = wide.gather(1, experts)  # the sum over all experts cancels out
+    if num_tokens < MANY_TOKENS:
+        return torch.softmax(chosen, 1), experts
+    return torch.softmax(chosen.t(), 0).t(), experts
 
 
 def route_grouped(
@@ -65,13 +73,15 @@ def route_grouped(
         raise ValueError(f"route_grouped: {top_k} experts of {groups_kept} groups of {size}")
     scores = torch.sigmoid(logits.float())
     wanted = scores + bias
-    best = wanted.view(-1, num_groups, size).topk(2, dim=2).values.sum(2)
-    kept = best.sort(dim=1, descending=True, stable=True).indices[:, :groups_kept]
-    is_kept = torch.zeros_like(best, dtype=torch.bool).scatter_(1, kept, True)
-    wanted = wanted.masked_fill(~is_kept.repeat_interleave(size, dim=1), -torch.inf)
-    experts = wanted.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+    if groups_kept < num_groups:
+        by_group = wanted.view(-1, num_groups, size)
+        best = by_group.topk(2, dim=2).values.sum(2)
+        by_group += closing_others(best, groups_kept).unsqueeze(2)
+    experts = best_places(wanted, top_k)
     weights = scores.gather(1, experts)
-    return (weights / weights.sum(1, keepdim=True) if normalise else weights) * scale, experts
+    if normalise:
+        weights = weights / weights.sum(1, keepdim=True)
+    return weights if scale == 1 else weights * scale, experts
 
 
 def group_by_expert(experts: torch.Tensor, num_experts: int) -> ExpertGroups:
@@ -125,7 +135,7 @@ def combine_experts(rows: torch.Tensor, places: torch.Tensor, weights: torch.Ten
     if triton is not None:
         return triton.combine_experts(rows, places, weights)  # type: ignore[no-any-return]
     if rows.numel() <= SMALL_SUM:
-        return (rows[places].float() * weights[:, :, None]).sum(1).to(rows.dtype)
+        return (rows[places].float() * weights.unsqueeze(2)).sum(1).to(rows.dtype)
     total = torch.zeros(places.shape[0], rows.shape[1], dtype=torch.float32, device=rows.device)
     for place, weight in zip(places.T, weights.float().T, strict=True):
         total.addcmul_(rows.index_select(0, place).float(), weight[:, None])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 
 from kernels.dispatch import twin
@@ -25,7 +27,8 @@ def softcap(x: torch.Tensor, cap: float) -> torch.Tensor:
 
 def sigmoid_blend(gate: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """`g * first + (1 - g) * second` with `g = sigmoid(gate)`; equal shapes and dtypes, a new tensor like `first`."""
-    _check("sigmoid_blend", gate, first, second)
+    if not (gate.shape == first.shape == second.shape and gate.dtype == first.dtype == second.dtype):
+        _refuse("sigmoid_blend", gate, first, second)
     triton = twin("gates", first)
     if triton is not None:
         return triton.sigmoid_blend(gate, first, second)  # type: ignore[no-any-return]
@@ -34,14 +37,13 @@ def sigmoid_blend(gate: torch.Tensor, first: torch.Tensor, second: torch.Tensor)
 
 def silu_gate(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """`x * gate * sigmoid(gate)`; equal shapes and dtypes, a new tensor like `x`."""
-    _check("silu_gate", x, gate)
+    if x.shape != gate.shape or x.dtype != gate.dtype:
+        _refuse("silu_gate", x, gate)
     triton = twin("gates", x)
     if triton is not None:
         return triton.silu_gate(x, gate)  # type: ignore[no-any-return]
-    return torch.nn.functional.silu(gate).mul_(x)
+    return torch._C._nn.silu(gate).mul_(x)
 
 
-def _check(op: str, first: torch.Tensor, *others: torch.Tensor) -> None:
-    if any(other.shape != first.shape or other.dtype != first.dtype for other in others):
-        tensors = first, *others
-        raise ValueError(f"{op}: shapes and dtypes differ: {[(tuple(t.shape), t.dtype) for t in tensors]}")
+def _refuse(op: str, *tensors: torch.Tensor) -> NoReturn:
+    raise ValueError(f"{op}: shapes and dtypes differ: {[(tuple(t.shape), t.dtype) for t in tensors]}")

@@ -30,7 +30,6 @@ from kernels.quantised_pages import KVPages, LivePages, QuantisedPages
 SHORT_WINDOW = 16  # longest window that is answered in a padded group
 PADDING_RATIO = 2  # in a group, no key length exceeds the shortest by more than this factor...
 PADDING_FLOOR = 64  # ...except below this length, where padding costs less than another call
-NATIVE_PRODUCTS = 1 << 24  # of query and key numbers in all short windows, up to which one thread answers them in C
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -61,18 +60,18 @@ class AttentionBatch:
         heads_per_key: int,
         dtype: torch.dtype,
         device: torch.device,
-        small_width: int = 0,
+        in_c: bool = False,
     ) -> _Plan:
         """Compute gather indices and masks for all layers whose queries see `window` keys, their own the last (0: all);
-        keys that no query sees are not gathered. `heads_per_key`: query heads per key head. small_width: numbers of all
-        heads of a token, where the C path may answer the short windows; 0 where it may not.
+        keys that no query sees are not gathered. `heads_per_key`: query heads per key head. in_c: whether the C path
+        answers the short windows.
 
         Raises ValueError when the lengths contradict each other or the page table.
         """
         kind = window, heads_per_key, dtype
         if kind not in self._plans:
             self.check(page_size)
-            small = _SmallWindows.build(self, small_width) if small_width else None
+            small = _SmallWindows.build(self) if in_c else None
             seen = list(self.kv_lens)
             if window:
                 seen = [min(kv, asked + window - 1) for asked, kv in zip(self.query_lens, self.kv_lens, strict=True)]
@@ -87,14 +86,13 @@ class AttentionBatch:
             )
         return self._plans[kind]
 
-    def short_windows(self, page_size: int, width: int) -> _SmallWindows | None:
-        """All windows for a C path, where all are short and few enough; width: numbers of all heads of a token. Raises
-        ValueError as `prepare` does."""
+    def short_windows(self, page_size: int) -> _SmallWindows | None:
+        """All windows for a C path, where all are short. Raises ValueError as `prepare` does."""
         if max(self.query_lens, default=SHORT_WINDOW + 1) > SHORT_WINDOW:
             return None
         if self._short is None:
             self.check(page_size)
-            self._short = (_SmallWindows.build(self, width),)
+            self._short = (_SmallWindows.build(self),)
         return self._short[0]
 
     def tiles(self, triton: ModuleType, q: torch.Tensor, page_size: int, heads_per_key: int) -> tuple[Any, Any]:
@@ -217,11 +215,10 @@ class _SmallWindows:
     windows: torch.Tensor
 
     @classmethod
-    def build(cls, batch: AttentionBatch, width: int) -> _SmallWindows | None:
-        """None when there are none, or they are so much work that more threads should share it."""
+    def build(cls, batch: AttentionBatch) -> _SmallWindows | None:
+        """None when there are none."""
         short = [i for i, length in enumerate(batch.query_lens) if length <= SHORT_WINDOW]
-        work = width * sum(batch.query_lens[i] * batch.kv_lens[i] for i in short)
-        if not short or (work > NATIVE_PRODUCTS and not batch._are_alone):
+        if not short:
             return None
         columns = (batch.query_lens, batch.kv_lens, batch.query_start)
         if len(short) < len(batch.query_lens):
@@ -283,7 +280,7 @@ def paged_attention(
         heads_per_key=heads_per_key,
         dtype=q.dtype,
         device=q.device,
-        small_width=0 if quick is None else q.shape[1] * head_dim,
+        in_c=quick is not None,
     )
     groups, small = plan.groups, plan.small
     if small is None and len(groups) == 1 and isinstance(groups[0].rows, slice):

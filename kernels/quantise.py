@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 
 from kernels.dispatch import twin
+from kernels.put_rows import put_rows
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 SMALLEST = 2.0**-117  # largest number of a row that is told from zero; as kernels/_triton/quantise.py has it
 BELOW_SMALLEST = SMALLEST * (1 - 2.0**-24)  # the float32 before it
+FEW_NUMBERS = 1 << 13  # up to which calls take longer than the work
 FLOAT8_CAPABILITY = (8, 9)  # older devices have no float8: they take the torch path
 
 
@@ -30,14 +32,28 @@ def quantise_rows(x: torch.Tensor, dtype: torch.dtype = torch.int8) -> tuple[tor
     triton = _twin(x, dtype)
     if triton is not None:
         return triton.quantise_rows(x, dtype, LARGEST[dtype])  # type: ignore[no-any-return]
-    if not x.numel():
+    num_numbers = x.numel()
+    if not num_numbers:
         return x.to(dtype), torch.zeros(x.shape[:-1], device=x.device)
     wide = x.float()
-    largest = F.threshold(wide.abs().amax(-1), BELOW_SMALLEST, 0.0)
-    steps = LARGEST[dtype] / largest.clamp_min(SMALLEST)  # of rows without a scale whatever numbers
-    scaled = wide * steps[..., None]  # rounding takes it past the largest number by less than half a step
+    if dtype == torch.int8 and num_numbers <= FEW_NUMBERS and x.is_cpu:
+        return _quantise_few(wide)
+    largest = wide.abs().amax(-1, keepdim=True)
+    steps = largest.clamp_min(SMALLEST).reciprocal_().mul_(LARGEST[dtype])  # of rows without a scale whatever number
+    scaled = wide * steps  # rounding takes it past the largest number by less than half a step
     values = scaled.round_() if dtype == torch.int8 else scaled
-    return values.to(dtype), largest.div_(LARGEST[dtype])
+    scales = torch.threshold_(largest, BELOW_SMALLEST, 0.0).squeeze(-1).div_(LARGEST[dtype])
+    return values.to(dtype), scales
+
+
+def _quantise_few(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 to int8 with the same bits, by numpy, whose calls take less."""
+    wide = x.numpy(force=True)
+    largest = np.maximum.reduce(np.abs(wide), axis=-1, keepdims=True)
+    steps = np.reciprocal(np.maximum(largest, SMALLEST)) * LARGEST[torch.int8]
+    values = np.rint(wide * steps).astype(np.int8)
+    largest[largest < SMALLEST] = 0
+    return torch.from_numpy(values), torch.from_numpy(largest[..., 0] / LARGEST[torch.int8])
 
 
 def dequantise_rows(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -46,7 +62,7 @@ def dequantise_rows(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dty
     triton = _twin(scales, values.dtype)
     if triton is not None:
         return triton.dequantise_rows(values, scales, None, dtype)  # type: ignore[no-any-return]
-    return (values.float() * scales[..., None]).to(dtype)
+    return values.float().mul_(scales.unsqueeze(-1)).to(dtype)
 
 
 def write_quantised_pages(cache: torch.Tensor, scales: torch.Tensor, x: torch.Tensor, slots: torch.Tensor) -> None:
@@ -62,7 +78,7 @@ def write_quantised_pages(cache: torch.Tensor, scales: torch.Tensor, x: torch.Te
         return
     values, row_scales = quantise_rows(x, cache.dtype)
     # as bytes: not every device copies float8 by index
-    cache.view(torch.uint8).view(-1, *cache.shape[2:]).index_copy_(0, slots, values.view(torch.uint8))
+    put_rows(cache.view(torch.uint8).view(-1, *cache.shape[2:]), slots, values.view(torch.uint8))
     scales.view(-1, scales.shape[2]).index_copy_(0, slots, row_scales)
 
 

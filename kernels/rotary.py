@@ -16,9 +16,10 @@ from kernels.dispatch import ANY_SIZE, fused
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RotaryTable:
-    """Cosines and signed sines over the full head, ready for `rotate`: both [T, 1, D] float32.
+    """Cosines and signed sines, ready for `rotate`: both [T, 1, R] float32 for heads of R elements, or for the first R
+    of larger ones.
 
-    The first half of `signed_sin` is negated, so that `x * cos + roll(x, D/2) * signed_sin` is the rotation.
+    The first half of `signed_sin` is negated, so that `x * cos + roll(x, R/2) * signed_sin` is the rotation.
     """
 
     cos: torch.Tensor
@@ -83,10 +84,14 @@ def rotary_table(cos: torch.Tensor, sin: torch.Tensor) -> RotaryTable:
 
 
 def rotate(x: torch.Tensor, table: RotaryTable) -> torch.Tensor:
-    """Rotate every head of x [T, H, D] by the angles of its token. Returns a new tensor like `x`.
+    """Rotate every head of x [T, H, D] by the angles of its token, or its first elements, where the table is of fewer;
+    the others stay as they are. Returns a new tensor like `x`.
 
     Query and key heads that sit side by side in one tensor are rotated in one call.
     """
+    rotated = table.cos.shape[-1]
+    if rotated < x.shape[-1]:
+        return torch.cat((rotate(x[..., :rotated], table), x[..., rotated:]), dim=-1)
     quick = fused("rotary", x, ANY_SIZE)
     if quick is not None:
         return quick.rotate(x, table.cos, table.signed_sin)  # type: ignore[no-any-return]

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from kernels.dispatch import twin
+from kernels.ranking import LOWEST, Floats, flat_places, rising_places
 
-LOWEST = torch.finfo(torch.float32).min
+Bools: TypeAlias = npt.NDArray[np.bool_]
 Rule: TypeAlias = Literal["count", "threshold", "factor", "entropy"]
 
 
@@ -41,33 +44,46 @@ def select_entropy(entropy: torch.Tensor, is_open: torch.Tensor, bound: torch.Te
 
     entropy: [R, L] float32, not negative; other shapes as in `select_count`.
     """
-    return _select("entropy", -entropy, is_open, bound)
+    return _select("entropy", entropy, is_open, bound)
 
 
-def _select(rule: Rule, confidence: torch.Tensor, is_open: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    if confidence.dim() != 2 or confidence.shape[1] == 0 or is_open.shape != confidence.shape:
+def _select(rule: Rule, score: torch.Tensor, is_open: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    if score.dim() != 2 or score.shape[1] == 0 or is_open.shape != score.shape:
         raise ValueError(
             f"select_{rule}: confidence and is_open must be equal [rows, length] with a length, got "
-            f"{tuple(confidence.shape)} and {tuple(is_open.shape)}"
+            f"{tuple(score.shape)} and {tuple(is_open.shape)}"
         )
-    if parameter.shape != confidence.shape[:1]:
-        raise ValueError(f"select_{rule}: needs one parameter per row, {confidence.shape[0]}, got {parameter.shape[0]}")
-    confidence, parameter = confidence.float(), parameter.float()
-    triton = twin("selection", confidence)
+    if parameter.shape != score.shape[:1]:
+        raise ValueError(f"select_{rule}: needs one parameter per row, {score.shape[0]}, got {parameter.shape[0]}")
+    score, parameter = score.float(), parameter.float()
+    triton = twin("selection", score)
     if triton is not None:
+        confidence = -score if rule == "entropy" else score
         return triton.select(rule, confidence, is_open, parameter)  # type: ignore[no-any-return]
-    # closed ones behind all others, also behind those whose confidence is -inf
-    ranked, order = torch.where(is_open, confidence.clamp_min(LOWEST), -torch.inf).sort(
-        dim=1, descending=True, stable=True
-    )
-    rank = torch.arange(confidence.shape[1], device=confidence.device)
+    selected = torch.from_numpy(_selected(rule, *(x.numpy(force=True) for x in (score, is_open, parameter))))
+    return selected if is_open.is_cpu else selected.to(is_open.device)
+
+
+def _selected(rule: Rule, score: Floats, is_open: Bools, parameter: Floats) -> Bools:
+    """On the host wherever the numbers are: they are few, and numpy's calls take a third of torch's."""
+    cost = np.minimum(score if rule == "entropy" else -score, -LOWEST)
+    cost[~is_open] = np.inf  # behind all others, also behind those whose confidence is -inf
     limit = parameter[:, None]
+    length = score.shape[1]
+    if rule == "threshold":
+        selected = cost <= -limit
+        selected[np.arange(len(cost)), cost.argmin(1)] = True
+        return selected & is_open
+    places = flat_places(rising_places(cost, length), length)
     if rule == "count":
-        accepted = rank < limit
-    elif rule == "threshold":
-        accepted = (ranked >= limit) | (rank == 0)
-    elif rule == "factor":
-        accepted = (ranked >= 1 - limit / (rank + 2)) | (rank == 0)  # a prefix: confidence falls, the bound rises
+        accepted = np.arange(length) < limit
+    elif rule == "factor":  # a prefix: confidence falls, the bound rises
+        accepted = cost.take(places) <= limit / np.arange(2, length + 2, dtype=np.float32) - 1
     else:
-        accepted = (ranked.cumsum(1) >= -limit) | (rank == 0)
-    return torch.zeros_like(is_open).scatter_(1, order, accepted) & is_open
+        spent = cost.take(places).astype(np.float64).cumsum(1)
+        accepted = np.minimum(spent, -LOWEST).astype(np.float32) <= limit  # two unbounded ones are no overflow
+    if rule != "count":
+        accepted[:, 0] = True
+    selected = np.empty(is_open.shape, np.bool_)
+    selected.reshape(-1)[places] = accepted
+    return selected & is_open

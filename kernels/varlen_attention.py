@@ -1,7 +1,8 @@
 """Bidirectional attention inside segments of one packed sequence.
 
 Neighbouring segments of equal length form a *run*, which is one batched call without copies: windows of a vision
-tower sorted by length cost a handful of calls. `Segments` holds the runs, so that all layers share them.
+tower sorted by length cost a handful of calls. `Segments` holds the runs, so that all layers share them. Tokens at a
+segment's end may be unseen: they attend like the others, and nobody attends to them.
 """
 
 from __future__ import annotations
@@ -18,20 +19,26 @@ from kernels.dispatch import attention_twin
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Segments:
-    """Runs of equal neighbouring segments: (first token, number of segments, tokens per segment)."""
+    """Runs of equal neighbouring segments: (first token, number of segments, tokens per segment, seen of those)."""
 
-    runs: tuple[tuple[int, int, int], ...]
+    runs: tuple[tuple[int, int, int, int], ...]
     num_tokens: int
 
     @classmethod
-    def from_lengths(cls, lengths: Sequence[int]) -> Segments:
-        """Segments of these lengths, one after the other. Raises ValueError when a length is not positive."""
-        if any(length <= 0 for length in lengths):
-            raise ValueError(f"segments must not be empty, got lengths {list(lengths)}")
+    def from_lengths(cls, lengths: Sequence[int], num_unseen: Sequence[int] | None = None) -> Segments:
+        """Segments of these lengths, one after the other; num_unseen: tokens at the end of each that none attends to.
+
+        Raises ValueError when a segment has no token that is seen.
+        """
+        hidden = [0] * len(lengths) if num_unseen is None else num_unseen
+        pairs = [(length, length - num) for length, num in zip(lengths, hidden, strict=True)]
+        if any(not 0 < seen <= length for length, seen in pairs):
+            what = list(lengths) if num_unseen is None else f"{list(lengths)}, of which unseen {list(hidden)}"
+            raise ValueError(f"segments must not be empty, got lengths {what}")
         runs, first = [], 0
-        for length, group in itertools.groupby(lengths):
+        for (length, seen), group in itertools.groupby(pairs):
             count = sum(1 for _ in group)
-            runs.append((first, count, length))
+            runs.append((first, count, length, seen))
             first += count * length
         return cls(runs=tuple(runs), num_tokens=first)
 
@@ -51,7 +58,7 @@ def varlen_attention(
     cu_seqlens: Segments | Sequence[int] | torch.Tensor,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Softmax attention of every token over all tokens of its own segment.
+    """Softmax attention of every token over all tokens of its own segment that are seen.
 
     q, k, v: [N, H, D] (any strides, last dimension contiguous). cu_seqlens: `Segments`, or cumulative lengths.
     scale: default `1 / sqrt(D)`. Returns [N, H, D]. Raises ValueError when the segments do not cover all N tokens.
@@ -69,11 +76,11 @@ def varlen_attention(
 
 
 def _run_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, run: tuple[int, int, int], scale: float | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, run: tuple[int, int, int, int], scale: float | None
 ) -> torch.Tensor:
-    first, count, length = run
+    first, count, length, seen = run
     batch_q, batch_k, batch_v = (
         x[first : first + count * length].view(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)
     )
-    out = F.scaled_dot_product_attention(batch_q, batch_k, batch_v, scale=scale)
+    out = F.scaled_dot_product_attention(batch_q, batch_k[:, :, :seen], batch_v[:, :, :seen], scale=scale)
     return out.transpose(1, 2).reshape(count * length, *q.shape[1:])

@@ -12,8 +12,10 @@ _SWIGLU = row_function("swiglu", POINTER, POINTER, SIZE, SIZE)
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """gate_up [..., 2 * I]."""
     gate_up = gate_up.contiguous()
-    inner = gate_up.shape[-1] // 2
-    out = torch.empty((*gate_up.shape[:-1], inner), dtype=gate_up.dtype)
-    if out.numel():
-        _SWIGLU(out.dtype, out.numel(), gate_up.data_ptr(), out.data_ptr(), out.numel() // inner, inner)
+    *leading, width = gate_up.shape
+    out = torch.empty((*leading, width // 2), dtype=gate_up.dtype)
+    numbers = out.numel()
+    if numbers:
+        inner = width // 2
+        _SWIGLU(gate_up.dtype, numbers, gate_up.data_ptr(), out.data_ptr(), numbers // inner, inner)
     return out

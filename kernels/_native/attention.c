@@ -6,6 +6,7 @@ heads that share a key head share its reading: a number that is loaded serves al
 #ifndef FLOAT
 
 #include "columns.h"
+#include "sharing.h"
 
 enum { BLOCK = 64, QUERIES = 8 }; /* keys whose scores are held at once, and queries that go together */
 enum { SERIAL_PRODUCTS = 1 << 19 }; /* up to which a second thread costs more than it brings */
@@ -131,6 +132,38 @@ static void FLOAT(one_key_head)(const real *q, size queries, const real *keys, c
     }
 }
 
+typedef struct {
+    const real *q, *k_cache, *v_cache;
+    real *out;
+    const int64_t *page_table, *windows;
+    size q_stride, table_stride, sequences, heads, kv_heads, dim, page_size, reach, parts;
+    float scale;
+} FLOAT(Attention);
+
+/* The queries of sequence s that share key head h. */
+static void FLOAT(one_sequence)(const FLOAT(Attention) *a, size s, size h) {
+    size share = a->heads / a->kv_heads, dim = a->dim;
+    size query_len = a->windows[s], kv_len = a->windows[a->sequences + s], start = a->windows[2 * a->sequences + s];
+    for (size n = 0; n < query_len; n++) {
+        size row = start + n, num_keys = kv_len - query_len + n + 1;
+        size first_key = a->reach && a->reach < num_keys ? num_keys - a->reach : 0;
+        for (size first = 0; first < share; first += QUERIES) {
+            size head = h * share + first, queries = share - first < QUERIES ? share - first : QUERIES;
+            FLOAT(one_key_head)(a->q + row * a->q_stride + head * dim, queries, a->k_cache + h * dim,
+                                a->v_cache + h * dim, a->page_table + s * a->table_stride, a->page_size,
+                                a->kv_heads * dim, dim, first_key, num_keys, a->scale,
+                                a->out + (row * a->heads + head) * dim);
+        }
+    }
+}
+
+/* Key heads lie beside each other: whoever reads one has the next at hand. */
+static void FLOAT(part_of_attention)(const void *job, size part) {
+    const FLOAT(Attention) *a = job;
+    size each = a->parts / a->sequences, s = part / each, n = part % each;
+    for (size h = a->kv_heads * n / each; h < a->kv_heads * (n + 1) / each; h++) FLOAT(one_sequence)(a, s, h);
+}
+
 /* windows: query lengths, key lengths and first rows of all sequences. reach: how many of its last keys a query sees, 0
    for all. Returns -1, or before anything is read the first sequence whose rows, lengths or pages are not there. */
 size FLOAT(paged_attention)(const real *q, size q_stride, size tokens, const real *k_cache, const real *v_cache,
@@ -138,26 +171,19 @@ size FLOAT(paged_attention)(const real *q, size q_stride, size tokens, const rea
                             size sequences, size heads, size kv_heads, size dim, size page_size, size reach,
                             float scale, real *out, size threads) {
     const int64_t *query_lens = windows, *kv_lens = windows + sequences, *query_start = kv_lens + sequences;
-    size share = heads / kv_heads, work = 0;
+    size work = 0, longest = 0;
     for (size s = 0; s < sequences; s++) {
         if (!is_there(query_lens[s], kv_lens[s], query_start[s], tokens, page_table + s * table_stride, table_stride,
                       page_size, num_pages))
             return s;
-        work += query_lens[s] * kv_lens[s] * heads * dim;
+        size own = query_lens[s] * kv_lens[s];
+        work += own, longest = own > longest ? own : longest;
     }
-#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads) if (threads > 1 && work > SERIAL_PRODUCTS)
-    for (size s = 0; s < sequences; s++)
-        for (size h = 0; h < kv_heads; h++)
-            for (size n = 0; n < query_lens[s]; n++) {
-                size row = query_start[s] + n, num_keys = kv_lens[s] - query_lens[s] + n + 1;
-                size first_key = reach && reach < num_keys ? num_keys - reach : 0;
-                for (size first = 0; first < share; first += QUERIES) {
-                    size head = h * share + first, queries = share - first < QUERIES ? share - first : QUERIES;
-                    FLOAT(one_key_head)(q + row * q_stride + head * dim, queries, k_cache + h * dim, v_cache + h * dim,
-                                        page_table + s * table_stride, page_size, kv_heads * dim, dim, first_key,
-                                        num_keys, scale, out + (row * heads + head) * dim);
-                }
-            }
+    int has_long = sequences < 2 * threads || longest * threads > work; /* for one thread, while the others wait */
+    size parts = has_long ? sequences * kv_heads : sequences;
+    FLOAT(Attention) job = {q, k_cache, v_cache, out, page_table, windows, q_stride, table_stride, sequences, heads,
+                            kv_heads, dim, page_size, reach, parts, scale};
+    share(parts, work * heads * dim > SERIAL_PRODUCTS ? threads : 1, FLOAT(part_of_attention), &job);
     return -1;
 }
 

@@ -6,6 +6,7 @@ a small model takes longer than the loops. */
 #ifndef FLOAT
 
 #include "ops.h"
+#include "sharing.h"
 
 /* Pointers are to the format of the whole, but `half`: the bfloat16 half of a float32 matrix, or null. scales: of a
    matrix of 8-bit numbers, else null. */
@@ -32,7 +33,8 @@ typedef struct {
     size tokens, sequences, table_stride, num_pages, page_size, threads;
 } Step;
 
-enum { SERIAL_WORK = 1 << 22 }; /* products of a matrix, up to which a second thread costs more than it brings */
+/* Products up to which a second thread costs more than it brings: of a matrix, and of all layers. */
+enum { SERIAL_WORK = 1 << 22, SERIAL_STEP = 1 << 23 };
 
 #define FLOAT(name) name##_float32
 #define real float
@@ -49,9 +51,9 @@ enum { SERIAL_WORK = 1 << 22 }; /* products of a matrix, up to which a second th
 
 #else
 
-static void FLOAT(product)(const real *x, const Matrix *m, real *out, size rows, size threads) {
+static void FLOAT(product)(const real *x, const Matrix *m, real *out, size rows, size threads, int is_shared) {
     size weights = m->columns * m->inputs;
-    if (weights <= SMALL_WEIGHTS && rows * weights <= SERIAL_WORK) threads = 1;
+    if (!is_shared && weights <= SMALL_WEIGHTS && rows * weights <= SERIAL_WORK) threads = 1;
     if (m->scales)
         FLOAT(int8_linear)(x, m->weight, m->scales, m->bias, out, rows, m->inputs, m->columns, threads);
     else if (m->half && rows <= HALVED_ROWS)
@@ -60,11 +62,8 @@ static void FLOAT(product)(const real *x, const Matrix *m, real *out, size rows,
         FLOAT(linear)(x, m->weight, m->bias, out, rows, m->inputs, m->columns, threads);
 }
 
-/* hidden [tokens, hidden] is used up; out [tokens, hidden] is normed by final_norm. caches: keys and values of each layer
-   in turn. scratch: room for rows of 2 * hidden + 3 * (heads + kv_heads) * dim + 3 * inner numbers. Returns -1;
-   t, when the slot of token t is not there; tokens + s, when the windows or pages of sequence s are not. */
-size FLOAT(decoder_layers)(const Layer *layers, const Sizes *sizes, const Step *step, real *const *caches,
-                           const real *final_norm, real *hidden, real *out, real *scratch) {
+static size FLOAT(all_layers)(const Layer *layers, const Sizes *sizes, const Step *step, real *const *caches,
+                              const real *final_norm, real *hidden, real *out, real *scratch, int is_shared) {
     size tokens = step->tokens, width = sizes->hidden, dim = sizes->dim, inner = sizes->inner;
     size rotated = sizes->heads + sizes->kv_heads, all = rotated + sizes->kv_heads, num_slots;
     real *normed = scratch, *qkv = normed + tokens * width, *qk = qkv + tokens * all * dim;
@@ -75,7 +74,7 @@ size FLOAT(decoder_layers)(const Layer *layers, const Sizes *sizes, const Step *
     for (size i = 0; i < sizes->layers; i++) {
         const Layer *layer = layers + i;
         real *k_cache = caches[2 * i], *v_cache = caches[2 * i + 1];
-        FLOAT(product)(normed, &layer->qkv, qkv, tokens, step->threads);
+        FLOAT(product)(normed, &layer->qkv, qkv, tokens, step->threads, is_shared);
         for (size t = 0; layer->qk_norm && t < tokens; t++) {
             real *row = qkv + t * all * dim;
             FLOAT(rms_norm)(row, layer->qk_norm, row, rotated, dim, rotated, sizes->eps, 1);
@@ -90,17 +89,37 @@ size FLOAT(decoder_layers)(const Layer *layers, const Sizes *sizes, const Step *
                                          sizes->heads, sizes->kv_heads, dim, step->page_size, layer->window,
                                          sizes->scale, mixed, step->threads);
         if (refused >= 0) return tokens + refused;
-        FLOAT(product)(mixed, &layer->o, added, tokens, step->threads);
+        FLOAT(product)(mixed, &layer->o, added, tokens, step->threads, is_shared);
         FLOAT(add_rms_norm)(added, hidden, layer->post_norm, normed, tokens, width, sizes->eps,
                             1);
-        FLOAT(product)(normed, &layer->gate_up, gate_up, tokens, step->threads);
+        FLOAT(product)(normed, &layer->gate_up, gate_up, tokens, step->threads, is_shared);
         FLOAT(swiglu)(gate_up, act, tokens, inner, 1);
-        FLOAT(product)(act, &layer->down, added, tokens, step->threads);
+        FLOAT(product)(act, &layer->down, added, tokens, step->threads, is_shared);
         int is_last = i + 1 == sizes->layers;
         FLOAT(add_rms_norm)(added, hidden, is_last ? final_norm : layers[i + 1].input_norm, is_last ? out : normed,
                             tokens, width, sizes->eps, 1);
     }
     return -1;
+}
+
+/* hidden [tokens, hidden] is used up; out [tokens, hidden] is normed by final_norm. caches: keys and values of each layer
+   in turn. scratch: room for rows of 2 * hidden + 3 * (heads + kv_heads) * dim + 3 * inner numbers. Returns -1;
+   t, when the slot of token t is not there; tokens + s, when the windows or pages of sequence s are not. */
+size FLOAT(decoder_layers)(const Layer *layers, const Sizes *sizes, const Step *step, real *const *caches,
+                           const real *final_norm, real *hidden, real *out, real *scratch) {
+    const Layer *one = layers;
+    size weights = one->qkv.columns * one->qkv.inputs + one->o.columns * one->o.inputs +
+                   one->gate_up.columns * one->gate_up.inputs + one->down.columns * one->down.inputs;
+    double pairs = 0; /* of queries and keys */
+    for (size s = 0; s < step->sequences; s++)
+        pairs += (double)step->windows[s] * (double)step->windows[step->sequences + s];
+    double products = (double)(step->tokens * weights) + 2 * pairs * (double)(sizes->heads * sizes->dim);
+    enum Sharing sharing = (double)sizes->layers * products > SERIAL_STEP ? begin_sharing(step->threads) : ALONE;
+    Step own = *step;
+    if (sharing == ALONE) own.threads = 1;
+    size refused = FLOAT(all_layers)(layers, sizes, &own, caches, final_norm, hidden, out, scratch, sharing == SHARED);
+    if (sharing == SHARED) end_sharing();
+    return refused;
 }
 
 #endif

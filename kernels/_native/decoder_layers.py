@@ -130,7 +130,7 @@ class Layers:
     def forward(
         self, hidden: torch.Tensor, final_norm: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor,
         caches: Sequence[tuple[torch.Tensor, torch.Tensor]], slots: torch.Tensor, page_table: torch.Tensor,
-        windows: torch.Tensor,
+        windows: torch.Tensor, threads: int,
     ) -> torch.Tensor:  # fmt: skip
         """hidden [T, H] (used up), T <= MAX_ROWS; final_norm [H]; cos, signed_sin [T, 1, D] float32; slots [T],
         page_table [S, P] and windows [3, S] int64, which cover all T rows. Returns [T, H], normed. Raises ValueError on
@@ -153,7 +153,7 @@ class Layers:
         step = _Step(
             cos.data_ptr(), signed_sin.data_ptr(), slots.data_ptr(), page_table.data_ptr(), windows.data_ptr(),
             tokens, len(page_table), page_table.shape[1], kept.shape[0], kept.shape[1],
-            torch.get_num_threads(),
+            threads,
         )  # fmt: skip
         heads = 3 * (sizes.heads + sizes.kv_heads)
         scratch = torch.empty(tokens * (2 * sizes.hidden + heads * sizes.dim + 3 * sizes.inner), dtype=self.dtype)

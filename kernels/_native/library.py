@@ -30,11 +30,11 @@ from kernels._native.limits import IN_C, SHARED_NUMBERS
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
-HEADERS = ("common.h", "formats.h", "ops.h", "columns.h")
-UNITS = ("pointwise.c", "attention.c", "linear.c", "quantised_linear.c", "scan.c", "decoder_layers.c")
+HEADERS = ("common.h", "formats.h", "ops.h", "columns.h", "sharing.h")
+UNITS = ("pointwise.c", "attention.c", "linear.c", "quantised_linear.c", "scan.c", "sharing.c", "decoder_layers.c")
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = (
-    "-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",
+    "-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-fno-trapping-math",
     *(f"-D{name}={number}" for name, number in IN_C.items()),
 )  # fmt: skip
 WIDE_FLAGS = ("-mprefer-vector-width=512",)  # where the processor has such registers

@@ -15,7 +15,9 @@ _SIZES = (SIZE, SIZE, SIZE, SIZE)  # rows, inputs, columns, threads
 _LINEAR = functions("linear", POINTER, POINTER, POINTER, POINTER, *_SIZES, takes_long=True)
 _MIXED_LINEAR = functions("mixed_linear", POINTER, POINTER, POINTER, POINTER, *_SIZES, takes_long=True)
 _INT8_LINEAR = functions("int8_linear", POINTER, POINTER, POINTER, POINTER, POINTER, *_SIZES, takes_long=True)
-_INT4_LINEAR = functions("int4_linear", POINTER, POINTER, POINTER, POINTER, POINTER, *_SIZES, SIZE, takes_long=True)
+_INT4_LINEAR = functions(
+    "int4_linear", POINTER, POINTER, POINTER, POINTER, POINTER, *_SIZES, SIZE, POINTER, takes_long=True
+)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -67,14 +69,22 @@ def int8_linear(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bia
     return _quantised(_INT8_LINEAR, x, weight, scales, bias)
 
 
-def int4_linear(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The same for x float32, packed [N, K / 2] contiguous and scales [N, groups], of MAX_GROUP inputs at most."""
+def int4_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    zeros: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The same for x float32, packed [N, K / 2] contiguous, scales and zeros [N, groups], of MAX_GROUP inputs at
+    most."""
     groups, inputs = scales.shape[-1], x.shape[-1]
     is_cut = groups > 0 and inputs % (2 * groups) == 0 and inputs // groups <= MAX_GROUP
     is_scaled = x.dtype in _INT4_LINEAR and is_cut and is_like(scales, torch.float32, len(packed), groups)
-    if not is_scaled or not _fits_numbers(x, packed, torch.uint8, inputs // 2, bias):
-        raise misfit("int4_linear", x=x, packed=packed, scales=scales, bias=bias)
-    return _quantised(_INT4_LINEAR, x, packed, scales, bias, scales.shape[1])
+    has_zeros = zeros is None or is_like(zeros, torch.uint8, len(packed), groups)
+    if not is_scaled or not has_zeros or not _fits_numbers(x, packed, torch.uint8, inputs // 2, bias):
+        raise misfit("int4_linear", x=x, packed=packed, scales=scales, bias=bias, zeros=zeros)
+    return _quantised(_INT4_LINEAR, x, packed, scales, bias, groups, None if zeros is None else zeros.data_ptr())
 
 
 def _fits_numbers(
@@ -87,12 +97,12 @@ def _fits_numbers(
 
 def _quantised(
     functions: dict[torch.dtype, Function], x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor,
-    bias: torch.Tensor | None, *sizes: int,
+    bias: torch.Tensor | None, *further: int | None,
 ) -> torch.Tensor:  # fmt: skip
     x = x.contiguous()
     out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
     functions[x.dtype](
         x.data_ptr(), weight.data_ptr(), scales.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),
-        *x.shape, weight.shape[0], _threads(weight), *sizes,
+        *x.shape, weight.shape[0], _threads(weight), *further,
     )  # fmt: skip
     return out

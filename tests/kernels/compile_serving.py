@@ -115,10 +115,10 @@ def _numbers(pointer: str) -> Iterator[Variant]:
             yield variant(
                 f"int8 linear {name}", quantised_linear.int8_kernel, constants, warps, pointers | {"weight_ptr": "*i8"}
             )
-            constants = shared | {"HALF": 64}
-            yield variant(
-                f"int4 linear {name}", quantised_linear.int4_kernel, constants, warps, pointers | {"packed_ptr": "*u8"}
-            )
+            numbers = pointers | {"packed_ptr": "*u8", "zeros_ptr": "*u8"}
+            for zeros in (False, True):
+                constants, kernel = shared | {"HALF": 64, "ZEROS": zeros}, quantised_linear.int4_kernel
+                yield variant(f"int4 linear {name} zeros {zeros}", kernel, constants, warps, numbers)
     constants = {"BIAS": True, "BLOCK": 256}
     pointers = {"bias_ptr": pointer, "out_ptr": pointer}
     yield variant(f"add up {short}", quantised_linear.add_up_kernel, constants, 2, pointers)

@@ -57,11 +57,32 @@ def test_segments_attend_within_themselves(
         assert torch.equal(actual, varlen_attention(q, k, v, torch.tensor(bounds, dtype=torch.int32)))
 
 
+@settings(max_examples=200 if IS_SOAK else 16, deadline=None, derandomize=True)
+@given(
+    segments=st.lists(st.sampled_from([(2, 1), (4, 0), (4, 1), (4, 1), (23, 5), (40, 1)]), min_size=1, max_size=8),
+    head_dim=st.sampled_from([4, 33]),
+    dtype=st.sampled_from(DTYPES),
+    path=paths,
+)
+def test_the_end_of_a_segment_may_be_unseen(
+    segments: list[tuple[int, int]], head_dim: int, dtype: torch.dtype, path: Path
+) -> None:
+    """Tokens that nobody attends to attend as if they stood among the others, and change no answer of those."""
+    lengths, num_unseen = zip(*segments, strict=True)
+    q, k, v = _draw(0, sum(lengths), 3, 2, head_dim, dtype=dtype).unbind(1)
+    with forced(path):
+        actual = varlen_attention(q, k, v, Segments.from_lengths(lengths, num_unseen))
+    assert_matches(actual, oracles.segment_attention(q, k, v, lengths, num_unseen), reduced=4)
+
+
 def test_segments_that_do_not_cover_the_tokens_are_refused() -> None:
     x = torch.zeros(5, 1, 4)
     for bounds, message in (([0, 3], "cover 3 tokens"), ([1, 5], "begin with 0"), ([0, 5, 5], "must not be empty")):
         with pytest.raises(ValueError, match=message):
             varlen_attention(x, x, x, bounds)
+    for num_unseen in ([2, 0], [-1, 0]):
+        with pytest.raises(ValueError, match="of which unseen"):
+            Segments.from_lengths([2, 3], num_unseen)
 
 
 @dataclasses.dataclass

@@ -162,13 +162,13 @@ class Case:
         self.rotary: RotaryTable = rotary_table(self.cos, self.sin)
         self.hidden = torch.randn(tokens, model.width, generator=generator).to(model.dtype)
 
-    def run(self, model: Model) -> torch.Tensor | None:
+    def run(self, model: Model, num_threads: int = 0) -> torch.Tensor | None:
         return model.op.forward(
-            self.hidden.clone(), model.final_norm, self.rotary, self.caches, self.slots, self.attention
+            self.hidden.clone(), model.final_norm, self.rotary, self.caches, self.slots, self.attention, num_threads
         )
 
 
-def _model(**changed: Any) -> Model:
+def make_model(**changed: Any) -> Model:
     sizes: dict[str, Any] = {
         "layers": 2, "heads": 4, "kv_heads": 2, "dim": 6, "width": 20, "inner": 11, "has_extras": True,
         "windows": [0, 3], "stored": "plain", "dtype": torch.float32,
@@ -181,7 +181,7 @@ def _model(**changed: Any) -> Model:
 def test_as_the_definition_in_float64(data: st.DataObject) -> None:
     windows = data.draw(st.lists(st.sampled_from([0, 1, 3, 40]), min_size=1, max_size=3))
     kv_heads = data.draw(st.integers(1, 3))
-    model = _model(
+    model = make_model(
         layers=len(windows),
         windows=windows,
         kv_heads=kv_heads,
@@ -208,7 +208,7 @@ def test_as_the_definition_in_float64(data: st.DataObject) -> None:
 @pytest.mark.parametrize("stored", ["plain", "int8"])
 def test_bfloat16_keeps_close(stored: str) -> None:
     """Their roundings stay small against the whole."""
-    model = _model(dtype=torch.bfloat16, stored=stored, width=64, inner=48, dim=16)
+    model = make_model(dtype=torch.bfloat16, stored=stored, width=64, inner=48, dim=16)
     case = Case(model, [(9, 1), (0, 2), (33, 1)], 16)
     actual = case.run(model)
     assert actual is not None
@@ -217,7 +217,7 @@ def test_bfloat16_keeps_close(stored: str) -> None:
 
 
 def test_rows_do_not_depend_on_who_shares_the_step() -> None:
-    model = _model(width=64, inner=48, dim=16)
+    model = make_model(width=64, inner=48, dim=16)
     windows = [(3 * i, 1 + i % 2) for i in range(20)]
     case = Case(model, windows, 16)
     together = case.run(model)
@@ -238,7 +238,7 @@ def test_rows_do_not_depend_on_who_shares_the_step() -> None:
 
 
 def test_what_it_is_not_made_for_is_left_to_others_untouched() -> None:
-    model = _model()
+    model = make_model()
     case = Case(model, [(3, 1)], 16)
     before = [plane.clone() for cache in case.caches for plane in cache]
     with forced("torch"):
@@ -259,7 +259,7 @@ def test_what_it_is_not_made_for_is_left_to_others_untouched() -> None:
 
 
 def test_a_list_of_caches_may_be_given_other_tensors() -> None:
-    model = _model()
+    model = make_model()
     case = Case(model, [(3, 1)], 16)
     expected = case.run(model)
     case.caches[0] = (case.caches[0][0].clone(), case.caches[0][1].clone())
@@ -272,7 +272,7 @@ def test_a_list_of_caches_may_be_given_other_tensors() -> None:
 
 
 def test_a_gradient_that_is_wanted_is_left_to_the_ops() -> None:
-    model = _model()
+    model = make_model()
     case = Case(model, [(3, 1)], 16)
     wanted = dataclasses.replace(model.weights[0], post_norm=model.weights[0].post_norm.clone().requires_grad_())
     model.op = DecoderLayers([wanted, *model.weights[1:]], num_heads=4, num_kv_heads=2, head_dim=6, eps=EPS)
@@ -282,7 +282,7 @@ def test_a_gradient_that_is_wanted_is_left_to_the_ops() -> None:
 
 
 def test_slots_pages_and_shapes_that_are_not_there_are_refused() -> None:
-    model = _model()
+    model = make_model()
     case = Case(model, [(3, 1), (20, 2)], 16)
     good = case.slots
     case.slots = good.clone()
@@ -300,7 +300,7 @@ def test_slots_pages_and_shapes_that_are_not_there_are_refused() -> None:
     short.hidden = short.hidden[:2]
     with pytest.raises(ValueError, match="3 of 2 tokens"):
         short.run(model)
-    other = _model(dim=8)
+    other = make_model(dim=8)
     with pytest.raises(ValueError, match="cache_0"):
         Case(model, [(3, 1)], 16).run(other)
 

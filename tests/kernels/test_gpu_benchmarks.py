@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import device_tests
+from benchmarks.gpu import device_tests, step_cases
 from benchmarks.gpu.case import Case, Setting
 from benchmarks.gpu.measure import Ceilings, ceilings, microseconds
 from benchmarks.report import versions
 from kernels.dispatch import Path, forced
 from tests.kernels.paths import PATHS
+from tests.pretended_cuda import DEVICE, pretended_cuda
 
 TINY = Setting(device=torch.device("cpu"), is_tiny=True, dtype=torch.float16)
 
@@ -34,6 +35,16 @@ def test_every_case_and_every_peer_that_is_just_called_runs(path: Path) -> None:
         assert case.work > 0
         names.append(case.name)
     assert len(names) > 45
+
+
+def test_recorded_decode_steps_give_the_logits_of_those_launched_one_by_one() -> None:
+    with pretended_cuda():
+        cases = list(command.all_cases(Setting(device=DEVICE, is_tiny=True, dtype=torch.float32), step_cases.GROUPS))
+        for case in cases:
+            assert isinstance(case, Case), case
+            for call in (case.call, case.peers["one by one"]()):
+                assert call().logits.shape[1] == 96  # type: ignore[attr-defined]
+    assert [case.name for case in cases] == ["decode step 1 x 5", "decode step 3 x 5", "decode step 3 x 5"]
 
 
 def test_times_and_ceilings_are_positive_and_calls_are_counted() -> None:
@@ -101,7 +112,7 @@ def test_processes_run_side_by_side_and_are_ended_at_the_budget() -> None:
     good, bad = device_tests.run(commands, budget_s=60.0)
     assert (good.outcome, good.summary, good.tail) == ("passed", "3 passed", "")
     assert (bad.outcome, bad.tail) == ("failed", "1 failed")
-    (endless,) = device_tests.run([("endless", [sys.executable, "-c", "import time; time.sleep(600)"])], budget_s=0.5)
+    (endless,) = device_tests.run([("endless", [sys.executable, "-c", "import signal; signal.pause()"])], budget_s=0.5)
     assert endless.outcome == "not finished"
 
 

@@ -33,7 +33,8 @@ def _int8() -> dict[str, Any]:
 
 
 def _int4() -> dict[str, Any]:
-    return {"x": _of(2, 64), "packed": _of(6, 32, dtype=torch.uint8), "scales": _of(6, 2), "bias": _of(6)}
+    numbers = {"packed": _of(6, 32, dtype=torch.uint8), "zeros": _of(6, 2, dtype=torch.uint8)}
+    return {"x": _of(2, 64), **numbers, "scales": _of(6, 2), "bias": _of(6)}
 
 
 def _norm() -> dict[str, Any]:
@@ -117,6 +118,8 @@ WRONG: list[tuple[str, str, torch.Tensor]] = [
     ("int4_linear", "scales", _of(6, 3)),
     ("int4_linear", "scales", _of(6, 2, dtype=torch.float64)),
     ("int4_linear", "bias", _of(6, dtype=torch.float16)),
+    ("int4_linear", "zeros", _of(6, 3, dtype=torch.uint8)),
+    ("int4_linear", "zeros", _of(6, 2)),
     ("rms_norm", "weight", _of(3, 8, dtype=HALF)),
     ("rms_norm", "weight", _of(3, 9)),
     ("rms_norm", "weight", _of(2, 8)),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from kernels.dispatch import Path, forced
 from kernels.quantise import (
+    FEW_NUMBERS,
     LARGEST,
     dequantise_rows,
     quantise_rows,
@@ -137,23 +138,27 @@ def test_int8_linear(
     groups=st.integers(1, 7),
     group_size=st.sampled_from([32, 64, 128]),
     has_bias=st.booleans(),
+    has_zeros=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     path=with_native,
 )
 def test_int4_linear(
-    rows: int, columns: int, groups: int, group_size: int, has_bias: bool, dtype: torch.dtype, path: Path
-) -> None:
+    rows: int, columns: int, groups: int, group_size: int, has_bias: bool, has_zeros: bool, dtype: torch.dtype,
+    path: Path,
+) -> None:  # fmt: skip
     inputs = groups * group_size
     x, bias = _draw(1, rows, inputs, dtype=dtype), _draw(2, columns, dtype=dtype)
     packed, scales = quantise_weight_int4(_draw(0, columns, inputs, dtype=dtype), group_size)
+    zeros = (8 + 4 * _draw(3, columns, groups, dtype=torch.float32)).round().clamp(0, 16).to(torch.uint8)
     weight = torch.empty(columns, inputs, dtype=torch.float64)
     for column in range(inputs):  # as the packing is described, input by input
         group, place = divmod(column, group_size)
         half, byte = divmod(place, group_size // 2)
         numbers = (packed[:, group * group_size // 2 + byte].int() >> (4 * half)) & 15
-        weight[:, column] = (numbers - 8).double() * scales[:, group].double()
+        zero = zeros[:, group].int() if has_zeros else 8
+        weight[:, column] = (numbers - zero).double() * scales[:, group].double()
     with forced(path):
-        actual = int4_linear(x, packed, scales, bias if has_bias else None)
+        actual = int4_linear(x, packed, scales, bias if has_bias else None, zeros if has_zeros else None)
     assert_matches(actual, x.double() @ weight.T + (bias.double() if has_bias else 0), reduced=inputs)
 
 
@@ -198,6 +203,19 @@ def test_what_does_not_fit_is_refused() -> None:
         int8_linear(torch.ones(1, 3), torch.zeros(2, 4, dtype=torch.int8), torch.ones(2))
     with pytest.raises(ValueError, match="a power of two from 32 up, and 96 inputs"):
         quantise_weight_int4(torch.ones(2, 96), 64)
+    packed, scales = quantise_weight_int4(torch.ones(2, 64), 32)
+    with pytest.raises(ValueError, match=r"zeros \(2, 1\) and scales \(2, 2\) do not fit"):
+        int4_linear(torch.ones(1, 64), packed, scales, None, torch.zeros(2, 1, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_has_the_same_numbers_alone_and_among_many(dtype: torch.dtype) -> None:
+    x = _draw(0, 2 * FEW_NUMBERS // 48, 48, dtype=dtype)
+    x[0], x[1] = 0, 1e-38
+    values, scales = quantise_rows(x)
+    alone = [quantise_rows(row[None]) for row in x]
+    assert torch.equal(torch.cat([numbers for numbers, _ in alone]), values)
+    assert torch.equal(torch.cat([scale for _, scale in alone]), scales)
 
 
 @pytest.mark.parametrize("narrow", NARROW)

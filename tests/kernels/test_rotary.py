@@ -57,6 +57,30 @@ def test_one_dimensional(
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
+    num_tokens=st.integers(0, 7),
+    heads=st.integers(1, 4),
+    half=st.integers(1, 20),
+    kept=st.integers(1, 30),
+    dtype=st.sampled_from(DTYPES),
+    path=with_native,
+)
+def test_a_table_of_fewer_elements_rotates_the_first_ones(
+    num_tokens: int, heads: int, half: int, kept: int, dtype: torch.dtype, path: Path
+) -> None:
+    positions = torch.arange(3, 3 + num_tokens)
+    frequencies = inverse_frequencies(2 * half, 1e4)
+    x = _heads(5, num_tokens, heads, 2 * half + kept, dtype)
+    with forced(path):
+        actual = rotate(x, rotary_table(*rotary_cos_sin(positions, frequencies)))
+    angles = torch.tensor(
+        [[p * _frequency(i, 2 * half, 1e4) for i in range(half)] for p in positions.tolist()], dtype=torch.float64
+    ).view(num_tokens, half)
+    assert_matches(actual[..., : 2 * half], oracles.rotate_pairs(x[..., : 2 * half], angles), reduced=10**2)
+    assert torch.equal(actual[..., 2 * half :], x[..., 2 * half :])
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
     positions=st.lists(st.tuples(*[st.integers(0, 300)] * 3), min_size=1, max_size=9),
     sections=st.lists(st.integers(0, 9), min_size=3, max_size=3).filter(any),
     path=with_native,

@@ -61,6 +61,17 @@ def test_open_positions_without_confidence_come_before_closed_ones(path: Path) -
         assert select_count(confidence, is_open, torch.tensor([1])).tolist() == [[False, False, False, True]]
 
 
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(path=paths)
+def test_entropies_without_bound_add_up_to_no_warning(path: Path) -> None:
+    """As masks have them whose end of text is deferred: warnings are errors here, and lines in an operator's log."""
+    entropy = torch.tensor([[0.5, math.inf, 0.25, math.inf, math.inf]])
+    is_open = torch.tensor([[True, True, True, True, False]])
+    with forced(path):
+        assert select_entropy(entropy, is_open, torch.tensor([1.0])).tolist() == [[True, False, True, False, False]]
+        assert select_entropy(entropy[:, 3:], is_open[:, 3:], torch.tensor([1.0])).tolist() == [[True, False]]
+
+
 def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="must be equal"):
         select_count(torch.zeros(1, 3), torch.ones(1, 2, dtype=torch.bool), torch.ones(1))
