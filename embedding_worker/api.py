@@ -14,6 +14,7 @@ from transfer.errors import TicketRejected
 from transfer.protocol.ticket import Ticket
 
 MAX_KEY_CHARS = 128
+MAX_DEADLINE_MS = 10**12  # 31 years; threads cannot wait for more than 292
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +47,8 @@ class EmbedRequest:
         for name in ("num_items", "deadline_ms"):
             if type(body[name]) is not int or body[name] < 1:
                 raise InvalidEmbedRequest(f"{name} must be a positive integer, got {body[name]!r}")
+        if body["deadline_ms"] > MAX_DEADLINE_MS:
+            raise InvalidEmbedRequest(f"deadline_ms must be at most {MAX_DEADLINE_MS}, got {body['deadline_ms']}")
         media_key = body["media_key"]
         if not isinstance(media_key, str) or len(media_key) > MAX_KEY_CHARS:
             raise InvalidEmbedRequest(f"media_key must be a string of at most {MAX_KEY_CHARS} characters")

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 
 from embedding_worker.errors import BadImage, ImageAspect, ImageTooLarge, OutOfResources
 from embedding_worker.orientation import is_turned
+from embedding_worker.patch_budget import fitted_patches
 from embedding_worker.tiles import Tiling
 from transfer.checkpoint_json import Kinds, wrong_values
 
@@ -37,6 +38,10 @@ PREPROCESSOR: Kinds = {  # of entries whose values are not checked one by one
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+NAFLEX_DEFAULTS: Mapping[str, Any] = {  # the published processor's, where its file leaves them out
+    "patch_size": 16, "max_num_patches": 256, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+    "resample": int(Image.Resampling.BILINEAR),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +50,7 @@ class ImageSettings:
 
     side: pixels along both sides of every image, whatever its own; 0: what the area and the aspect ask for. crop: such
     a square is the middle of the image, resized by its shorter side; else the whole image is squeezed into it.
+    max_patches: as many as an image of any shape is resized to, at most and about; 0: what the area asks for.
     tiling: the squares into which the image is cut besides; its grid is then its own size in pixels.
     """
 
@@ -59,6 +65,7 @@ class ImageSettings:
     resample: int = int(Image.Resampling.BICUBIC)
     side: int = 0
     crop: bool = False
+    max_patches: int = 0
     tiling: Tiling | None = None
 
     @classmethod
@@ -113,6 +120,21 @@ class ImageSettings:
         read = cls.from_config({**plain, "patch_size": patch_size, "temporal_patch_size": 1, "merge_size": 1})
         return dataclasses.replace(read, side=side, crop=crop)
 
+    @classmethod
+    def flexible(cls, config: Mapping[str, Any], *, patch_size: int, max_patches: int) -> ImageSettings:
+        """Read the preprocessor_config.json of a model that sees any shape in `max_patches` single patches.
+
+        Raises ValueError naming a field that is malformed or says otherwise.
+        """
+        unread = ("size", "min_pixels", "max_pixels")
+        given = {name: value for name, value in config.items() if name not in unread and value is not None}
+        given = {**NAFLEX_DEFAULTS, **given}
+        for name, wanted in (("patch_size", patch_size), ("max_num_patches", max_patches)):
+            if given[name] != wanted:
+                raise ValueError(f"preprocessor_config.json: {name} is {given[name]!r}; the model takes {wanted}")
+        read = cls.from_config({**given, "patch_size": patch_size, "temporal_patch_size": 1, "merge_size": 1})
+        return dataclasses.replace(read, max_patches=max_patches)
+
     def validate(self) -> None:
         """Raise ValueError on sizes that are not positive integers, or colour statistics not per channel."""
         for field in ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels"):
@@ -131,6 +153,9 @@ class ImageSettings:
             if self.tiling is not None:
                 return 1, height, width
             return 1, self.side // self.patch_size, self.side // self.patch_size
+        if self.max_patches:
+            _check_aspect(height, width)
+            return 1, *fitted_patches(height, width, self.patch_size, self.max_patches)
         resized = smart_resize(height, width, self.patch_size * self.merge_size, self.min_pixels, self.max_pixels)
         return 1, resized[0] // self.patch_size, resized[1] // self.patch_size
 

@@ -14,7 +14,7 @@ from embedding_worker.models import VISION_MODELS, open_vision_checkpoint, resol
 from embedding_worker.models.base import VisionModel
 from embedding_worker.preprocess import ImageSettings, PreparedImage, content_key
 from kernels.cpu_turn import cpu_turn
-from kernels.machine import most_threads, num_cpus
+from kernels.machine import find_device, most_threads, num_cpus
 from transfer.checkpoint import Checkpoint
 from transfer.checkpoint_dtype import checkpoint_dtype
 
@@ -148,9 +148,11 @@ def _require_patch_dim(checkpoint: Checkpoint, settings: ImageSettings, model_di
 
 
 def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    """Raises EmbedConfigError for a device that is not here."""
+    try:
+        return find_device(name)
+    except ValueError as error:
+        raise EmbedConfigError("device", str(error)) from error
 
 
 def resolve_dtype(name: str, checkpoint: Checkpoint) -> torch.dtype:

@@ -13,6 +13,7 @@ from typing import Any
 
 from embedding_worker.models.base import VisionModel
 from transfer.checkpoint import Checkpoint
+from transfer.checkpoint_quantised import QuantisedCheckpoint
 
 VISION_MODELS = {
     "LlavaLLaDAModelLM": "embedding_worker.models.llada_v:LladaVision",
@@ -24,13 +25,16 @@ PROJECTOR = "vision_proj."  # how the names begin by which a MiniMind-V is known
 
 
 def open_vision_checkpoint(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> Checkpoint:
-    """The checkpoint of a folder, with its architecture where config.json names none. Raises CheckpointError.
+    """The checkpoint of a folder, with its architecture where config.json names none, and with whole matrices where it
+    stores them quantised. Raises CheckpointError.
 
     overrides: entries of config.json to use instead of the checkpoint's.
     """
     checkpoint = dataclasses.replace(Checkpoint.open(folder), overrides=dict(overrides or {}))
     is_described = (checkpoint.folder / "config.json").is_file() and checkpoint.config().get("architectures")
-    if is_described or not any(name.startswith(PROJECTOR) for name in checkpoint.tensors):
+    if is_described:
+        return QuantisedCheckpoint.of(checkpoint)
+    if not any(name.startswith(PROJECTOR) for name in checkpoint.tensors):
         return checkpoint
     return dataclasses.replace(checkpoint, inferred={"architectures": ["MiniMindVLM"]})
 

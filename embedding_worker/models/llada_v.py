@@ -76,8 +76,8 @@ class Parts:
         tower = None if has_own else _open_tower(checkpoint)
         sizes = PUBLISHED_TOWER | (config.get("mm_vision_config") or {}) if tower is None else tower.config()
         whole = EncoderConfig.from_config(sizes)
-        if whole.is_clip or whole.depth < 2:
-            raise ValueError("the vision tower must be a SigLIP of two layers or more")
+        if whole.is_clip or whole.is_flexible or whole.depth < 2:
+            raise ValueError("the vision tower must be a SigLIP of two layers or more, for images of one size")
         hidden_size = config.get("hidden_size")
         if type(hidden_size) is not int or hidden_size < 1:
             raise ValueError(f"config.json has hidden_size = {hidden_size!r}; a positive integer is needed")

@@ -3,12 +3,14 @@
     patches + positions -> layers of (norm, attention, norm, MLP) -> features of every patch
 
 SigLIP's features are behind its last norm, or, for models that were made so, in front of it; CLIP has a norm in front,
-and its features are those of the last layer, without the class token's. Knows no model that it is a part of.
+and its features are those of the last layer, without the class token's. SigLIP 2 NaFlex has the same weights, and sees
+images of any shape (`naflex.py`). Knows no model that it is a part of.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,15 +29,20 @@ IN_MINIMIND = r"(?:vision_encoder\.)?"  # before an encoder's names, where it is
 ACTIVATIONS = {"gelu_pytorch_tanh": gelu_tanh, "quick_gelu": gelu_sigmoid, "gelu": gelu}
 CLIP_DEFAULTS = {"patch_size": 32, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu"}
 SIGLIP_DEFAULTS = {"patch_size": 16, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"}
-KINDS = {"siglip_vision_model": False, "siglip": False, "clip_vision_model": True, "clip": True}  # is it CLIP's
+KINDS = {  # of config.json -> what it is
+    "siglip_vision_model": "siglip", "siglip": "siglip", "clip_vision_model": "clip", "clip": "clip",
+    "siglip2_vision_model": "naflex", "siglip2": "naflex",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EncoderConfig:
     """The config.json of the encoder's folder. is_clip: with a class token, a norm in front, and none used behind.
+    is_flexible: NaFlex, whose images have any shape; image_size is then of the square that its positions are for.
     has_last_norm: features are those behind it."""
 
     is_clip: bool
+    is_flexible: bool
     depth: int
     hidden_size: int
     intermediate_size: int
@@ -52,7 +59,10 @@ class EncoderConfig:
         kind = config.get("model_type")
         if kind not in KINDS:
             raise ValueError(f"the vision encoder is {kind!r}; served are {', '.join(KINDS)}")
-        vision = {**(CLIP_DEFAULTS if KINDS[kind] else SIGLIP_DEFAULTS), **(config.get("vision_config") or config)}
+        is_clip, is_flexible = KINDS[kind] == "clip", KINDS[kind] == "naflex"
+        vision = {**(CLIP_DEFAULTS if is_clip else SIGLIP_DEFAULTS), **(config.get("vision_config") or config)}
+        if is_flexible:
+            vision["image_size"] = _square_of_positions(vision)
         sizes = {
             "depth": "num_hidden_layers", "hidden_size": "hidden_size", "intermediate_size": "intermediate_size",
             "num_heads": "num_attention_heads", "image_size": "image_size", "patch_size": "patch_size",
@@ -70,8 +80,14 @@ class EncoderConfig:
             raise ValueError(f"the vision encoder's sizes do not fit each other: {values}")
         if not is_kind(vision["layer_norm_eps"], "amount"):
             raise ValueError(f"the vision encoder's layer_norm_eps is {vision['layer_norm_eps']!r}; a number is needed")
-        eps, is_clip = float(vision["layer_norm_eps"]), KINDS[kind]
-        return cls(is_clip=is_clip, has_last_norm=not is_clip, eps=eps, activation=vision["hidden_act"], **values)
+        return cls(
+            is_clip=is_clip,
+            is_flexible=is_flexible,
+            has_last_norm=not is_clip,
+            eps=float(vision["layer_norm_eps"]),
+            activation=vision["hidden_act"],
+            **values,
+        )
 
     @property
     def side(self) -> int:
@@ -81,6 +97,20 @@ class EncoderConfig:
     @property
     def patch_dim(self) -> int:
         return 3 * self.patch_size**2
+
+
+def _square_of_positions(vision: Mapping[str, Any]) -> int:
+    """Pixels along the square that NaFlex has one position for every patch of. Raises ValueError."""
+    num_patches, patch_size = vision.get("num_patches", 256), vision["patch_size"]
+    if (
+        not (is_kind(num_patches, "size") and is_kind(patch_size, "size"))
+        or math.isqrt(num_patches) ** 2 != num_patches
+    ):
+        raise ValueError(
+            f"the vision encoder's config.json has num_patches {num_patches!r} and patch_size {patch_size!r}; a square "
+            "number and a positive integer are needed"
+        )
+    return math.isqrt(num_patches) * int(patch_size)
 
 
 def encoder_folders(folder: Path) -> list[Path]:
@@ -106,7 +136,7 @@ def encoder_rules(config: EncoderConfig, place: str = IN_MINIMIND) -> list[Rule]
         Rule(
             pattern=prefix + r"embeddings\.patch_embedding\.weight",
             target="patch_embed.weight",
-            transform=lambda weight: weight.flatten(1),
+            transform=lambda weight: _by_channel(weight, config) if config.is_flexible else weight.flatten(1),
         ),
         Rule(pattern=prefix + r"embeddings\.position_embedding\.weight", target="positions"),
         Rule(pattern=layer + r"layer_norm1\.(weight|bias)", target=r"layers.\1.norm1.\2"),
@@ -127,6 +157,11 @@ def encoder_rules(config: EncoderConfig, place: str = IN_MINIMIND) -> list[Rule]
     if config.has_last_norm:
         rules.append(Rule(pattern=prefix + r"post_layernorm\.(weight|bias)", target=r"last_norm.\1"))
     return rules
+
+
+def _by_channel(weight: torch.Tensor, config: EncoderConfig) -> torch.Tensor:
+    """NaFlex's weights of patches, stored pixel by pixel, with all numbers of a channel side by side."""
+    return torch.unflatten(weight, 1, (config.patch_size, config.patch_size, 3)).permute(0, 3, 1, 2).flatten(1)
 
 
 def encoder_shapes(config: EncoderConfig) -> dict[str, tuple[int, ...]]:
@@ -156,21 +191,26 @@ class Encoder:
     def features(self, patches: torch.Tensor) -> torch.Tensor:
         """patches [images * side^2, patch_dim] of any dtype and device -> features [images * side^2, hidden]."""
         config, weights, num_patches = self.config, self._weights, self.config.side**2
-        embed = weights["patch_embed.weight"]
-        embedded = linear(patches.to(embed.device, embed.dtype), embed, weights.get("patch_embed.bias"))
-        stream = embedded.view(-1, num_patches, config.hidden_size)
+        stream = self._embedded(patches).view(-1, num_patches, config.hidden_size)
         num_images = stream.shape[0]
         if config.is_clip:
             stream = torch.cat((weights["class_token"].expand(num_images, 1, -1), stream), dim=1)
         stream = (stream + weights["positions"]).flatten(0, 1)
         if config.is_clip:
             stream = self._norm("first_norm", stream)
-        segments = Segments.from_lengths([num_patches + config.is_clip] * num_images)
-        for i in range(config.depth):
+        behind = self._behind_layers(stream, Segments.from_lengths([num_patches + config.is_clip] * num_images))
+        return behind.view(num_images, num_patches + 1, -1)[:, 1:].flatten(0, 1) if config.is_clip else behind
+
+    def _embedded(self, patches: torch.Tensor) -> torch.Tensor:
+        """patches [N, patch_dim] of any dtype and device -> [N, hidden], without positions."""
+        embed = self._weights["patch_embed.weight"]
+        return linear(patches.to(embed.device, embed.dtype), embed, self._weights.get("patch_embed.bias"))
+
+    def _behind_layers(self, stream: torch.Tensor, segments: Segments) -> torch.Tensor:
+        """Features of every token; `stream` [N, hidden] is overwritten."""
+        for i in range(self.config.depth):
             self._layer(f"layers.{i}.", stream, segments)
-        if config.is_clip:
-            return stream.view(num_images, num_patches + 1, -1)[:, 1:].flatten(0, 1)
-        return self._norm("last_norm", stream) if config.has_last_norm else stream
+        return self._norm("last_norm", stream) if self.config.has_last_norm else stream
 
     def _layer(self, name: str, stream: torch.Tensor, segments: Segments) -> None:
         """One layer, added into `stream` [N, width] in place."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from embedding_worker.config import EmbedConfig
-from embedding_worker.errors import UnsupportedModel
+from embedding_worker.errors import EmbedConfigError, UnsupportedModel
 from embedding_worker.models.qwen2_5_vl import frame_layout
 from embedding_worker.preprocess import ImageLimits, PreparedImage, prepare_image
 from embedding_worker.runner import VisionRunner
@@ -140,6 +140,12 @@ def test_what_cannot_be_served_is_refused(tmp_path: Path, change: dict[str, Any]
         path.write_text(path.read_text().replace('"patch_size": 16', '"patch_size": 14'))
     with pytest.raises(UnsupportedModel, match=message):
         _load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["warp", "meta", "cuda:7"])
+def test_a_device_that_is_not_here_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(EmbedConfigError, match=f"embedding.device: device '{name}'"):
+        VisionRunner.load(make_qwen2_5_vl(tmp_path), EmbedConfig(device=name))
 
 
 def test_a_config_that_does_not_fit_the_tensors_names_them(tmp_path: Path) -> None:

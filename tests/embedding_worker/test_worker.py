@@ -249,6 +249,7 @@ def test_malformed_calls_are_refused(make_rig: Any, expected: Any) -> None:
         ({"num_items": 2}, "the call carries 1 media"),
         ({"num_items": 0}, "num_items must be a positive integer"),
         ({"deadline_ms": "soon"}, "deadline_ms must be a positive integer"),
+        ({"deadline_ms": 2**63 - 1}, "deadline_ms must be at most 1000000000000"),
         ({"ticket": {"stream_id": "x"}}, "a ticket is a map"),
         ({"receiver": "inproc://there"}, "receiver is a map"),
         ({"media_key": 5}, "media_key must be a string"),
