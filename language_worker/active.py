@@ -6,7 +6,7 @@ Builds the sequences of a request once its prompt is fully known. Holds no pages
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from language_worker.api import GenerateRequest, RequestDone, TokenChunk, TokenLogprob
 from language_worker.canvas import Canvas
@@ -20,6 +20,7 @@ from language_worker.outputs import PromptCollector
 from language_worker.ranking import Ranking
 from language_worker.request import MediaSpan, Sequence
 from language_worker.sampler import Choice
+from language_worker.sampling_params import PRIORITY_S
 from language_worker.sampling_state import SamplingState
 from language_worker.stop import StopChecker
 from language_worker.tokenizer import Tokenizer
@@ -111,6 +112,11 @@ class ActiveRequest:
     is_counted: bool = False  # its prompt, in the totals
 
     @property
+    def came_at(self) -> float:
+        """When it was submitted, moved by its priority: who came first goes first."""
+        return self.submitted_at + PRIORITY_S * self.request.sampling.priority
+
+    @property
     def num_media_rows(self) -> int:
         return sum(item.rows for item in self.items or ())
 
@@ -145,6 +151,18 @@ class ActiveRequest:
             self.media.clear()
         self.awaits_announcement = True
         self.num_restarts += 1
+
+    def replace_media(self, items: tuple[MediaItem, ...]) -> None:
+        """The rows that come anew are those of `items`. Where a key is another one, KV of both may follow each other
+        from here on: it has no name any more."""
+        before, self.items = self.items or (), items
+        is_same = [new.cache_key == old.cache_key for new, old in zip(items, before, strict=True)]
+        self.media_spans = tuple(
+            span if same else replace(span, key=None) for span, same in zip(self.media_spans, is_same, strict=True)
+        )
+        for sample in self.samples:
+            sample.seq.rename(self.media_spans)
+        self.awaits_announcement = False
 
     def forget_media(self) -> None:
         """Back to before the announcement; its sequences must have left the scheduler."""
@@ -244,6 +262,7 @@ class ActiveRequest:
             imported=self.imported,
             is_exported=self.export is not None,
             canvas=None if mask_id is None else self._canvas(index, max_tokens, mask_id, eos_ids),
+            came_at=self.came_at,
         )
         state = SamplingState(
             params,

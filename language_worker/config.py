@@ -24,13 +24,16 @@ class EngineConfig:
     """Settings of one engine.
 
     dtype: "auto" takes the checkpoint's. device: "auto" takes CUDA where there is one.
-    quantization: how the matrices of the model's layers are stored. "none": in dtype; "int8", "int4": in a half and a
-    quarter of bfloat16's bytes, which bound a decode step; "int8_dynamic": as int8, with activations of 8 bits as well.
+    quantization: how the matrices of the model's layers are stored. "none": in dtype, or as the checkpoint has them
+    quantised; "int8", "int4": in a half and a quarter of bfloat16's bytes, which bound a decode step; "int8_dynamic":
+    as int8, with activations of 8 bits as well.
     num_threads: torch threads of the engine, 0 leaves torch's default.
     kv_cache_dtype: how keys and values are stored. "auto": in dtype; "int8", "fp8" (e4m3): in 8 bits with a scale for
     each head of each position, at a little more than half of bfloat16's bytes.
     batch_invariant: a token's logits have the same bits whatever shares its steps, also in bfloat16 and with
     quantisation; dense decoders on the CPU. Steps take longer.
+    cuda_graphs: on a GPU, steps of few tokens that decode, verify drafts or denoise are recorded once for each size and
+    replayed: fewer launches, a little more memory.
     page_size: tokens per KV page. kv_cache_tokens: capacity in tokens; 0 derives it from kv_cache_bytes,
     which itself is 0 for "512 MiB on CPU, gpu_memory_fraction of the free memory on a GPU".
     kv_buffer_tokens: positions whose KV is held in host memory between two engines: on a prefill worker until it is
@@ -59,6 +62,7 @@ class EngineConfig:
     num_threads: int = 0
     kv_cache_dtype: KVDTypeName = "auto"
     batch_invariant: bool = False
+    cuda_graphs: bool = True
     page_size: int = 32
     kv_cache_tokens: int = 0
     kv_cache_bytes: int = 0

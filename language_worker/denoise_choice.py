@@ -8,6 +8,7 @@ distribution.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,19 +57,31 @@ def choose_tokens(
             for row, position in zip(range(rows.start, rows.stop), canvas.open_positions(), strict=True):
                 state.rules.apply(logits[row], {}, position - canvas.prompt_len)
     statistics = softmax_statistics(logits)
-    if not bool(statistics.log_sum_exp.isfinite().all()):
-        raise StepFailed("the model's logits are not finite (NaN or infinity), so no token can be chosen")
     ids, confidence, entropy = statistics.argmax, statistics.confidence, statistics.entropy
     if not all(state.params.is_greedy for state in states):
-        ids = _draw(logits, canvases, states)
-        confidence = token_logprobs(logits, ids, statistics.log_sum_exp).exp()
+        drawn = _draw(logits, canvases, states)
+        ids = torch.where(statistics.log_sum_exp.isfinite(), drawn, 0)  # an id, whatever NaN led to
+        confidence = _probabilities(logits, ids, statistics)
     confidence, entropy = confidence.clone(), entropy.clone()
     for canvas, state, rows in zip(canvases, states, ranges, strict=True):
         if canvas.params.defer_eos:
             _defer(logits[rows], ids[rows], eos_ids, confidence[rows], entropy[rows])
         if canvas.params.remasking == "random":
             confidence[rows] = _chances(canvas, state, ids.device)
-    return Candidates(token_ids=ids.tolist(), confidence=confidence.tolist(), entropy=entropy.tolist(), logits=logits)
+    # one wait for the device; ids are well within what float64 holds
+    read = torch.stack([column.double() for column in (statistics.log_sum_exp, ids, confidence, entropy)]).tolist()
+    if not all(map(math.isfinite, read[0])):
+        raise StepFailed("the model's logits are not finite (NaN or infinity), so no token can be chosen")
+    return Candidates(token_ids=[int(i) for i in read[1]], confidence=read[2], entropy=read[3], logits=logits)
+
+
+def _probabilities(logits: torch.Tensor, ids: torch.Tensor, statistics: SoftmaxStatistics) -> torch.Tensor:
+    """Of one id per row [R], by its gap to the best. Not exp(logit - log-sum-exp), which near 1 has lost the digits by
+    which masks are ranked; and the best id's has the bits of `statistics.confidence`: a greedy row's is that of the row
+    alone, whoever draws beside it.
+    """
+    gaps = token_logprobs(logits, ids, statistics.maximum)
+    return torch.where(statistics.maximum > -torch.inf, gaps.exp() * statistics.confidence, 0.0)
 
 
 def _row_ranges(canvases: Sequence[Canvas]) -> list[slice]:
@@ -106,7 +119,7 @@ def _defer(
     without = logits.clone()
     without[:, list(eos_ids)] = -torch.inf
     statistics: SoftmaxStatistics = softmax_statistics(without)
-    confidence.copy_(token_logprobs(without, ids, statistics.log_sum_exp).exp())
+    confidence.copy_(_probabilities(without, ids, statistics))
     is_end = torch.isin(ids, torch.tensor(list(eos_ids), device=ids.device))
     entropy.copy_(torch.where(is_end, torch.inf, statistics.entropy))
 

@@ -23,9 +23,11 @@ from language_worker.denoise_choice import Candidates, choose_tokens
 from language_worker.models.base import StepInputs
 from language_worker.plan import StepPlan, Window
 from language_worker.request import Sequence as TokenSequence
-from language_worker.runner import ModelRunner, PromptSlice, StepLogits
+from language_worker.runner import ModelRunner
 from language_worker.sampler import Choice, token_logprob
 from language_worker.sampling_state import SamplingState
+from language_worker.step_graphs import Asking
+from language_worker.step_logits import PromptSlice, StepLogits
 
 StateOf = Callable[[TokenSequence], SamplingState]
 
@@ -106,6 +108,9 @@ class Denoiser:
 
     def _logits(self, spans: Sequence[_Span]) -> torch.Tensor:
         """Rows asked for, span after span."""
+        recorded = self._recorded_logits(spans)
+        if recorded is not None:
+            return recorded
         size, device = self._runner.cache.page_size, self._runner.device
         rows: list[int] = []
         positions, slots, total = [], [], 0
@@ -129,6 +134,22 @@ class Denoiser:
             last_attention=_attention(asking, size) if asking else None,
         )
         return self._runner.forward(inputs)
+
+    def _recorded_logits(self, spans: Sequence[_Span]) -> torch.Tensor | None:
+        """The same from a recorded step; None where there is none: spans reach into prompts or differ in length."""
+        graphs, length = self._runner.graphs, len(spans[0].token_ids)
+        if graphs is None or any(span.window is None or span.start < span.window.seq.prompt_len for span in spans):
+            return None
+        logits = graphs.run(
+            [
+                Asking(token_ids=span.token_ids, position=span.start, num_keys=span.num_keys, pages=span.pages)
+                for span in spans
+            ]
+        )
+        rows = [i * length + row for i, span in enumerate(spans) for row in span.logit_rows]
+        if logits is None or len(rows) == len(logits):
+            return logits
+        return logits.index_select(0, torch.tensor(rows).to(logits.device))
 
     def _fills(self, windows: list[Window], parts: list[torch.Tensor], state_of: StateOf) -> list[tuple[Fill, ...]]:
         if not windows:

@@ -33,13 +33,17 @@ from language_worker.plan import StepPlan, Window
 from language_worker.request import Sequence as TokenSequence
 from language_worker.request import Status
 from language_worker.roster import Roster
-from language_worker.runner import ModelRunner, StepLogits
+from language_worker.runner import ModelRunner
 from language_worker.sampler import Choice
 from language_worker.scheduler import Scheduler
+from language_worker.step_logits import StepLogits
+from language_worker.threads import one_thread
 from language_worker.tokenizer import Tokenizer
 from language_worker.verification import choose
 
 logger = logging.getLogger(__name__)
+
+SMALL_LOGITS = 1 << 17  # in all rows of a step: a second thread chooses among more
 
 
 class Engine:
@@ -99,9 +103,9 @@ class Engine:
         now = self._clock()
         self._post(lambda: self._roster.on_submit(request, now, export=export, imports_kv=imports_kv))
 
-    def export_over(self, request_id: str) -> None:
-        """The export of a request is over: its rows are held no longer."""
-        self._post(lambda: self._roster.handovers.export_over(request_id))
+    def export_over(self, export: KVExport, error: EngineError | None = None) -> None:
+        """An export is over: its rows are held no longer, and with an error nobody wants the rest of its request."""
+        self._post(lambda: self._roster.on_export_over(export, error))
 
     def announce(self, request_id: str, total_rows: int, items: Sequence[Any]) -> None:
         """The request's media are known: plain maps {"grid": [t, h, w], "rows": n} in prompt order, after a KVHeader's
@@ -230,7 +234,8 @@ class Engine:
                 return self.denoiser.run(plan, lambda seq: self._roster.sample_of(seq.key).state)
             step = self.runner.run(plan)
             served = [self._roster.active_of(w.seq.key).states_served_by(w.seq.key[1]) for w in step.sampling]
-            return plan, step, choose(step, served, num_token_ids=self.tokenizer.vocab_size) if served else []
+            with one_thread(step.logits.numel() <= SMALL_LOGITS):
+                return plan, step, choose(step, served, num_token_ids=self.tokenizer.vocab_size) if served else []
 
     def _fail_window(self, plan: StepPlan, error: Exception) -> None:
         active = self._roster.active_of(plan.windows[0].seq.key)

@@ -6,13 +6,13 @@ The only place of this half that resolves "auto". Knows no transport.
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from kernels.machine import find_device
 from kernels.quantised_matrix import Quantization
 from language_worker.config import EngineConfig
 from language_worker.decode import create_strategy
@@ -66,7 +66,6 @@ def build_engine(
     opened = open_model(model_path, config.config_overrides)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, opened, device)
-    _refuse_quantised(opened.config())
     checkpoint = AdaptedCheckpoint.of(opened, config.lora) if config.lora else opened
     model = _load_model(checkpoint, config.quantization, dtype, device)
     tokenizer = Tokenizer(model_path)
@@ -134,18 +133,12 @@ def _resolve_served(checkpoint: Checkpoint, quantization: Quantization) -> type[
     kind = resolve_model(checkpoint.config())
     if quantization != "none" and not issubclass(kind, Decoder):
         raise ModelNotSupported(f"quantization {quantization!r} is not served for {kind.__name__}; use 'none'")
-    return kind
-
-
-def _refuse_quantised(config: Mapping[str, Any]) -> None:
-    """ModelNotSupported where config.json says that the stored weights are quantised: their layouts are not read."""
-    stored = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
-    if stored:
-        method = stored.get("quant_method", "an unnamed method") if isinstance(stored, dict) else stored
+    if quantization != "none" and checkpoint.grouped:
         raise ModelNotSupported(
-            f"the checkpoint's weights are quantised by {method}, a layout that is not read; take the original "
-            "checkpoint and set quantization to 'int8' or 'int4'"
+            f"quantization is {quantization!r}, and the checkpoint's weights are stored quantised; set it to 'none', "
+            "or take the original checkpoint"
         )
+    return kind
 
 
 def _tile_rows(model: LanguageModel, device: torch.device) -> int:
@@ -187,9 +180,7 @@ def _load_draft_model(
         raise ModelNotSupported(
             f"draft model {config.draft_model} has another tokenizer than the model; use a smaller one of its family"
         )
-    checkpoint = open_model(config.draft_model)
-    _refuse_quantised(checkpoint.config())
-    model = _load_model(checkpoint, "none", dtype, device)
+    model = _load_model(open_model(config.draft_model), "none", dtype, device)
     if model.spec.mask_token_id is not None:
         raise ModelNotSupported(
             f"draft model {config.draft_model} fills in masks and predicts no next token, which drafts are; use one "
@@ -232,7 +223,6 @@ def check_model(model_path: str | Path, config: EngineConfig) -> int:
     require_threads(config)
     checkpoint = open_model(model_path, config.config_overrides)
     dtype = resolve_dtype(config.dtype, checkpoint)
-    _refuse_quantised(checkpoint.config())
     kind = _resolve_served(checkpoint, config.quantization)
     num_tensors = kind.check(checkpoint)
     spec = kind.read_spec(checkpoint.config())
@@ -244,16 +234,11 @@ def check_model(model_path: str | Path, config: EngineConfig) -> int:
 
 
 def resolve_device(name: str) -> torch.device:
-    """ "auto": the first CUDA device, else the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """ "auto": the first CUDA device, else the CPU. ModelNotSupported for what is not here."""
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ModelNotSupported(f"device {name!r} is unknown to torch: {error}") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ModelNotSupported(f"device {name!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices")
-    return device
+        return find_device(name)
+    except ValueError as error:
+        raise ModelNotSupported(str(error)) from error
 
 
 def resolve_dtype(name: str, checkpoint: Checkpoint, device: torch.device | None = None) -> torch.dtype:

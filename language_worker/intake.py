@@ -5,12 +5,13 @@ Pure functions; each raises the typed error that names the field, what it holds 
 
 from collections.abc import Sequence
 
-from language_worker.api import GenerateRequest, SamplingParams
+from language_worker.api import GenerateRequest
 from language_worker.canvas import BlockPlan
 from language_worker.diffusion_params import DEFAULT_GENERATION_LENGTH, DiffusionParams
 from language_worker.errors import InvalidRequest, MediaMismatch, PromptTooLong
 from language_worker.media import MediaItem, count_placeholders
 from language_worker.models.base import LanguageModel, ModelSpec
+from language_worker.sampling_params import SamplingParams
 
 
 def check_request(

@@ -24,8 +24,16 @@ class KVCache:
     """
 
     def __init__(
-        self, spec: KVSpec, *, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        spec: KVSpec,
+        *,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        num_spare: int = 0,
     ) -> None:
+        """num_spare: pages behind those of sequences, for what a step writes and nobody reads."""
         self.num_pages = num_pages
         self.page_size = page_size
         self.dtype = dtype
@@ -35,7 +43,7 @@ class KVCache:
         self.layers: list[LayerCache] = []
         self._planes: list[tuple[torch.Tensor, torch.Tensor]] = []  # all tensors, 8-bit numbers as bytes
         for num_heads in (spec.head_groups or (spec.num_kv_heads,)) * spec.num_layers:
-            shape = (num_pages, page_size, num_heads, spec.head_dim)
+            shape = (num_pages + num_spare, page_size, num_heads, spec.head_dim)
             keys, values = (mapped_zeros(shape, dtype, device) for _ in range(2))
             if is_quantised:
                 scales = tuple(mapped_zeros(shape[:-1], torch.float32, device) for _ in range(2))

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from language_worker.api import SamplingParams
+from language_worker.sampling_params import SamplingParams
 
 
 class LogitRules:

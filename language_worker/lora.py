@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -22,6 +22,7 @@ from transfer.checkpoint import Checkpoint, CheckpointError
 from transfer.checkpoint_json import read_object
 from transfer.checkpoint_rules import StoredTensor
 from transfer.checkpoint_torch import load_state
+from transfer.grouped_weights import GroupedWeight
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_UNSERVED = (
@@ -97,18 +98,20 @@ class Adapter:
                 hasher.update(matrix.contiguous().flatten().view(torch.uint8).numpy().data)
         return hasher.hexdigest()
 
-    def merged(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+    def merged(self, name: str, source: torch.Tensor | GroupedWeight) -> torch.Tensor | GroupedWeight:
         """The weight as changed; in float32 where it is."""
         if name not in self.matrices:
-            return weight
+            return source
         down, up = self.matrices[name]
+        weight = source.dequantised() if isinstance(source, GroupedWeight) else source
         return torch.addmm(weight.float(), up.float(), down.float(), alpha=self.scale)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdaptedCheckpoint(Checkpoint):
-    """A checkpoint whose weights come out changed. used: those that were read so far."""
+    """A checkpoint whose weights come out changed. base: as they are there. used: those that were read so far."""
 
+    base: Checkpoint
     adapter: Adapter
     used: set[str] = field(default_factory=set)
 
@@ -123,13 +126,18 @@ class AdaptedCheckpoint(Checkpoint):
             tensors=checkpoint.tensors,
             inferred=checkpoint.inferred,
             overrides=checkpoint.overrides,
+            base=checkpoint,
             adapter=adapter,
         )
 
-    def stream(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in Checkpoint.stream(self, names):
+    @property
+    def grouped(self) -> Collection[str]:
+        return self.base.grouped
+
+    def stream(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor | GroupedWeight]]:
+        for name, source in self.base.stream(names):
             self.used.add(name)
-            yield name, self.adapter.merged(name, tensor)
+            yield name, self.adapter.merged(name, source)
 
     def require_used(self) -> None:
         """Raises CheckpointError when the model, now loaded, has left out a weight that the adapter changes."""
@@ -149,7 +157,7 @@ def _peft_tensors(folder: Path) -> dict[str, torch.Tensor]:
     if (folder / "adapter_model.bin").is_file():
         return _read(folder, folder / "adapter_model.bin")
     opened = Checkpoint.open_file(folder / "adapter_model.safetensors")
-    return dict(opened.stream(list(opened.tensors)))
+    return opened.read(list(opened.tensors))
 
 
 def _peft_scale(folder: Path) -> float:

@@ -128,36 +128,38 @@ def expand_prompt(token_ids: Sequence[int], media_token_id: int | None, items: S
 
 
 class InputBudget:
-    """Rows that may be reserved at once, granted oldest first and whole. `capacity` in rows; keys sort by age."""
+    """Rows that may be reserved at once, granted oldest first and whole. `capacity` in rows; of keys that came at one
+    time the smallest is the oldest."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._reserved: dict[int, int] = {}
-        self._queue: dict[int, int] = {}
+        self._queue: dict[int, tuple[float, int]] = {}  # when it came, and the rows it asks for
 
     @property
     def num_reserved(self) -> int:
         return sum(self._reserved.values())
 
-    def request(self, key: int, rows: int) -> None:
-        """Ask for `rows`; MediaTooLarge when they could never fit."""
+    def request(self, key: int, rows: int, came_at: float = 0.0) -> None:
+        """Ask for `rows`; came_at: seconds, moved by a priority. MediaTooLarge when they could never fit."""
         if rows > self.capacity:
             raise MediaTooLarge(
                 f"the request's media take {rows} rows and the input buffer holds {self.capacity}; "
                 "send fewer or smaller images, or raise transfer.input_buffer_tokens"
             )
-        self._queue[key] = rows
+        self._queue[key] = came_at, rows
 
     def grant(self) -> list[int]:
         """Keys that now hold their reservation, oldest first; the first that does not fit stops the round."""
         granted: list[int] = []
         free = self.capacity - self.num_reserved
-        for key in sorted(self._queue):
-            rows = self._queue[key]
+        for key in sorted(self._queue, key=lambda key: (self._queue[key][0], key)):
+            _, rows = self._queue[key]
             if rows > free:
                 break
             free -= rows
-            self._reserved[key] = self._queue.pop(key)
+            del self._queue[key]
+            self._reserved[key] = rows
             granted.append(key)
         return granted
 

@@ -75,7 +75,8 @@ class StepPlan:
     forks, copies: (source, target) pages whose content must be copied, all sources read before any target is written,
     before the windows run; each target occurs once. forks come before all else, since their sources may belong to
     others by now. swaps: pages that leave for host memory or come back from it, after that. imports: what must be in
-    the pages then. copies come last. starts: of recurrent states, under the rules of `copies`.
+    the pages then. copies come last. starts: of recurrent states, under the rules of `copies`. wants_logits: those that
+    its windows ask for; none otherwise.
     """
 
     windows: tuple[Window, ...]
@@ -85,6 +86,7 @@ class StepPlan:
     imports: tuple[KVImport, ...] = ()
     swaps: SwapMoves = SwapMoves()
     starts: tuple[StateStart, ...] = ()
+    wants_logits: bool = True
 
     @property
     def num_tokens(self) -> int:

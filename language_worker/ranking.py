@@ -6,7 +6,8 @@ lower index.
 
 from dataclasses import replace
 
-from language_worker.api import SamplingParams, TokenChunk
+from language_worker.api import TokenChunk
+from language_worker.sampling_params import SamplingParams
 
 CHUNKS_PER_PART = 64  # held chunks that leave as one
 

@@ -64,11 +64,12 @@ class MediaSpan:
 class Sequence:
     """One sample of one request.
 
-    key: (request order, sample index): age first, so sorting by key is sorting by age. tokens: expanded prompt
-    followed by generated ids. kv_len: leading tokens whose KV is final. media_positions: where the prompt's media
-    tokens are, ascending; the n-th takes media row n. media_spans: the same by item, with content keys. positions: the
-    model's own description of the prompt's positions (None: 0, 1, 2, ...). wants_prompt_logits: someone asked for the
-    logits of every prompt position. has_siblings: other samples continue the same prompt and may lend their pages.
+    key: (request order, sample index). came_at: seconds, moved by its priority: who came first goes first, see `rank`.
+    tokens: expanded prompt followed by generated ids. kv_len: leading tokens whose KV is final. media_positions: where
+    the prompt's media tokens are, ascending; the n-th takes media row n. media_spans: the same by item, with content
+    keys. positions: the model's own description of the prompt's positions (None: 0, 1, 2, ...). wants_prompt_logits:
+    someone asked for the logits of every prompt position. has_siblings: other samples continue the same prompt and may
+    lend their pages.
     imported: KV of the prompt that was computed elsewhere; kept for as long as the sequence may need it again.
     pause_at: a position where a window has to end, since somebody wants the recurrent state there (0: nobody).
     state_slot: where it keeps recurrent state while it runs (-1: nowhere).
@@ -77,11 +78,13 @@ class Sequence:
     pages: those it holds, the first of them for positions from `first_page` pages on: where every layer of a model
     slides, pages that no query sees any more are given back while it runs. is_exported: every position's KV is for
     another engine, so none may be lacking from the start.
+    num_overtaken: positions that younger ones had to compute when they were admitted before it, which could have run.
     num_cached: prompt tokens whose KV the prefix cache had at the first admission. page_names: names of the first full
     pages, for the prefix cache.
     """
 
     __slots__ = (
+        "came_at",
         "canvas",
         "draft_source",
         "first_page",
@@ -95,6 +98,7 @@ class Sequence:
         "media_positions",
         "media_spans",
         "num_cached",
+        "num_overtaken",
         "num_preemptions",
         "page_names",
         "pages",
@@ -122,8 +126,10 @@ class Sequence:
         imported: ImportedKV | None = None,
         is_exported: bool = False,
         canvas: Canvas | None = None,
+        came_at: float = 0.0,
     ) -> None:
         self.key = key
+        self.came_at = came_at
         self.tokens: list[int] = list(prompt)
         self.prompt_len = len(self.tokens)
         self.max_len = max_len
@@ -143,6 +149,7 @@ class Sequence:
         self.page_names: list[bytes] = []
         self.num_preemptions = 0
         self.num_cached = 0
+        self.num_overtaken = 0
         self.draft_source: object = None
         self.pause_at = 0
         self.state_slot = -1
@@ -150,6 +157,11 @@ class Sequence:
     def __repr__(self) -> str:
         progress = f"kv {self.kv_len}/{len(self.tokens)}, {len(self.pages)} pages"
         return f"Sequence({self.key}, {self.status.value}, {progress})"
+
+    @property
+    def rank(self) -> tuple[float, int, int]:
+        """Sorting by it is sorting by age, the oldest first."""
+        return (self.came_at, *self.key)
 
     @property
     def num_generated(self) -> int:
@@ -182,6 +194,11 @@ class Sequence:
     def media_rows(self, start: int, end: int) -> tuple[int, int]:
         """Range of media rows that belong to token positions [start, end)."""
         return bisect_left(self.media_positions, start), bisect_left(self.media_positions, end)
+
+    def rename(self, media_spans: SequenceOf[MediaSpan]) -> None:
+        """Its media have other content keys from now on: pages are named anew."""
+        self.media_spans = media_spans
+        self.page_names = []
 
     def apply(self, event: Event) -> None:
         """Move by the table; IllegalTransition leaves everything as it was."""

@@ -181,7 +181,7 @@ class Roster:
             self._readmit(active, items)
             return
         intake.check_prompt_length(len(request.prompt_token_ids) + total_rows - len(items), self._limits.max_model_len)
-        self._budget.request(active.order, total_rows)
+        self._budget.request(active.order, total_rows, active.came_at)
         active.items = items
 
     def on_media_restart(self, request_id: str) -> None:
@@ -204,14 +204,22 @@ class Roster:
         active.forget_media()
 
     def _readmit(self, active: ActiveRequest, items: tuple[MediaItem, ...]) -> None:
-        """Media that came anew after the answer had begun go where the old ones were."""
+        """Media that came anew after the answer had begun go where the old ones were. Under another key they may differ
+        as far as the dtype tolerates: good enough to go on with, but not for others under the name of the old ones."""
         if [item.grid for item in items] != [item.grid for item in active.items or ()]:
             raise MediaMismatch(
                 f"the media of request {active.request.request_id} were sent anew in other sizes after its answer had "
                 "begun; send the request again"
             )
-        active.awaits_announcement = False
+        active.replace_media(items)
         self._report_admitted(active)
+
+    def on_export_over(self, export: KVExport, error: EngineError | None) -> None:
+        """An export has ended, with `error` before the peer had every row; an id may be another request's by now."""
+        active = self._requests.get(export.request_id)
+        if error is not None and active is not None and active.export is export:
+            self.on_fail(export.request_id, error)
+        self.handovers.export_over(export)
 
     def grant_media(self) -> None:
         """Reserve input buffers, oldest first, and queue the requests that got theirs, or whose KV has all come."""

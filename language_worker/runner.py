@@ -6,13 +6,13 @@ The only place where token lists turn into device tensors. Keeps no state betwee
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 
 from kernels.cpu_turn import cpu_turn
 from kernels.invariance import batch_invariant
+from kernels.machine import num_usable_cpus
 from kernels.paged_attention import AttentionBatch
 from kernels.state_batch import StateBatch
 from language_worker.handover.rows import ImportedRows
@@ -22,39 +22,17 @@ from language_worker.models.base import LanguageModel, MediaSpan, PromptPosition
 from language_worker.plan import KVImport, StateStart, StepPlan, SwapMoves, Window
 from language_worker.request import Sequence as TokenSequence
 from language_worker.state_store import StateStore
+from language_worker.step_graphs import Asking, StepGraphs
+from language_worker.step_logits import StepLogits, logit_rows, num_logits
 
-# A CPU step runs on one thread up to so many multiplications of one token-by-hidden x hidden-by-hidden product, where
-# hidden x hidden weights stay in a core's cache. In float32, 32 x 192 x 896 takes 0.13 ms on one of two cores. A second
-# thread would save half of that at best, and takes the core on which answers are handed out meanwhile: 32 sequences of
-# the demo model then took 12 ms a step (2.3 ms on one), and 8 of them 64-80 ms (7.6 ms on one) at a load of 8.
+# On the CPU torch's operations of a step run on one thread up to so many multiplications of one token-by-hidden x
+# hidden-by-hidden product, where hidden x hidden weights stay in a core's cache. In float32, 32 x 192 x 896 takes
+# 0.13 ms on one of two cores. A second thread would save half of that at best, and goes on spinning on the core on
+# which answers are handed out: 32 sequences of the demo model then took 12 ms a step (2.3 ms on one), and 8 of them
+# 64-80 ms (7.6 ms on one) at a load of 8. Layers in one call have helpers of their own, which do not
+# (kernels/_native/sharing.c).
 SERIAL_WORK = 1 << 21
 SERIAL_WEIGHTS = 1 << 17
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PromptSlice:
-    """Logits rows [first_row, first_row + length) belong to prompt positions window.start + 0..length-1."""
-
-    window: Window
-    first_row: int
-    length: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepLogits:
-    """Logits [R, vocab] of a step: row `sample_rows[i]` for the i-th sampling window, followed by the rows of its
-    drafts, and whole prompt slices."""
-
-    logits: torch.Tensor
-    sampling: tuple[Window, ...]
-    sample_rows: list[int]
-    prompt_slices: tuple[PromptSlice, ...]
-
-    def sampled(self) -> torch.Tensor:
-        """Rows of the sampling windows, in their order; those of drafts left out."""
-        if len(self.sample_rows) == self.logits.shape[0]:
-            return self.logits
-        return self.logits[self.sample_rows]
 
 
 class ModelRunner:
@@ -69,15 +47,19 @@ class ModelRunner:
         host: KVCache | None = None,
         tile_rows: int = 0,
         states: StateStore | None = None,
+        graphs: StepGraphs | None = None,
     ) -> None:
         """`num_threads`: torch threads of a step on the CPU, 0 for as many as the calling thread has. host: where pages
-        of preempted sequences are kept. tile_rows: of batch-invariant steps; 0: steps are as quick as they can be."""
+        of preempted sequences are kept. tile_rows: of batch-invariant steps; 0: steps are as quick as they can be.
+        graphs: for small steps, where they can be recorded."""
         self.model = model
         self.cache = cache
         self.host = host
         self.states = states
         self.device = device
+        self.graphs = graphs
         self._num_threads = num_threads
+        self._num_cpus = num_usable_cpus()
         self._tile_rows = tile_rows
 
     @torch.inference_mode()
@@ -119,12 +101,13 @@ class ModelRunner:
     @torch.inference_mode()
     def restore_state(self, seq: TokenSequence, position: int, max_chunk: int) -> None:
         """Make the recurrent state of `seq` again, as it was before `position`, which a step that failed took on: from
-        its tokens, or from where it came."""
+        its tokens, or from where it came. Whoever wants the logits of these has them."""
         self.start_states([StateStart(slot=seq.state_slot, imported=seq.imported)])
         start = 0 if seq.imported is None else seq.imported.num_tokens
         while start < position:
             length = min(max_chunk, position - start)
-            self.run(StepPlan(windows=(Window(seq=seq, start=start, length=length, num_final=length, samples=False),)))
+            window = Window(seq=seq, start=start, length=length, num_final=length, samples=False)
+            self.run(StepPlan(windows=(window,), wants_logits=False))
             start += length
 
     @torch.inference_mode()
@@ -142,8 +125,12 @@ class ModelRunner:
     def run(self, plan: StepPlan) -> StepLogits:
         """Run one non-empty plan. KV of every window is written; provisional positions too."""
         windows = plan.windows
-        rows, sampling, sample_rows, slices = _logit_rows(windows)
-        asking = [(w, count) for w in windows if (count := _num_logits(w))]
+        rows, sampling, sample_rows, slices = logit_rows(windows) if plan.wants_logits else ([], (), [], ())
+        if rows is None and self.graphs is not None and all(w.start >= w.seq.prompt_len for w in windows):
+            logits = self.graphs.run([self._recorded_part(w) for w in windows])
+            if logits is not None:
+                return StepLogits(logits=logits, sampling=sampling, sample_rows=sample_rows, prompt_slices=slices)
+        asking = [(w, count) for w in windows if (count := num_logits(w))]
         needs_previous = self.model.spec.needs_previous_ids
         inputs = StepInputs(
             token_ids=torch.tensor(_token_ids(windows)).to(self.device),
@@ -155,6 +142,7 @@ class ModelRunner:
             last_attention=self._attention(asking) if rows else None,
             previous_ids=torch.tensor(_previous_ids(windows)).to(self.device) if needs_previous else None,
             states=self._states([(w.length, w.seq.state_slot) for w in windows]),
+            num_threads=min(self._num_threads or torch.get_num_threads(), self._num_cpus),
         )
         logits = self.forward(inputs)
         return StepLogits(logits=logits, sampling=sampling, sample_rows=sample_rows, prompt_slices=slices)
@@ -179,7 +167,7 @@ class ModelRunner:
         )
 
     def forward(self, inputs: StepInputs) -> torch.Tensor:
-        """The model's step, on one thread where a second would cost more than it brings; see SERIAL_WORK."""
+        """The model's step, torch on one thread where a second would cost more than it brings; see SERIAL_WORK."""
         if self.device.type != "cpu":
             return self.model.forward(inputs, self.cache.layers)
         with cpu_turn(self.device):
@@ -227,6 +215,19 @@ class ModelRunner:
             query_lens=query_lens,
             kv_lens=[w.end - w.seq.first_page * size for w, _ in asking],
             query_start=[0, *accumulate(query_lens)][:-1],
+        )
+
+    def _recorded_part(self, window: Window) -> Asking:
+        """Of a window behind its prompt."""
+        seq, first = window.seq, window.seq.first_page * self.cache.page_size
+        return Asking(
+            token_ids=_token_ids((window,)),
+            position=window.start,
+            num_keys=window.end - first,
+            pages=seq.pages,
+            first=first,
+            shift=_delta(window),
+            previous=seq.tokens[window.start - 1],
         )
 
     def _states(self, windows: Sequence[tuple[int, int]]) -> StateStep | None:
@@ -300,31 +301,3 @@ def _window_positions(window: Window) -> torch.Tensor:
     prompt = positions.ids[:, window.start : min(window.end, prompt_len)]
     later = torch.arange(max(window.start, prompt_len), max(window.end, prompt_len)) + positions.delta
     return torch.cat([prompt, later.expand(3, -1)], dim=1)
-
-
-def _num_logits(window: Window) -> int:
-    """How many of a window's positions have their logits computed; they are its last ones."""
-    if window.seq.wants_prompt_logits and window.start < window.seq.prompt_len:
-        return window.length
-    return window.length - window.num_final + 1 if window.samples else 0
-
-
-def _logit_rows(
-    windows: tuple[Window, ...],
-) -> tuple[list[int] | None, tuple[Window, ...], list[int], tuple[PromptSlice, ...]]:
-    """(rows to compute or None for all, sampling windows, their rows in the result, prompt slices in the result)."""
-    rows: list[int] = []
-    sampling: list[Window] = []
-    sample_rows: list[int] = []
-    slices: list[PromptSlice] = []
-    offset = 0
-    for w in windows:
-        count = _num_logits(w)
-        if w.seq.wants_prompt_logits and w.start < w.seq.prompt_len:
-            slices.append(PromptSlice(window=w, first_row=len(rows), length=min(w.end, w.seq.prompt_len) - w.start))
-        rows.extend(range(offset + w.length - count, offset + w.length))
-        offset += w.length
-        if w.samples:
-            sampling.append(w)
-            sample_rows.append(len(rows) - 1 - len(w.drafts))
-    return (None if len(rows) == offset else rows), tuple(sampling), sample_rows, tuple(slices)

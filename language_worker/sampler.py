@@ -7,20 +7,22 @@ writes the output, its token is taken instead. Input logits are never modified.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple, cast
 
+import numpy
 import torch
 
-from language_worker.api import SamplingParams, TokenLogprob
+from kernels.sampling import argmax_rows
+from language_worker.api import TokenLogprob
 from language_worker.errors import StepFailed
+from language_worker.sampling_params import SamplingParams
 from language_worker.sampling_state import SamplingState
 
 LOGPROB_BYTES = 1 << 20  # of log-probabilities that are computed together on a CPU; elsewhere 64 times as many
 TOP_K_BLOCKS = 512  # of ids, whose largest logits bound the k-th from below
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """The chosen token of one row and, when asked for, its log-probabilities. is_forced: it was no choice."""
 
     token_id: int
@@ -35,7 +37,7 @@ def sample(logits: torch.Tensor, states: Sequence[SamplingState], *, num_token_i
     None: every id stands for one. Log-probabilities are of all V logits as they came.
     """
     if all(state.is_plain_greedy for state in states):
-        return [Choice(token_id=token_id) for token_id in argmax_rows(logits[:, :num_token_ids])]
+        return [Choice(token_id=token_id) for token_id in best_tokens(logits[:, :num_token_ids])]
     raw = logits.float()
     is_padded = num_token_ids is not None and num_token_ids < raw.shape[-1]
     ruled = [(r, state.rules) for r, state in enumerate(states) if state.rules is not None]
@@ -46,12 +48,12 @@ def sample(logits: torch.Tensor, states: Sequence[SamplingState], *, num_token_i
         work[:, num_token_ids:] = -torch.inf
     drawn = [r for r, state in enumerate(states) if not state.params.is_greedy]
     if len(drawn) == len(states):
-        tokens = draw_tokens(work, states).tolist()
+        ids = draw_tokens(work, states)
     else:
-        tokens = argmax_rows(work)
-        ids = draw_tokens(work[drawn], [states[r] for r in drawn]).tolist() if drawn else []
-        for r, token in zip(drawn, ids, strict=True):
-            tokens[r] = token
+        ids = _best_ids(work)
+        if drawn:
+            ids[drawn] = draw_tokens(work[drawn], [states[r] for r in drawn])
+    tokens = _read(ids)
     choices = []
     for r, (token, state) in enumerate(zip(tokens, states, strict=True)):
         forced = state.forced_id
@@ -61,38 +63,46 @@ def sample(logits: torch.Tensor, states: Sequence[SamplingState], *, num_token_i
     return choices
 
 
-def argmax_rows(logits: torch.Tensor) -> list[int]:
-    """Lowest id among the largest logits of each row [R, V].
-
-    On the CPU numpy's argmax finds it (both promise the first of equals; torch's took 5-30 times as long for 32,000
-    to 152,000 ids, and longer still in bfloat16). For both NaN is larger than any number. Raises StepFailed if a row's
-    largest logit is not finite.
-    """
-    if logits.device.type == "cpu":
-        ids = torch.from_numpy(logits.float().numpy().argmax(axis=-1))
-    else:
-        ids = logits.argmax(dim=-1)
-    _check_finite(logits.gather(1, ids[:, None]))
-    found: list[int] = ids.tolist()
-    return found
+def best_tokens(logits: torch.Tensor) -> list[int]:
+    """Lowest id among the largest logits of each row [R, V]. Raises StepFailed if a row's largest logit is not
+    finite."""
+    return _read(_best_ids(logits))
 
 
-def _check_finite(largest: torch.Tensor) -> None:
-    """Of each row; where the model's arithmetic broke down no token is the right one."""
-    if not bool(largest.isfinite().all()):
+def _best_ids(logits: torch.Tensor) -> torch.Tensor:
+    """The same on the logits' device: [R] int64, -1 where the largest is not finite. (NaN counts as larger than any
+    number.)"""
+    if logits.device.type == "cpu":  # of so few numbers torch's calls take three times as long as numpy's
+        rows = logits.float()
+        ids = argmax_rows(rows).numpy()
+        largest = rows.numpy()[numpy.arange(len(ids)), ids]
+        return torch.from_numpy(numpy.where(numpy.isfinite(largest), ids, -1))
+    found = argmax_rows(logits)
+    return torch.where(logits.gather(1, found[:, None])[:, 0].isfinite(), found, -1)
+
+
+def _read(ids: torch.Tensor) -> list[int]:
+    """Chosen ids [R] on the host, which waits for the device once. Raises StepFailed for -1: where the model's
+    arithmetic broke down no token is the right one."""
+    found = cast(list[int], ids.tolist())
+    if min(found) < 0:
         raise StepFailed(
             "the model's logits are not finite (NaN or infinity), so no token can be chosen; if it happens again, try "
             "another dtype or quantization, or look at the checkpoint's weights"
         )
+    return found
 
 
 def draw_tokens(logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
-    """Inverse-CDF draw per row from logits [R, V] float32, after temperature and filters; ids [R] int64. Raises
-    StepFailed if a row's largest logit is not finite."""
+    """Inverse-CDF draw per row from logits [R, V] float32, after temperature and filters; ids [R] int64, -1 where a
+    row's largest logit is not finite."""
+    largest = logits.amax(dim=-1, keepdim=True)
+    return torch.where(largest[:, 0].isfinite(), _draw(logits, largest, states), -1)
+
+
+def _draw(logits: torch.Tensor, largest: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
     device = logits.device
     temperature = torch.tensor([s.params.temperature for s in states], dtype=torch.float64, device=device)
-    largest = logits.amax(dim=-1, keepdim=True)
-    _check_finite(largest)
     weights = (logits - largest).double().div_(temperature[:, None]).exp_()
     draws = torch.tensor([state.draw() for state in states], dtype=torch.float64, device=device)
     filtered = [r for r, s in enumerate(states) if _filters(s.params)]
@@ -224,6 +234,8 @@ def _invert(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     cumulative = weights.cumsum(dim=-1)
     target = draws * cumulative[:, -1]
     index = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+    if weights.device.type != "cpu":  # for all rows: to ask for the few would wait for the device
+        return index.clamp_max((cumulative < cumulative[:, -1:]).sum(dim=-1))
     beyond = (index == weights.shape[-1]).nonzero()[:, 0]  # the product was rounded up to the total
     if len(beyond):
         index[beyond] = (cumulative[beyond] < cumulative[beyond, -1:]).sum(dim=-1)  # the first that reaches it

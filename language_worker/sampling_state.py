@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from copy import copy
 from hashlib import blake2b
 
-from language_worker.api import SamplingParams
 from language_worker.logit_rules import LogitRules
+from language_worker.sampling_params import SamplingParams
 from language_worker.tools.machine import Toolbox, ToolMachine
 
 _SCALE = 2.0**-53

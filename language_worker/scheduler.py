@@ -3,7 +3,8 @@
 Pure: sequences in, a StepPlan out; no tensors, clock or threads. Owns the waiting and running lists and the page pool.
 
 Rules, in order
- 1. Age decides. A request's age is fixed at submission and survives preemption.
+ 1. Age decides. A request's age is fixed at submission, where its priority makes it older or younger by so many
+    seconds, and survives preemption. A younger one overtakes nobody for ever.
  2. Every running sequence that misses one token gets it (decodes), oldest first; when a page is lacking, the youngest
     of those that can only wait for media rows is preempted, else the youngest of all: it loses its KV (`kv_len = 0`),
     or leaves it in host memory where there is room (`SwapSpace`), and waits again under its old age.
@@ -18,7 +19,7 @@ Rules, in order
     them, so a slow stream slows nobody else. Rows come whether or not their sequence runs, so it cannot starve.
     To what a prefill leaves by rule 3, the oldest that fits into a step is admitted, and beside that one those that
     end within what is left: more at once would hold their pages for long, and begin before a prefix is there that they
-    could share.
+    could share. Who is passed over for that lets so many positions past (`OVERTAKING_STEPS`), and then no younger one.
  5. A request's samples share its prompt: the first computes it, the others are forked off it then, or wait while one of
     them computes it again.
 Progress: the oldest running sequence that can compute is never preempted for another, and one sequence always fits the
@@ -26,7 +27,7 @@ pool (`max_len` is capped by it), so it runs to its end. An admitted sequence ha
 two sequences can trade places without one of them gaining a token.
 """
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Iterable
 
 from language_worker.decode.base import DecodeStrategy
@@ -39,11 +40,12 @@ from language_worker.request import Event, Sequence, Status
 from language_worker.state_slots import StateSlots
 from language_worker.swap_space import SwapSpace
 
+OVERTAKING_STEPS = 4  # whose positions may go to younger prompts before one that does not fit into a step
 KEPT_PART = 4  # of a step's budget, one of so many parts is not for a prefill that needs more than all of it
 
 
-def _age(seq: Sequence) -> tuple[int, int]:
-    return seq.key
+def _age(seq: Sequence) -> tuple[float, int, int]:
+    return seq.rank
 
 
 def _gives_prompt_logits(seq: Sequence) -> bool:
@@ -242,7 +244,8 @@ class Scheduler:
         return self.strategy.window(seq, window.length - excess) if window.length > excess else None
 
     def _admit(self, windows: list[Window], num_decodes: int, budget: int, preempted: list[Sequence]) -> int:
-        stalled = self._stalled() if self.waiting else []
+        planned = {window.seq.key for window in windows}
+        stalled = [s for s in self._stalled() if s.key not in planned] if self.waiting else []
         while budget > 0 and self.waiting:
             num_left = sum(self._longer(windows, i, budget) is not None for i in range(num_decodes, len(windows)))
             seq = self._next_waiting((None, self.max_step_tokens)[num_left] if num_left < 2 else budget)
@@ -253,6 +256,8 @@ class Scheduler:
                     return budget
                 preempted.append(stalled[-1])
                 self._preempt(stalled.pop())
+            for older in self.waiting[: bisect_left(self.waiting, _age(seq), key=_age)]:
+                older.num_overtaken += seq.missing if older.is_ready else 0
             budget = self._plan_prefills([seq], windows, budget)
         return budget
 
@@ -263,6 +268,8 @@ class Scheduler:
             if seq.has_siblings and any(s.kv_len < s.prompt_len for s in self._siblings(seq)):
                 continue
             if most is not None and seq.imported is None and seq.missing > most:
+                if seq.is_ready and seq.num_overtaken >= OVERTAKING_STEPS * self.max_step_tokens:
+                    return None
                 continue
             if seq.is_ready:
                 return seq
@@ -319,7 +326,7 @@ class Scheduler:
         if self.pages.states is not None:
             self.pages.states.check_invariants(self.running, self.max_num_seqs)
         for queue, status in ((self.waiting, Status.WAITING), (self.running, Status.RUNNING)):
-            assert [s.key for s in queue] == sorted(s.key for s in queue), "queue out of order"
+            assert [s.rank for s in queue] == sorted(s.rank for s in queue), "queue out of order"
             assert all(s.status is status for s in queue), "status differs from queue"
         assert len(self.running) <= self.max_num_seqs, "too many running"
         assert all(not s.pages and s.kv_len == 0 for s in self.waiting), "a waiting sequence holds something"

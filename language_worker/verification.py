@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from language_worker.runner import StepLogits
-from language_worker.sampler import Choice, argmax_rows, sample
+from language_worker.sampler import Choice, best_tokens, sample
 from language_worker.sampling_state import SamplingState
+from language_worker.step_logits import StepLogits
 
 
 def choose(
@@ -62,7 +62,7 @@ def _match_greedy(
     logits: torch.Tensor, first: list[int], drafts: list[tuple[int, ...]], chosen: list[list[Choice]]
 ) -> None:
     """One argmax for all rows."""
-    best = argmax_rows(logits)
+    best = best_tokens(logits)
     for row, guesses, own in zip(first, drafts, chosen, strict=True):
         own.append(Choice(token_id=best[row]))
         while _is_right(own, guesses):

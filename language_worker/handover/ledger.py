@@ -17,6 +17,7 @@ from language_worker.active import ActiveRequest
 from language_worker.canvas import PromptKV
 from language_worker.diffusion_params import DiffusionParams
 from language_worker.errors import KVMismatch, MediaTooLarge, PromptTooLong
+from language_worker.handover.exports import KVExport
 from language_worker.handover.rows import DTYPES, LAST_INPUT, MEDIA, ImportedRows, KVHeader, unpack_state
 from language_worker.media import InputBudget, MediaItem, MediaRows
 from language_worker.models.base import LanguageModel, ModelSpec, StateSpec
@@ -44,7 +45,7 @@ class Handovers:
         self._wanted: dict[int, tuple[ActiveRequest, int]] = {}  # waits for its share
         self._arriving: dict[int, ActiveRequest] = {}
         self._passing: dict[int, ActiveRequest] = {}  # exports of which nothing is computed, until their media are here
-        self._leaving: dict[str, int] = {}  # order of each export that was announced, by request id
+        self._leaving: dict[KVExport, int] = {}  # of those that were announced, the order of the request
 
     @property
     def num_rows_reserved(self) -> int:
@@ -53,7 +54,7 @@ class Handovers:
     def request(self, active: ActiveRequest, num_rows: int) -> None:
         """Ask for room; PromptTooLong when there can never be enough."""
         try:
-            self._budget.request(active.order, num_rows)
+            self._budget.request(active.order, num_rows, active.came_at)
         except MediaTooLarge:
             raise PromptTooLong(
                 f"the prompt's KV takes {num_rows} rows and the buffer between prefill and decode holds "
@@ -70,7 +71,7 @@ class Handovers:
         self._wanted.pop(active.order, None)
         self._arriving.pop(active.order, None)
         self._passing.pop(active.order, None)
-        if active.request.request_id not in self._leaving:
+        if active.export not in self._leaving:
             self._budget.release(active.order)
 
     # -- imports --------------------------------------------------------------------------------------------------
@@ -158,7 +159,7 @@ class Handovers:
         """There is room: say what will come."""
         assert active.export is not None
         del self._wanted[active.order]
-        self._leaving[active.request.request_id] = active.order
+        self._leaving[active.export] = active.order
         media, leaving = [item.to_body() for item in active.items or ()], _leaving(active)
         active.export.announce(leaving.num_rows, self._leaving_state(active), media, leaving.num_masks)
         if active.has_nothing_to_compute:
@@ -171,9 +172,9 @@ class Handovers:
             del self._passing[active.order]
         return complete
 
-    def export_over(self, request_id: str) -> None:
-        """The rows of an export are held no longer."""
-        order = self._leaving.pop(request_id, None)
+    def export_over(self, export: KVExport) -> None:
+        """Its rows are held no longer."""
+        order = self._leaving.pop(export, None)
         if order is not None:
             self._budget.release(order)
 

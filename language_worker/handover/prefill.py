@@ -46,9 +46,7 @@ class PrefillSide:
 
         def on_over(error: KVStreamFailed | None) -> None:
             self._num_open -= 1
-            if error is not None:  # nobody wants the rest
-                self._engine.fail(export.request_id, error)
-            self._engine.export_over(export.request_id)
+            self._engine.export_over(export, error)
 
         self._num_open += 1
         export.when_over(on_over)

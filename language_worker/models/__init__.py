@@ -12,6 +12,7 @@ from typing import Any
 from language_worker.errors import ModelNotSupported
 from language_worker.models.base import LanguageModel
 from transfer.checkpoint import Checkpoint
+from transfer.checkpoint_quantised import QuantisedCheckpoint
 
 REGISTRY = {
     "Dots1ForCausalLM": "language_worker.models.text_moe:Dots1",
@@ -44,14 +45,15 @@ NATIVE = (
 
 
 def open_model(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> Checkpoint:
-    """The checkpoint of a folder, with a configuration inferred where config.json names no architecture.
+    """The checkpoint of a folder, with a configuration inferred where config.json names no architecture, and with whole
+    matrices where it stores them quantised.
 
     overrides: entries of config.json to use instead of the checkpoint's. Raises CheckpointError, or ModelNotSupported
     when the tensors leave something open.
     """
     checkpoint = replace(Checkpoint.open(folder), overrides=dict(overrides or {}))
     if (checkpoint.folder / "config.json").is_file() and checkpoint.config().get("architectures"):
-        return checkpoint
+        return QuantisedCheckpoint.of(checkpoint)
     for place in NATIVE:
         if inferred := pkgutil.resolve_name(place)(checkpoint):
             return replace(checkpoint, inferred=inferred)

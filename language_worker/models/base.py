@@ -147,7 +147,8 @@ class StepInputs:
     """One step: token_ids [T] int64; positions [T] or [3, T] int64; slots [T] int64; logit_rows [R] int64 or None
     for all T rows. Sequences lie one after the other. last_attention: of the `logit_rows` alone, for a last layer that
     computes no more than these; None where that saves nothing. previous_ids: [T] int64, the id before each token in its
-    sequence and -1 before the first, for models that need them. states: for models that have any."""
+    sequence and -1 before the first, for models that need them. states: for models that have any. num_threads: for a
+    call that has threads of its own, where torch's are too slow to begin; 0 for as many as torch has."""
 
     token_ids: torch.Tensor
     positions: torch.Tensor
@@ -158,6 +159,7 @@ class StepInputs:
     last_attention: AttentionBatch | None = None
     previous_ids: torch.Tensor | None = None
     states: StateStep | None = None
+    num_threads: int = 0
 
 
 class LanguageModel(ABC):

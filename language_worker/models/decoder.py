@@ -5,6 +5,7 @@ Built empty, filled by `load`. A family adds its config, its name map and, with 
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
@@ -20,12 +21,17 @@ from kernels.linear import Weight, linear
 from kernels.quantised_matrix import QuantisedMatrix, Quantization, new_matrix
 from kernels.quantised_pages import LayerCache
 from kernels.rotary import RotaryTable
+from kernels.stored_matrix import StoredMatrix
 from language_worker.errors import MediaMismatch, ModelNotSupported
 from language_worker.models.base import LanguageModel, ModelSpec, PromptPositions, StepInputs
 from language_worker.models.feed_forward import ExpertMLP
 from language_worker.models.layers import BlockShape, DecoderBlock, RotaryPositions, run_blocks, whole_layers
+from language_worker.models.matrices import Storage
+from language_worker.models.weights import require_zero_biases, spare_biases
 from transfer.checkpoint import Checkpoint, check_checkpoint, load_checkpoint
 from transfer.checkpoint_rules import Rule
+
+logger = logging.getLogger(__name__)
 
 
 class RuledModel(LanguageModel):
@@ -96,27 +102,48 @@ class Decoder(RuledModel):
     def load(
         cls, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, quantization: Quantization = "none"
     ) -> Self:
-        """quantization: how the matrices of the blocks are stored; they are quantised as they are read."""
-        is_plain = quantization == "none"
+        """quantization: how the matrices of the blocks are stored; they are quantised as they are read. Those that the
+        checkpoint has quantised stay so."""
+        storage: Storage = "stored" if checkpoint.grouped else quantization
+        is_plain = storage == "none"
         model, rules, foreign = cls.empty(checkpoint, dtype=dtype, device=device if is_plain else torch.device("cpu"))
         if not is_plain:  # nothing of it was touched yet: on the CPU it costs no memory
-            model.quantise(quantization, device)
-        load_checkpoint(checkpoint, model.parameters(), rules, foreign=foreign)
+            model.quantise(storage, device)
+        require_zero_biases(checkpoint)
+        foreign = (*foreign, *spare_biases(checkpoint))
+        report = load_checkpoint(checkpoint, model.parameters(), rules, foreign=foreign)
         for block in model.blocks:
             block.finish()
         if isinstance(model.head, QuantisedMatrix):
             if model.is_tied:
                 model.head.copy_(model.embedding)
-            model.head.finish()
+            model.head = model.head.finish()
+        if report.num_grouped:
+            kept = sum(w.num_parts for w in model.parameters().values() if isinstance(w, StoredMatrix))
+            widened = report.num_grouped - kept
+            logger.info(
+                "of the quantised matrices %d are kept as they are stored, %d widened to %s", kept, widened, dtype
+            )
         return model
 
-    def quantise(self, method: Quantization, device: torch.device) -> None:
-        """Before it is filled: the blocks' matrices in the format that `method` names, the head in 8 bits whatever that
-        is, everything on `device`. ModelNotSupported where the format cannot hold them."""
+    @classmethod
+    def check(cls, checkpoint: Checkpoint) -> int:
+        model, rules, foreign = cls.empty(checkpoint, dtype=torch.float32, device=torch.device("meta"))
+        foreign = (*foreign, *spare_biases(checkpoint))
+        return len(check_checkpoint(checkpoint, model.parameters(), rules, foreign=foreign)[0])
+
+    def quantise(self, method: Storage, device: torch.device) -> None:
+        """Before it is filled: the blocks' matrices in the format that `method` names, everything on `device`; the head
+        in 8 bits whatever that is, or as it is stored. ModelNotSupported where the format cannot hold them."""
         vocab_size, hidden_size = self.embedding.shape
         dtype = self.embedding.dtype
         self.embedding, self.final_norm = self.embedding.to(device), self.final_norm.to(device)
-        self.head = new_matrix("int8", vocab_size, hidden_size, dtype=dtype, device=device)
+        if method != "stored":
+            self.head = new_matrix("int8", vocab_size, hidden_size, dtype=dtype, device=device)
+        elif self.is_tied:
+            self.head = self.embedding
+        else:
+            self.head = StoredMatrix(vocab_size, hidden_size, dtype=dtype, device=device)
         self.rotary.move(device)
         try:
             for block in self.blocks:
@@ -169,7 +196,8 @@ class Decoder(RuledModel):
         """What `run_blocks` returns, where one call can do it; otherwise None, with nothing touched."""
         if self._whole_layers is None or any(span.deeper for span in inputs.media):
             return None
-        rows = self._whole_layers.forward(hidden, self.final_norm, rotary, caches, inputs.slots, inputs.attention)
+        layers, threads = self._whole_layers, inputs.num_threads
+        rows = layers.forward(hidden, self.final_norm, rotary, caches, inputs.slots, inputs.attention, threads)
         return rows if rows is None or inputs.logit_rows is None else rows.index_select(0, inputs.logit_rows)
 
 

@@ -15,8 +15,7 @@ import torch
 from kernels.activation import swiglu
 from kernels.experts import combine_experts, group_by_expert, grouped_matmul, route, route_grouped
 from kernels.linear import Weight, linear
-from kernels.quantised_matrix import Quantization
-from language_worker.models.matrices import finish, quantise
+from language_worker.models.matrices import Storage, finish, quantise
 
 MATRICES = ("gate_up", "down")
 
@@ -61,7 +60,7 @@ class GatedMLP:
         self.gate_up: Weight = torch.empty((2 * inner, hidden_size), dtype=dtype, device=device)
         self.down: Weight = torch.empty((hidden_size, inner), dtype=dtype, device=device)
 
-    def quantise(self, method: Quantization, device: torch.device) -> None:
+    def quantise(self, method: Storage, device: torch.device) -> None:
         """Before it is filled; ValueError where the format cannot hold the matrices."""
         quantise(self, MATRICES, method, device)
 
@@ -98,9 +97,14 @@ class ExpertMLP:
         ]
         self.shared_gate = empty(1, hidden_size) if shape.shared_gated else None
 
-    def quantise(self, method: Quantization, device: torch.device) -> None:
-        """Always raises ValueError."""
-        raise ValueError(f"a mixture of {self.shape.num_experts} experts is not stored in another format than its own")
+    def quantise(self, method: Storage, device: torch.device) -> None:
+        """Before it is filled, with full precision whatever the checkpoint stores; ValueError for other formats."""
+        if method != "stored":
+            count = self.shape.num_experts
+            raise ValueError(f"a mixture of {count} experts is not stored in another format than its own")
+        quantise(self, (), method, device)
+        for shared in self.shared:
+            shared.quantise(method, device)
 
     def finish(self) -> None:
         """It is filled."""

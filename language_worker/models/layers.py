@@ -18,7 +18,6 @@ from kernels.linear import Weight, linear
 from kernels.norm import add_rms_norm, rms_norm, rms_norm_heads
 from kernels.paged_attention import AttentionBatch, paged_attention
 from kernels.pages import write_pages
-from kernels.quantised_matrix import Quantization
 from kernels.quantised_pages import LayerCache
 from kernels.rotary import (
     RotaryTable,
@@ -29,7 +28,7 @@ from kernels.rotary import (
 )
 from language_worker.models.base import MediaSpan, StepInputs
 from language_worker.models.feed_forward import ExpertMLP, ExpertShape, GatedMLP
-from language_worker.models.matrices import finish, quantise
+from language_worker.models.matrices import Storage, finish, quantise
 from language_worker.models.rope import Rope
 
 MATRICES = ("qkv", "o")  # of attention: what quantisation is for
@@ -99,7 +98,7 @@ class DecoderBlock:
         else:
             self.mlp = ExpertMLP(shape.hidden_size, shape.experts, dtype=dtype, device=device)
 
-    def quantise(self, method: Quantization, device: torch.device) -> None:
+    def quantise(self, method: Storage, device: torch.device) -> None:
         """Before it is filled: matrices of the format that `method` names in place of its own, all of it on `device`.
         Raises ValueError where the format cannot hold them."""
         quantise(self, MATRICES, method, device)

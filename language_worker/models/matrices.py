@@ -6,15 +6,18 @@ Called twice while a model loads: `quantise` before its tensors are filled, `fin
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 
 from kernels.halved_matrix import halved
 from kernels.quantised_matrix import QuantisedMatrix, Quantization, new_matrix
+from kernels.stored_matrix import StoredMatrix
+
+Storage: TypeAlias = Quantization | Literal["stored"]  # "stored": as the checkpoint has them quantised
 
 
-def quantise(owner: Any, matrices: tuple[str, ...], method: Quantization, device: torch.device) -> None:
+def quantise(owner: Any, matrices: tuple[str, ...], method: Storage, device: torch.device) -> None:
     """Matrices of the format that `method` names in place of the owner's slots, everything on `device`.
 
     Raises ValueError where the format cannot hold them.
@@ -22,7 +25,11 @@ def quantise(owner: Any, matrices: tuple[str, ...], method: Quantization, device
     for name in owner.__slots__:
         held = getattr(owner, name)
         if name in matrices:
-            setattr(owner, name, new_matrix(method, *held.shape, dtype=held.dtype, device=device))
+            out, inputs = held.shape
+            if method == "stored":
+                setattr(owner, name, StoredMatrix(out, inputs, dtype=held.dtype, device=device))
+            else:
+                setattr(owner, name, new_matrix(method, out, inputs, dtype=held.dtype, device=device))
         elif isinstance(held, torch.Tensor):
             setattr(owner, name, held.to(device))
 
@@ -32,6 +39,5 @@ def finish(owner: Any, matrices: tuple[str, ...]) -> None:
     for name in matrices:
         matrix = getattr(owner, name)
         if isinstance(matrix, QuantisedMatrix):
-            matrix.finish()
-        elif isinstance(matrix, torch.Tensor):
-            setattr(owner, name, halved(matrix))
+            matrix = matrix.finish()
+        setattr(owner, name, halved(matrix) if isinstance(matrix, torch.Tensor) else matrix)

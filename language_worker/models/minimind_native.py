@@ -104,5 +104,5 @@ def _is_tied(checkpoint: Checkpoint) -> bool:
         return True
     if checkpoint.tensors[HEAD].shape != checkpoint.tensors[EMBEDDING].shape:
         return False
-    stored = dict(checkpoint.stream([HEAD, EMBEDDING]))
+    stored = checkpoint.read([HEAD, EMBEDDING])
     return torch.equal(stored[HEAD], stored[EMBEDDING])

@@ -7,6 +7,7 @@ q_norm, k_norm         -> qk_norm   rows  0 .. heads .. heads+kv, each row the s
 Experts have a gate_up and a down each, under the names of the family (`ExpertNames`).
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,10 @@ import torch
 
 from language_worker.models.feed_forward import ExpertShape
 from language_worker.models.layers import BlockShape
+from transfer.checkpoint import Checkpoint, CheckpointError
 from transfer.checkpoint_rules import Rule
+
+MLP_BIASES = r"(?:.*\.)?layers\.\d+\.(?:.*\.)?(?:gate|up|down)_proj\.bias"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +67,19 @@ def decoder_rules(shape: BlockShape, *, prefix: str, tied: bool, experts: Expert
     if not tied:
         rules.append(Rule(pattern=r"lm_head\.weight", target="head.weight"))
     return rules
+
+
+def spare_biases(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Patterns of the biases that writers of quantised matrices give to those of an MLP, which has none: zeros."""
+    return (MLP_BIASES,) if checkpoint.grouped else ()
+
+
+def require_zero_biases(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for spare biases that are not zero."""
+    spare = [name for name in checkpoint.tensors if checkpoint.grouped and re.fullmatch(MLP_BIASES, name)]
+    read = checkpoint.read(spare)
+    if wrong := tuple(f"{name} is not zero, and the MLP has no biases" for name in spare if read[name].any()):
+        raise CheckpointError(str(checkpoint.folder), wrong)
 
 
 def _mlp_rules(source: str, target: str, inner: int, names: ExpertNames) -> Iterator[Rule]:

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from language_worker.api import GenerateRequest, RequestDone, RequestFailed, SamplingParams, TokenChunk
+from language_worker.api import GenerateRequest, RequestDone, RequestFailed, TokenChunk
 from language_worker.config import EngineConfig
 from language_worker.engine import Engine
 from language_worker.engine_builder import build_engine
 from language_worker.outputs import MediaAdmitted, PromptLogits, StepReport
+from language_worker.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
@@ -87,6 +88,10 @@ class Media:
     def items(self) -> list[dict[str, Any]]:
         return [{"grid": list(grid), "rows": grid[0] * grid[1] * grid[2] // 4} for grid in self.grids]
 
+    def planes(self) -> tuple[torch.Tensor, ...]:
+        """As the engine's buffer takes them, each [total, hidden]."""
+        return (self.rows,)
+
 
 def drive(
     engine: Engine,
@@ -108,7 +113,7 @@ def drive(
         for request_id in results.take(report):
             buffer = engine.media_buffer(request_id)
             assert buffer is not None
-            buffer.write(0, media[request_id].rows)
+            buffer.write(0, *media[request_id].planes())
         engine.scheduler.check_invariants()
         if on_step is not None:
             on_step()

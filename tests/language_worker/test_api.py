@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from language_worker.api import GenerateRequest, SamplingParams, TokenChunk, TokenLogprob
+from language_worker.api import GenerateRequest, TokenChunk, TokenLogprob
 from language_worker.config import EngineConfig
 from language_worker.errors import InvalidRequest
+from language_worker.sampling_params import SamplingParams
 
 BAD = [
     *(("max_tokens", v) for v in (0, -1, 1.0, True, "5", 2**31, 10**5000)),
@@ -98,6 +99,7 @@ GOOD = {"request_id": "a", "prompt_token_ids": [1, 2], "num_media": 0, "sampling
         {"return_logits": 1},
         {"deadline_ms": -5},
         {"deadline_ms": 1.5},
+        {"deadline_ms": 2**63 - 1},
         {"sampling": {"x": 1}},
         {"sampling": [1]},
         {"surprise": 1},

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from kernels.invariance import TILE_ROWS, tile_rows
-from language_worker.api import GenerateRequest, SamplingParams
+from language_worker.api import GenerateRequest
 from language_worker.errors import ModelNotSupported
+from language_worker.sampling_params import SamplingParams
 from tests.language_worker.helpers import Media, Results, drive, make_engine, prompt, request
 from tests.tiny_llada import make_llada
 from tests.tiny_models import make_qwen2_5_vl

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from language_worker.api import SamplingParams
 from language_worker.canvas import BlockPlan, Canvas, Fill
 from language_worker.diffusion_params import DiffusionParams
 from language_worker.engine import Engine
 from language_worker.errors import Cancelled, InvalidRequest, StepFailed
+from language_worker.sampling_params import SamplingParams
 from tests.language_worker.helpers import Result, drive, make_engine, prompt, request
 from tests.oracles_llada import (
     Choose,
@@ -205,11 +205,13 @@ def test_min_tokens_holds_the_end_back_by_position(engine: Engine) -> None:
     assert len(result.tokens()) == 10 and result.tokens().index(TURN_ID) == 9
 
 
-@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize(
+    "choice", [{"temperature": 0}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.5, "top_k": 9}]
+)
 def test_logits_that_are_not_finite_fail_their_request_alone(
-    temperature: float, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    choice: dict[str, Any], engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    params = SamplingParams(max_tokens=8, temperature=temperature, seed=1, diffusion=DiffusionParams(block_length=4))
+    params = SamplingParams(max_tokens=8, **choice, seed=1, diffusion=DiffusionParams(block_length=4))
     asked = [request("good", prompt(5, vocab=250), params), request("bad", prompt(10, 1, vocab=250), params)]
     healthy = drive(engine, asked)["good"].tokens()
     forward = engine.runner.model.forward

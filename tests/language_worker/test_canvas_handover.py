@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from language_worker import canvas, runner
-from language_worker.api import GenerateRequest, SamplingParams
+from language_worker.api import GenerateRequest
 from language_worker.canvas import PromptKV
 from language_worker.diffusion_params import DiffusionParams
 from language_worker.engine import Engine
@@ -25,6 +25,7 @@ from language_worker.errors import Cancelled, KVMismatch, KVStreamFailed, Prompt
 from language_worker.handover import ledger
 from language_worker.handover.exports import KVExport
 from language_worker.handover.rows import KVHeader
+from language_worker.sampling_params import SamplingParams
 from tests.language_worker.helpers import Results, drive, make_engine, prompt, request
 from tests.language_worker.test_block_diffusion import draw, expected
 from tests.language_worker.test_handover import Link
@@ -93,9 +94,7 @@ class Pair:
             self.prefill.announce(name, sum(map(len, rows)), items)
 
         def on_over(error: KVStreamFailed | None) -> None:
-            if error is not None:
-                self.prefill.fail(name, error)
-            self.prefill.export_over(name)
+            self.prefill.export_over(export, error)
 
         export.when_over(on_over)
 
@@ -234,7 +233,7 @@ def test_logits_of_the_prompt_come_from_who_computes_it(folder: Path, oracle: Ll
         export = KVExport("a", link, pair.prefill.kv_plane, pair.prefill.kv_of)  # type: ignore[arg-type]
         pair.decode.submit(asked, imports_kv=True)
         pair.prefill.submit(replace(prompt_only(asked), return_logits=True), export=export)
-        export.when_over(lambda error: pair.prefill.export_over("a"))  # noqa: B023
+        export.when_over(lambda error: pair.prefill.export_over(export, error))  # noqa: B023
         assert pair.run()["a"].error is None
         logits = pair.results[0]["a"].logits
         assert logits is not None and (logits.double() - oracle(torch.tensor(ids))).abs().max() < 1e-4
@@ -347,7 +346,7 @@ def _never_refresh_the_prompt(patch: pytest.MonkeyPatch) -> None:
 
 
 def _keep_the_room(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(ledger.Handovers, "export_over", lambda self, request_id: None)
+    patch.setattr(ledger.Handovers, "export_over", lambda self, export: None)
 
 
 PLANTED = (

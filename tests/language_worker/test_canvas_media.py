@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from language_worker.api import SamplingParams
 from language_worker.diffusion_params import DiffusionParams
 from language_worker.engine import Engine
+from language_worker.sampling_params import SamplingParams
 from tests.language_worker.helpers import Results, make_engine, request
 from tests.oracles_llada import by_count, generate
 from tests.tiny_llada_v import IMAGE_ID, Made, make_llada_v

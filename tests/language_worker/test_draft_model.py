@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from language_worker.api import SamplingParams
 from language_worker.config import EngineConfig
 from language_worker.decode.drafts import OPEN, OpenDrafts
 from language_worker.decode.speculative import Speculative
 from language_worker.engine import Engine
 from language_worker.errors import InvalidRequest, ModelNotSupported
+from language_worker.sampling_params import SamplingParams
 from tests.language_worker.helpers import GREEDY, Media, drive, make_engine, prompt, request
 from tests.language_worker.test_sampling_distribution import check_frequencies
 from tests.language_worker.test_speculative import KINDS, _shown

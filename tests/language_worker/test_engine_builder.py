@@ -107,8 +107,9 @@ def test_auto_dtype_is_the_checkpoints(stored: str, wanted: torch.dtype, tmp_pat
 
 
 def test_unknown_devices_and_architectures_are_refused() -> None:
-    with pytest.raises(ModelNotSupported, match="warp"):
-        resolve_device("warp")
+    for name in ("warp", "meta", "cuda:7", "cuda"):
+        with pytest.raises(ModelNotSupported, match=name):
+            resolve_device(name)
     with pytest.raises(ModelNotSupported, match="FooModel"):
         resolve_model({"architectures": ["FooModel"]})
     with pytest.raises(ModelNotSupported):

@@ -1,6 +1,7 @@
 """Requests that fail, are cancelled or run out of time: a typed error each, nothing left behind, others unharmed."""
 
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from language_worker import intake, roster
 from language_worker.active import ActiveRequest
-from language_worker.api import GenerateRequest, SamplingParams
+from language_worker.api import MAX_DEADLINE_MS, GenerateRequest
 from language_worker.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -24,6 +25,7 @@ from language_worker.errors import (
 )
 from language_worker.media import MediaRows
 from language_worker.outputs import PromptCollector
+from language_worker.sampling_params import SamplingParams
 from language_worker.scheduler import Scheduler
 from language_worker.stop import StopChecker
 from tests.language_worker.helpers import GREEDY, ManualClock, Media, Results, drive, make_engine, prompt, request
@@ -179,6 +181,22 @@ def test_deadline(tiny: Path) -> None:
     assert type(results["media"].error) is DeadlineExceeded
     assert results["free"].error is None
     assert len(results["late"].tokens()) >= 5
+
+
+@pytest.mark.parametrize("deadline_ms", [MAX_DEADLINE_MS, 2**63 - 1])
+def test_a_deadline_that_is_accepted_can_be_waited_for(deadline_ms: int, tiny: Path) -> None:
+    """One that no thread can wait for would end the engine's, and everybody with it."""
+    engine, lock = make_engine(tiny), threading.Lock()
+    waits: list[float] = []
+    engine._wake.wait = waits.append  # type: ignore[method-assign, assignment]
+    try:
+        engine.submit(request("a", (1, PAD), LONG, num_media=1, deadline_ms=deadline_ms))
+    except InvalidRequest:
+        assert deadline_ms > MAX_DEADLINE_MS
+        return
+    engine.step()
+    engine.wait()
+    assert waits[0] > 0 and lock.acquire(timeout=waits[0])
 
 
 def test_queue_full(tiny: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from language_worker import engine_builder
-from language_worker.api import SamplingParams
+from language_worker.sampling_params import SamplingParams
 from tests.language_worker.helpers import GREEDY, Media, Results, drive, make_engine, prompt, request
 from tests.tiny_tokenizer import TOKEN_IDS
 

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from language_worker.api import SamplingParams
 from language_worker.engine import Engine
 from language_worker.errors import Cancelled
 from language_worker.page_keeper import NOTHING, PageKeeper
 from language_worker.page_pool import PagePool
 from language_worker.request import Sequence
+from language_worker.sampling_params import SamplingParams
 from tests.language_worker.helpers import Media, Result, Results, drive, make_engine, prompt, request
 from tests.tiny_tokenizer import TOKEN_IDS
 

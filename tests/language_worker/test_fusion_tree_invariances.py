@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from language_worker.api import GenerateRequest, SamplingParams
+from language_worker.api import GenerateRequest
 from language_worker.engine import Engine
 from language_worker.plan import StateStart, StepPlan, Window
 from language_worker.request import Sequence
 from language_worker.runner import ModelRunner
+from language_worker.sampling_params import SamplingParams
 from tests.language_worker.helpers import drive, make_engine, request
 from tests.tiny_fusion_tree import SIZES, VOCAB, logits_of, make_fusion_tree, tensors_of
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from language_worker import page_keeper, runner
-from language_worker.api import GenerateRequest, SamplingParams
+from language_worker.api import GenerateRequest
 from language_worker.engine import Engine
 from language_worker.errors import Cancelled, KVMismatch, KVStreamFailed
 from language_worker.handover import exports, ledger
@@ -27,6 +27,7 @@ from language_worker.handover.exports import KVExport
 from language_worker.handover.rows import PLANE, KVHeader, kv_plane, pack_state, unpack_state
 from language_worker.kv_cache import KVCache
 from language_worker.models.base import KVSpec
+from language_worker.sampling_params import SamplingParams
 from tests.language_worker.helpers import Results
 from tests.language_worker.toy import MEDIA_ID, naive, toy_engine
 from tests.profiles import IS_SOAK
@@ -168,9 +169,7 @@ class Split(RuleBasedStateMachine):
         self.prefill.submit(prompt, export=export)
 
         def on_over(error: KVStreamFailed | None) -> None:
-            if error is not None:
-                self.prefill.fail(name, error)
-            self.prefill.export_over(name)
+            self.prefill.export_over(export, error)
 
         export.when_over(on_over)
         if media:
@@ -326,7 +325,7 @@ def _drop_the_last_input(patch: pytest.MonkeyPatch) -> None:
 
 
 def _keep_the_room(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(ledger.Handovers, "export_over", lambda self, request_id: None)
+    patch.setattr(ledger.Handovers, "export_over", lambda self, export: None)
 
 
 def _begin_without_all_pages(patch: pytest.MonkeyPatch) -> None:
@@ -434,6 +433,31 @@ def test_kv_that_turns_out_wrong_leaves_its_room_to_the_next() -> None:
     while (report := engine.step()).did_run:
         admitted += results.take(report)
     assert isinstance(results["a"].error, KVMismatch) and admitted == ["b"]
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_an_export_that_ends_ends_no_other_under_its_name(is_lost: bool) -> None:
+    """A request's id may be used again while its KV has not all left."""
+    prefill, decode = (toy_engine(FOLDER[0], num_pages=16) for _ in range(2))
+    asked = GenerateRequest(request_id="a", prompt_token_ids=(1, 2, 3, 4, 5), sampling=ONE)
+    links = [Link("a", decode) for _ in range(2)]
+    reserved, outcomes = [], []
+    for link in links:
+        export = KVExport("a", link, kv_plane(torch.float32, 2))  # type: ignore[arg-type]
+        prefill.submit(asked, export=export)
+        export.when_over(lambda error, export=export: prefill.export_over(export, error))
+        if is_lost and link is links[1]:
+            links[0].drop()
+        results = Results()
+        while "a" not in results or (results["a"].done is None and results["a"].error is None):
+            results.take(prefill.step())
+        outcomes.append(results["a"].error)
+        reserved.append(prefill.stats()["kv_buffer_rows_reserved"])
+    assert outcomes == [None, None] and reserved == [4, 4 if is_lost else 8]
+    for link, num_left in zip(links, (4, 0), strict=True):
+        link.drop()
+        prefill.step()
+        assert prefill.stats()["kv_buffer_rows_reserved"] == num_left
 
 
 def test_a_fork_has_its_page_before_another_request_s_kv_comes_into_where_it_is_copied_from() -> None:

@@ -52,7 +52,7 @@ def _check(folder, pieces, **config):
     media = {}
     if rows is not None:
         media["a"] = Media(grids=[tuple(g) for g in inputs["image_grid_thw"].tolist()], rows=rows)
-    from language_worker.api import SamplingParams
+    from language_worker.sampling_params import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=NUM_NEW, ignore_eos=True)
     asked = request(

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from language_worker.api import GenerateRequest, SamplingParams
+from language_worker.api import GenerateRequest
 from language_worker.engine import Engine
 from language_worker.errors import ModelNotSupported
 from language_worker.plan import StepPlan, Window
 from language_worker.request import Sequence
+from language_worker.sampling_params import SamplingParams
 from tests.language_worker.helpers import drive, make_engine, request
 from tests.tiny_nanochat import NANO_VOCAB, SIZES, make_native_nanochat, native_logits, native_tensors
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from language_worker.api import SamplingParams
 from language_worker.engine import Engine
 from language_worker.errors import ModelNotSupported
 from language_worker.models import open_model
 from language_worker.models.nanochat_generations import GENERATIONS, detect_generation
+from language_worker.sampling_params import SamplingParams
 from tests.language_worker.helpers import GREEDY, drive, make_engine, request
 from tests.tiny_nanochat import NANO_VOCAB, SIZES, make_native_nanochat, native_logits, native_tensors
 from transfer.checkpoint import CheckpointError

@@ -15,7 +15,7 @@ import torch
 
 from language_worker.api import TokenChunk
 from language_worker.plan import StepPlan
-from language_worker.runner import StepLogits
+from language_worker.step_logits import StepLogits
 from tests.language_worker.helpers import GREEDY, ManualClock, Media, make_engine, prompt, request
 from tests.tiny_tokenizer import TOKEN_IDS
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from language_worker.api import SamplingParams
+from language_worker.sampling_params import SamplingParams
 from tests.language_worker.helpers import drive, make_engine, prompt, request
 from tests.tiny_models import make_qwen2_5_vl
 from tests.tiny_tokenizer import NUM_TOKENS

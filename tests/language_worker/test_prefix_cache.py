@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from language_worker.api import SamplingParams
 from language_worker.engine import Engine
 from language_worker.errors import MediaMismatch
 from language_worker.page_pool import PagePool
 from language_worker.prefix_cache import PrefixCache
 from language_worker.request import MediaSpan, Sequence
+from language_worker.sampling_params import SamplingParams
 from tests.language_worker.helpers import GREEDY, Media, Results, drive, make_engine, prompt, request
 from tests.tiny_tokenizer import TOKEN_IDS
 
@@ -259,6 +259,49 @@ def test_media_that_come_anew_after_the_answer_began_do_not_begin_it_again(is_pr
         engine.scheduler.check_invariants()
     assert results["b"].tokens() == expected
     assert engine.stats()["input_buffer_rows_reserved"] == engine.stats()["kv_pages_referenced"] == 0
+
+
+@pytest.mark.parametrize("preempted", ["never", "before", "after"])
+@pytest.mark.parametrize("keys", [("z", "q"), ("p", "z"), ("", "q")])
+def test_media_that_come_anew_under_other_keys_answer_no_other_request(
+    keys: tuple[str, str], preempted: str, tiny: Path
+) -> None:
+    """One that was answering recomputes from the new rows: never under the names of the old ones."""
+    engine, old, new = make_engine(tiny, page_size=4), _media(1, "p", "q"), _media(1, *keys)
+    is_new = [row >= 6 if keys[0] == "p" else row < 6 for row in range(14)]
+    new.rows[is_new] = _media(2).rows[is_new]
+    asked = [request("b", IDS, num_media=2)]
+    of_old, of_new = (_uncached(tiny, asked, {"b": media})["b"].tokens() for media in (old, new))
+    assert of_old != of_new
+    drive(engine, [request("a", IDS, num_media=2)], {"a": old})
+    engine.submit(asked[0])
+    engine.announce("b", 14, old.items())
+    results = Results()
+    for _ in range(3):
+        results.take(engine.step())
+    engine.forget_media("b")
+    for moment in ("before", "after"):
+        if preempted == moment:
+            engine.scheduler._preempt(engine.scheduler.running[0])
+            engine.scheduler.pool.allocate(engine.scheduler.pool.num_free, (99, 0))
+            engine.scheduler.pool.release((99, 0))
+        if moment == "before":
+            results.take(engine.step())
+            engine.announce("b", 14, new.items())
+            assert results.take(engine.step()) == ["b"]
+    num_said = len(results["b"].tokens())
+    engine.media_buffer("b").write(0, new.rows)
+    while results["b"].done is None:
+        results.take(engine.step())
+        engine.scheduler.check_invariants()
+    if preempted == "never":
+        assert results["b"].tokens() == of_old
+    else:
+        longer = dataclasses.replace(GREEDY, max_tokens=GREEDY.max_tokens - num_said)
+        rest = _uncached(tiny, [request("b", (*IDS, *of_old[:num_said]), longer, num_media=2)], {"b": new})["b"]
+        assert results["b"].tokens() == of_old[:num_said] + rest.tokens(), "what was said, and the new rows' rest"
+    for name, media, expected in (("c", old, of_old), ("d", new, of_new), ("e", old, of_old)):
+        assert drive(engine, [request(name, IDS, num_media=2)], {name: media})[name].tokens() == expected, name
 
 
 def test_media_that_come_anew_in_other_sizes_fail_an_answer_that_began(tiny: Path) -> None:

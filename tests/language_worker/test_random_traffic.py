@@ -28,7 +28,7 @@ from language_worker import (
     scheduler,
     verification,
 )
-from language_worker.api import GenerateRequest, SamplingParams
+from language_worker.api import GenerateRequest
 from language_worker.decode.autoregressive import Autoregressive
 from language_worker.decode.drafts import OpenDrafts
 from language_worker.decode.prompt_lookup import DraftIndex
@@ -37,6 +37,7 @@ from language_worker.errors import Cancelled, EngineError
 from language_worker.page_pool import PagePool
 from language_worker.plan import StepPlan
 from language_worker.request import Event, Sequence
+from language_worker.sampling_params import SamplingParams
 from tests.language_worker.helpers import Results
 from tests.language_worker.toy import MEDIA_ID, naive, toy_engine
 from tests.profiles import IS_SOAK
@@ -57,6 +58,7 @@ SAMPLING = st.builds(
     SamplingParams,
     temperature=st.sampled_from([0.0, 1.0, 1.0]),
     seed=st.integers(0, 3),
+    priority=st.sampled_from([0, 0, -3, 5]),
     n=st.sampled_from([1, 1, 3, 5]),
     max_tokens=st.integers(1, 14),
     ignore_eos=st.just(True),

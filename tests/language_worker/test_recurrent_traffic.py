@@ -15,10 +15,13 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 from language_worker import page_keeper, runner, state_slots
+from language_worker.api import GenerateRequest
 from language_worker.handover import exports
 from language_worker.request import Sequence
+from language_worker.sampling_params import SamplingParams
 from tests.language_worker import test_handover, test_random_traffic
-from tests.language_worker.toy import ToyRecurrent
+from tests.language_worker.helpers import drive
+from tests.language_worker.toy import ToyRecurrent, naive
 from tests.profiles import IS_SOAK
 from tests.tiny_models import make_qwen2_5_vl
 
@@ -79,6 +82,39 @@ def test_tokens_are_right_in_two_engines() -> None:
     Split.reached.clear()
     run_state_machine_as_test(Split, settings=_settings(2000 if IS_SOAK else 40))
     assert min(Split.reached[name] for name in ("answered", "kv_tokens_imported_total", "num_preemptions_total")) > 5
+
+
+def test_a_state_that_is_made_again_costs_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a prompt whose logits are asked for were computed, in chunks that they fit."""
+    engine = test_random_traffic.toy_engine(
+        test_random_traffic.FOLDER[0], num_pages=32, has_state=True, prefix_cache=False
+    )
+    engine.scheduler.max_prompt_logits = 3
+    model, counts = engine.runner.model, []
+    assert isinstance(model, ToyRecurrent)
+    original = model.forward
+
+    def forward(inputs: Any, caches: Any) -> torch.Tensor:
+        logits = original(inputs, caches)
+        counts.append(len(logits))
+        return logits
+
+    monkeypatch.setattr(model, "forward", forward)
+    chunked = SamplingParams(temperature=0.0, seed=1, max_tokens=4, ignore_eos=True, prompt_logprobs=1)
+    asked = [
+        GenerateRequest(request_id="a", prompt_token_ids=tuple(range(1, 18)), sampling=chunked),
+        GenerateRequest(
+            request_id="b", prompt_token_ids=(3, 4), sampling=replace(chunked, max_tokens=12, prompt_logprobs=None)
+        ),
+    ]
+    found = []
+    for fails_every in (0, 1):
+        model.fails_every, model.num_failed = fails_every, 0
+        results = drive(engine, asked)
+        found.append([(results[r.request_id].tokens(), results[r.request_id].chunks[0].prompt_logprobs) for r in asked])
+        assert [[tokens] for tokens, _ in found[-1]] == [naive(r, has_state=True) for r in asked]
+        assert (model.num_failed > 4) == bool(fails_every)
+    assert found[0] == found[1] and max(counts) <= 3 + 1
 
 
 def test_forks_begin_with_what_a_slot_held_though_it_was_given_away() -> None:

@@ -16,8 +16,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from language_worker.api import SamplingParams
-from language_worker.sampler import argmax_rows, filter_weights, sample, token_logprob
+from language_worker.sampler import best_tokens, filter_weights, sample, token_logprob
+from language_worker.sampling_params import SamplingParams
 from language_worker.sampling_state import SamplingState, uniform_draw
 from tests.profiles import IS_SOAK
 
@@ -189,7 +189,7 @@ def test_ties_go_to_the_lowest_id(dtype: torch.dtype) -> None:
     logits = torch.zeros(3, 1000, dtype=dtype)
     logits[0, [17, 400, 999]] = 2.0
     logits[1, [998, 999]] = 1.0
-    assert argmax_rows(logits) == [17, 998, 0]
+    assert best_tokens(logits) == [17, 998, 0]
     penalized = SamplingParams(temperature=0, presence_penalty=1.0)
     assert [c.token_id for c in sample(logits, [_state(penalized)] * 3)] == [17, 998, 0]
     kept, order = filter_weights(torch.ones(1, 10, dtype=torch.float64), [SamplingParams(top_k=3)])

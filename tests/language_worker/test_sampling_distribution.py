@@ -23,9 +23,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from language_worker.api import SamplingParams
 from language_worker.errors import InvalidRequest
 from language_worker.sampler import sample
+from language_worker.sampling_params import SamplingParams
 from language_worker.sampling_state import SamplingState
 from tests.language_worker.helpers import GREEDY, drive, make_engine, prompt, request
 from tests.profiles import IS_SOAK

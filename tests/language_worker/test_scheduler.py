@@ -1,5 +1,7 @@
 """Random traffic against the pure scheduler: invariants after every step, and every sequence ends right."""
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +12,7 @@ from language_worker.errors import InvalidRequest
 from language_worker.page_pool import PagePool
 from language_worker.prefix_cache import PrefixCache
 from language_worker.request import Sequence, Status
-from language_worker.scheduler import Scheduler
+from language_worker.scheduler import OVERTAKING_STEPS, Scheduler
 
 PAGE = 4
 
@@ -44,8 +46,14 @@ class Aligned(Autoregressive):
 class Traffic(RuleBasedStateMachine):
     """Adds, steps, row arrivals and aborts in any order."""
 
-    @initialize(pages=st.integers(4, 20), seats=st.integers(1, 5), budget=st.integers(5, 24), chunk=st.integers(3, 24))
-    def start(self, pages: int, seats: int, budget: int, chunk: int) -> None:
+    @initialize(
+        pages=st.integers(4, 20),
+        seats=st.integers(1, 5),
+        budget=st.integers(5, 24),
+        chunk=st.integers(3, 24),
+        partial=st.sampled_from([1, 1, 3, 6]),
+    )
+    def start(self, pages: int, seats: int, budget: int, chunk: int, partial: int) -> None:
         self.strategy = Aligned() if chunk % 2 else Autoregressive()
         self.scheduler = Scheduler(
             pool=PagePool(pages),
@@ -54,11 +62,12 @@ class Traffic(RuleBasedStateMachine):
             max_num_seqs=seats,
             max_step_tokens=budget,
             max_prefill_chunk=chunk,
+            min_partial_chunk=partial,
         )
         self.kv, self.live, self.order = ToyKV(), [], 0
 
-    @rule(prompt=st.integers(1, 16), new=st.integers(1, 8), media=st.integers(0, 5))
-    def add(self, prompt: int, new: int, media: int) -> None:
+    @rule(prompt=st.integers(1, 16), new=st.integers(1, 8), media=st.integers(0, 5), delay=st.integers(-3, 3))
+    def add(self, prompt: int, new: int, media: int, delay: int) -> None:
         self.order += 1
         positions = tuple(range(prompt))[1 : 1 + media]
         seq = Sequence(
@@ -67,6 +76,7 @@ class Traffic(RuleBasedStateMachine):
             max_len=prompt + new,
             media_positions=positions,
             media=Rows() if positions else None,
+            came_at=self.order + delay,
         )
         try:
             self.scheduler.add(seq)
@@ -150,8 +160,8 @@ def _scheduler(pages: int, **values) -> Scheduler:
     return Scheduler(pool=PagePool(pages), strategy=Autoregressive(), **settings_)
 
 
-def _seq(order: int, prompt: int, new: int) -> Sequence:
-    return Sequence(key=(order, 0), prompt=range(prompt), max_len=prompt + new)
+def _seq(order: int, prompt: int, new: int, came_at: float = 0.0) -> Sequence:
+    return Sequence(key=(order, 0), prompt=range(prompt), max_len=prompt + new, came_at=came_at)
 
 
 def _run(scheduler: Scheduler) -> list[tuple[int, int]]:
@@ -188,6 +198,18 @@ def test_the_youngest_gives_way_and_comes_back() -> None:
     assert _run(scheduler) == [(2, tokens)], "recomputed in one go, prompt and output together"
 
 
+def test_who_came_first_is_admitted_first_and_gives_way_last() -> None:
+    scheduler = _scheduler(5, max_num_seqs=2)
+    scheduler.add(_seq(1, 4, 8, came_at=3.0))
+    scheduler.add(_seq(2, 4, 8, came_at=2.0))
+    scheduler.add(_seq(3, 4, 8, came_at=1.0))
+    assert _run(scheduler) == [(3, 4), (2, 4)]
+    while not any(seq.num_preemptions for seq in (*scheduler.running, *scheduler.waiting)):
+        _run(scheduler)
+    assert [seq.key[0] for seq in scheduler.running] == [3]
+    assert [seq.key[0] for seq in scheduler.waiting] == [2, 1]
+
+
 def test_nobody_overtakes_a_waiting_older_request() -> None:
     scheduler = _scheduler(6)
     scheduler.add(_seq(1, 12, 4))
@@ -210,6 +232,53 @@ def test_a_sequence_that_waits_for_rows_gives_way_to_one_that_can_run() -> None:
     assert _run(scheduler) == [(1, 3)], "with nobody else ready it may begin again"
     rows.num_filled = 1
     assert _run(scheduler) == [(1, 5)]
+
+
+def test_a_sequence_of_this_step_gives_way_to_nobody() -> None:
+    """What an older prefill leaves of a step may be less than rows are waited for otherwise, and is taken."""
+    scheduler = _scheduler(45, page_size=32, max_step_tokens=1024, min_partial_chunk=64)
+    filled = []
+    for order, (prompt, first, last) in enumerate([(1000, 10, 990), (400, 50, 390)]):
+        filled.append(Rows())
+        positions = tuple(range(first, last))
+        scheduler.add(
+            Sequence(
+                key=(order, 0),
+                prompt=range(prompt),
+                max_len=prompt + 10,
+                media_positions=positions,
+                media=filled[-1],
+            )
+        )
+    assert not scheduler.plan().windows
+    filled[0].num_filled = 980
+    scheduler.add(_seq(2, 40, 10))
+    plan = scheduler.plan()
+    assert [(w.seq.key[0], w.length) for w in plan.windows] == [(0, 1000), (1, 24)]
+    assert all(w.seq.status is Status.RUNNING for w in plan.windows) and not plan.preempted
+
+
+@pytest.mark.parametrize("long", [100, 65, 1000])
+@pytest.mark.parametrize("others", [64, 60, 33, 2])
+def test_a_prompt_longer_than_a_step_is_overtaken_for_a_few_steps_only(long: int, others: int) -> None:
+    """Others of a step each at most keep coming, each answered with one token."""
+    scheduler = _scheduler(1000, max_step_tokens=64, min_partial_chunk=16)
+    orders = itertools.count()
+    patient: Sequence | None = None
+    for step in range(60):
+        while sum(seq is not patient for seq in scheduler.waiting) < 3:
+            first = next(orders)
+            scheduler.add(_seq(first, 32 if first == 0 else others, 1))
+        if step == 3:
+            patient = _seq(next(orders), long, 1)
+            scheduler.add(patient)
+        for window in scheduler.plan().windows:
+            scheduler.commit(window, [1] if window.samples else [])
+            if len(window.seq.tokens) == window.seq.max_len:
+                scheduler.end(window.seq)
+        if patient is not None and patient.status is not Status.WAITING:
+            break
+    assert step < 3 + 4 * OVERTAKING_STEPS, f"admitted only in step {step}"
 
 
 def test_a_sequence_that_still_computes_gives_way_to_nobody() -> None:

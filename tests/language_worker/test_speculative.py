@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from language_worker.api import SamplingParams
 from language_worker.config import EngineConfig
 from language_worker.decode import create_strategy
 from language_worker.decode.drafts import learn
@@ -18,8 +17,9 @@ from language_worker.decode.prompt_lookup import NGRAM_SIZES, DraftIndex
 from language_worker.errors import InvalidRequest
 from language_worker.plan import Window
 from language_worker.request import Sequence
-from language_worker.runner import StepLogits
+from language_worker.sampling_params import SamplingParams
 from language_worker.sampling_state import SamplingState
+from language_worker.step_logits import StepLogits
 from language_worker.verification import choose
 from tests.language_worker.helpers import Results, drive, make_engine, prompt, request
 from tests.language_worker.test_sampling_distribution import NUM_DRAWS, check_frequencies

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from language_worker import delivery
-from language_worker.api import SamplingParams, TokenChunk
+from language_worker.api import TokenChunk
 from language_worker.config import EngineConfig
 from language_worker.delivery import logit_frames
+from language_worker.sampling_params import SamplingParams
 from language_worker.worker import LanguageWorker
 from tests.language_worker.helpers import GREEDY, Media, drive, make_engine, prompt, request
 from tests.tiny_tokenizer import TOKEN_IDS
