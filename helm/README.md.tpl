@@ -68,8 +68,9 @@ serve-job pod ─> head (jobs, state) <──────── Ray ────
 ## Upgrades
 
 `helm upgrade` with another configuration restarts the serve job: running requests end, the model loads, about that long
-nobody is served. KubeRay does not replace pods whose image or resources changed. For both, and without a pause, run two
-clusters and switch the Service:
+nobody is served. KubeRay does not replace pods whose image or resources changed, unless (KubeRay 1.6 or later)
+`ray.upgradeStrategy: Recreate` lets it end all pods and start new ones. For both, and without a pause, run two clusters
+and switch the Service:
 
 ```console
 $ helm upgrade tandem helm/ --values helm/examples/blue-green.yaml --set blueGreen.green.enabled=true --set blueGreen.green.overrides.image.tag=0.1.1

@@ -96,7 +96,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(LISTS, OBJECTS),
     **dict.fromkeys(("sharedMemory", "scratch", "sizeLimit"), QUANTITY),
     **dict.fromkeys(("gpus", "replicas", "maxUnavailable"), COUNT),
-    **dict.fromkeys(("minReplicas", "maxReplicas"), LEAST_MINUS_ONE),
+    **dict.fromkeys(("minReplicas", "maxReplicas", "workerDefaults.idleSeconds"), LEAST_MINUS_ONE),
     **dict.fromkeys(("runAsUser", "runAsGroup", "drainSeconds"), POSITIVE),
     **dict.fromkeys(("head.image", "gateway.image", "workerDefaults.image"), IMAGE),
     **dict.fromkeys(("blueGreen.blue", "blueGreen.green"), TRACK),
@@ -117,6 +117,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "model.source": {"enum": ["image", "pvc", "s3"]},
     "service.type": {"enum": ["ClusterIP", "NodePort", "LoadBalancer"]},
     "blueGreen.active": {"enum": ["blue", "green"]},
+    "upgradeStrategy": {"enum": ["", "Recreate", "None"]},
     "upscalingMode": {"enum": ["Default", "Conservative", "Aggressive"]},
 }
 KINDS = {bool: "boolean", int: "integer", float: "number", str: "string"}

@@ -2,9 +2,9 @@
 
 {{- define "tandem.podSecurity" -}}
 runAsNonRoot: true
-runAsUser: {{ .Values.security.runAsUser }}
-runAsGroup: {{ .Values.security.runAsGroup }}
-fsGroup: {{ .Values.security.runAsGroup }}
+runAsUser: {{ int64 .Values.security.runAsUser }}
+runAsGroup: {{ int64 .Values.security.runAsGroup }}
+fsGroup: {{ int64 .Values.security.runAsGroup }}
 fsGroupChangePolicy: OnRootMismatch
 seccompProfile:
   type: RuntimeDefault
@@ -12,8 +12,8 @@ seccompProfile:
 
 {{- define "tandem.containerSecurity" -}}
 runAsNonRoot: true
-runAsUser: {{ .Values.security.runAsUser }}
-runAsGroup: {{ .Values.security.runAsGroup }}
+runAsUser: {{ int64 .Values.security.runAsUser }}
+runAsGroup: {{ int64 .Values.security.runAsGroup }}
 allowPrivilegeEscalation: false
 readOnlyRootFilesystem: true
 capabilities:
@@ -186,7 +186,7 @@ env:
   - name: RAY_USAGE_STATS_ENABLED
     value: "0"
   - name: RAY_JOB_STOP_WAIT_TIME_S
-    value: {{ $values.gateway.drainSeconds | quote }}
+    value: {{ int $values.gateway.drainSeconds | quote }}
   - name: RAY_health_check_period_ms
     value: "1000"
   - name: RAY_health_check_timeout_ms
@@ -249,7 +249,7 @@ readinessProbe:
 lifecycle:
   preStop:
     exec:
-      command: [python, -m, cluster, stop, --timeout-s, {{ $values.gateway.drainSeconds | quote }}]
+      command: [python, -m, cluster, stop, --timeout-s, {{ int $values.gateway.drainSeconds | quote }}]
 {{- else }}
 readinessProbe:
   exec:

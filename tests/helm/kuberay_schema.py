@@ -1,79 +1,36 @@
-"""A strict JSON schema of the RayCluster fields that the chart uses, ray.io/v1.
+"""Judges a RayCluster as the API server would that has KubeRay's definition of it, and refuses what it would drop.
 
-Written from the field reference of KubeRay 1.6.2 (docs.ray.io, "KubeRay CRD API reference"). Pod templates are left
-open here: Kubernetes' own strict schemas judge them.
+The definition is `schemas/raycluster.ray.io_v1.json`; its source and version stand in README.md there. Types of
+Kubernetes in it, such as pod specs, are references (`kubernetes:#/$defs/NAME`) to the strict definitions that
+kubernetes-validate ships.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import json
+from pathlib import Path
 
-STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
-COUNT = {"type": "integer", "minimum": 0}
-OBJECTS = {"type": "array", "items": {"type": "object"}}
+import jsonschema
+import referencing
+from kubernetes_validate.utils import schema_contents
+from referencing.jsonschema import DRAFT202012
+
+from tests.helm.rendering import KUBERNETES, Object
+
+DEFINITION = Path(__file__).resolve().parent / "schemas" / "raycluster.ray.io_v1.json"
 
 
-def _object(required: tuple[str, ...] = (), **properties: Any) -> dict[str, Any]:
-    return {"type": "object", "additionalProperties": False, "properties": properties, "required": list(required)}
+@functools.cache
+def _validator() -> jsonschema.Draft202012Validator:
+    definition = json.loads(DEFINITION.read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator.check_schema(definition)
+    name = f"kubernetes-json-schema/v{KUBERNETES}-local-strict/_definitions.json"
+    kubernetes = DRAFT202012.create_resource(schema_contents(name, KUBERNETES))
+    registry = referencing.Registry().with_resource("kubernetes:", kubernetes)
+    return jsonschema.Draft202012Validator(definition, registry=registry)
 
 
-_TEMPLATE = _object(("spec",), metadata={"type": "object"}, spec={"type": "object"})
-_CREDENTIAL = _object((), value={"type": "string"}, valueFrom={"type": "object"})
-RAY_CLUSTER = _object(
-    ("apiVersion", "kind", "metadata", "spec"),
-    apiVersion={"const": "ray.io/v1"},
-    kind={"const": "RayCluster"},
-    metadata=_object(
-        ("name",),
-        name={"type": "string", "pattern": "^[a-z]([a-z0-9-]*[a-z0-9])?$"},
-        labels=STRINGS,
-        annotations=STRINGS,
-    ),
-    spec=_object(
-        ("headGroupSpec",),
-        rayVersion={"type": "string"},
-        enableInTreeAutoscaling={"type": "boolean"},
-        suspend={"type": "boolean"},
-        headServiceAnnotations=STRINGS,
-        autoscalerOptions=_object(
-            (),
-            version={"enum": ["v1", "v2"]},
-            resources={"type": "object"},
-            image={"type": "string"},
-            imagePullPolicy={"enum": ["Always", "IfNotPresent", "Never"]},
-            env=OBJECTS,
-            envFrom=OBJECTS,
-            volumeMounts=OBJECTS,
-            securityContext={"type": "object"},
-            idleTimeoutSeconds=COUNT,
-            upscalingMode={"enum": ["Default", "Conservative", "Aggressive"]},
-        ),
-        gcsFaultToleranceOptions=_object(
-            ("redisAddress",),
-            redisAddress={"type": "string"},
-            externalStorageNamespace={"type": "string"},
-            redisUsername=_CREDENTIAL,
-            redisPassword=_CREDENTIAL,
-        ),
-        headGroupSpec=_object(
-            ("template",),
-            serviceType={"enum": ["ClusterIP", "NodePort", "LoadBalancer"]},
-            enableIngress={"type": "boolean"},
-            rayStartParams=STRINGS,
-            template=_TEMPLATE,
-        ),
-        workerGroupSpecs={
-            "type": "array",
-            "items": _object(
-                ("groupName", "template", "minReplicas", "maxReplicas"),
-                groupName={"type": "string"},
-                replicas=COUNT,
-                minReplicas=COUNT,
-                maxReplicas=COUNT,
-                numOfHosts=COUNT,
-                rayStartParams=STRINGS,
-                template=_TEMPLATE,
-            ),
-        },
-    ),
-)
+def faults(cluster: Object) -> list[str]:
+    """What is wrong with a RayCluster, each with its place; empty if it is taken as it is."""
+    return [f"{error.json_path}: {error.message}" for error in _validator().iter_errors(cluster)]

@@ -35,7 +35,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "--values", f"{CHART}/examples/blue-green.yaml",
         "--set", "blueGreen.green.enabled=true,blueGreen.blue.enabled=false,blueGreen.active=green",
     ),
-    "digest": ("--set", f"image.digest=sha256:{'0' * 64},fullnameOverride=vision,security.runAsUser=10001"),
+    "digest": (
+        "--set", f"image.digest=sha256:{'0' * 64},fullnameOverride=vision,security.runAsUser=10001",
+        "--set", "ray.upgradeStrategy=Recreate",
+    ),
     "ports": ("--set", "gateway.port=9000,transfer.firstPort=30000,transfer.lastPort=30010,ray.ports.firstNode=7000"),
     "public-s3": ("--set", "model.source=s3,model.s3.bucket=models,model.s3.prefix=a/b"),
     "everything": tuple(
@@ -72,8 +75,9 @@ def helm(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(helm_binary()), *arguments], capture_output=True, text=True, timeout=120, **options)
 
 
-def template(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return helm("template", "release", str(CHART), "--kube-version", KUBERNETES, "--namespace", "serving", *arguments)
+def template(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    fixed = ("--kube-version", KUBERNETES, "--namespace", "serving")
+    return helm("template", "release", str(CHART), *fixed, *arguments, **options)
 
 
 def render(*arguments: str) -> list[Object]:

@@ -92,6 +92,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "a number for a word": ("image.repository=7", "repository"),
     "an unknown source": ("model.source=ftp", "source"),
     "a port beyond all ports": ("gateway.port=70000", "port"),
+    "an unknown way to upgrade": ("ray.upgradeStrategy=Rolling", "upgradeStrategy"),
     "root": ("security.runAsUser=0", "runAsUser"),
     "no room for a role": ("workerGroups.language=null", "no worker group offers room"),
     "half a split": ("workerGroups.language.offers.language=null,workerGroups.language.offers.prefill=1", "needs both"),
