@@ -5,7 +5,7 @@
 
 from cluster.llm import LLM
 from cluster.outputs import CompletionOutput, RequestOutput
-from language_worker.api import SamplingParams
 from language_worker.diffusion_params import DiffusionParams
+from language_worker.sampling_params import SamplingParams
 
 __all__ = ["LLM", "CompletionOutput", "DiffusionParams", "RequestOutput", "SamplingParams"]

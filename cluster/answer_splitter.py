@@ -112,16 +112,18 @@ def _open_end(text: str, mark: str) -> int:
 
 
 def _call(said: str) -> Part | None:
-    """A call in the form that the templates ask for, else None."""
+    """A call in the form that the templates ask for, else None; also for numbers that JSON has not, and for halves of
+    surrogate pairs, which no answer can hold."""
     try:
         value = json.loads(said)
+        if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
+            return None
+        arguments = value.get("arguments", {})
+        if isinstance(arguments, dict):
+            arguments = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        if not isinstance(arguments, str):
+            return None
+        (value["name"] + arguments).encode()
     except (ValueError, RecursionError):
         return None
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
-        return None
-    arguments = value.get("arguments", {})
-    if isinstance(arguments, str):
-        return Part(kind="call", text=arguments, name=value["name"])
-    if not isinstance(arguments, dict):
-        return None
-    return Part(kind="call", text=json.dumps(arguments, ensure_ascii=False), name=value["name"])
+    return Part(kind="call", text=arguments, name=value["name"])

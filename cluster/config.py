@@ -25,6 +25,7 @@ from cluster.yaml_files import read_yaml
 from embedding_worker.config import EmbedConfig
 from embedding_worker.errors import EmbedError
 from kernels.quantised_matrix import Quantization
+from language_worker.api import MAX_DEADLINE_MS
 from language_worker.config import DTypeName, EngineConfig
 from language_worker.errors import EngineError
 from language_worker.nanochat_files import choose_folder
@@ -35,6 +36,7 @@ from transfer.errors import TransferError
 MIB = 1024 * 1024
 Placement = Literal["any", "roles"]
 MODEL_FILES = ("config.json", "*.pth", "*.pt")  # one of which a model folder has
+MAX_TIMEOUT_S = MAX_DEADLINE_MS / 1e3  # what the workers take; no thread can wait for ten times that
 MIN_KEY_CHARS = 16  # of an API key, where the gateway listens for more than this machine
 
 
@@ -88,12 +90,12 @@ class GatewayConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"gateway.port is {self.port}; use 0 (any free port) to 65535")
-        for name in ("max_images_per_request", "max_body_bytes", "max_image_bytes", "max_prompt_chars"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"gateway.{name} is {getattr(self, name)}; use at least 1")
-        for name in ("request_timeout_s", "max_concurrent_requests", "media_timeout_s", "drain_s"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"gateway.{name} is {getattr(self, name)}; use a positive, finite number")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name.startswith("max_") and value < 1:
+                raise ConfigError(f"gateway.{field.name} is {value}; use at least 1")
+            if field.name.endswith("_s"):
+                _check_seconds(f"gateway.{field.name}", value)
         _ = self.media_rules  # which checks them
         if not self.host:
             raise ConfigError("gateway.host is empty, which would mean every interface; name an address")
@@ -153,8 +155,7 @@ class WorkersConfig:
         if self.placement not in typing.get_args(Placement):
             raise ConfigError(f"workers.placement is {self.placement!r}; use {' or '.join(typing.get_args(Placement))}")
         for name in ("health_timeout_s", "start_timeout_s"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"workers.{name} is {getattr(self, name)}; use a positive, finite number of seconds")
+            _check_seconds(f"workers.{name}", getattr(self, name))
         if not 0 <= self.num_cpus < math.inf or not (self.num_gpus == -1 or 0 <= self.num_gpus < math.inf):
             raise ConfigError(
                 "workers.num_cpus must not be negative; workers.num_gpus may be -1 for one where there is CUDA"
@@ -247,6 +248,11 @@ class ClusterConfig:
 P = TypeVar("P", EmbedConfig, EngineConfig)
 
 
+def _check_seconds(name: str, value: float) -> None:
+    if not 0 < value <= MAX_TIMEOUT_S:
+        raise ConfigError(f"{name} is {value}; use a positive number of seconds, {MAX_TIMEOUT_S:g} at most")
+
+
 def _with_model(part: P, model: ModelConfig) -> P:
     """A worker's config whose "auto" dtype and device, and what it reads config.json with, are the model's."""
     values: dict[str, Any] = {
@@ -281,7 +287,9 @@ def flat_overrides(tree: dict[str, Any], overrides: Mapping[str, Any]) -> dict[s
     kinds: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(ClusterConfig)}
     names = {section: {f.name for f in dataclasses.fields(kind)} for section, kind in kinds.items()}
     for name, value in overrides.items():
-        if name in kinds and isinstance(value, Mapping):
+        if name in kinds:
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{name} must be a map of settings, not {value!r}")
             tree[name] = {**tree.get(name, {}), **value}
             continue
         components = ("embedding", "language", "transfer")

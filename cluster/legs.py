@@ -13,7 +13,7 @@ from typing import Any
 
 from cluster.directory import WorkerAddress
 from cluster.served import ServedRequest
-from language_worker.api import SamplingParams
+from language_worker.sampling_params import SamplingParams
 from transfer.protocol.ticket import Ticket
 
 TOKENS_PER_PART = 16  # of an answer that is read when it is whole

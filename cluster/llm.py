@@ -22,7 +22,8 @@ from cluster.progress import progress_bar
 from cluster.prompts import batch_of, is_conversation, is_single_prompt, request_from_messages, request_from_prompt
 from cluster.remote_errors import known_failure
 from cluster.served import RequestStats, ServedRequest
-from language_worker.api import SamplingParams, TokenChunk
+from language_worker.api import TokenChunk
+from language_worker.sampling_params import SamplingParams
 from language_worker.tokenizer import Tokenizer
 
 MAX_SUBMITTED = 512  # of a long list of prompts; the rest follows as answers come in

@@ -16,7 +16,7 @@ from typing import Any
 
 from cluster.errors import BadRequest, ChatTemplateError
 from cluster.llm import LLM
-from language_worker.api import SamplingParams
+from language_worker.sampling_params import SamplingParams
 
 Column = tuple[list[int], list[int]]
 Conversation = Mapping[str, Any] | Sequence[Mapping[str, Any]]

@@ -7,7 +7,8 @@ from typing import Any
 
 from cluster.errors import BadRequest
 from cluster.served import RequestStats, ServedRequest
-from language_worker.api import SamplingParams, TokenChunk, TokenLogprob
+from language_worker.api import TokenChunk, TokenLogprob
+from language_worker.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

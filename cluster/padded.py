@@ -15,7 +15,7 @@ import torch
 
 from cluster.errors import BadRequest
 from cluster.llm import LLM
-from language_worker.api import SamplingParams
+from language_worker.sampling_params import SamplingParams
 
 
 def padded_logits(llm: LLM, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:

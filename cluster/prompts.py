@@ -16,7 +16,7 @@ from cluster.errors import BadRequest, ChatTemplateError
 from cluster.media import parse_image_url
 from cluster.model_info import ModelInfo
 from cluster.served import ServedRequest
-from language_worker.api import SamplingParams
+from language_worker.sampling_params import SamplingParams
 
 NO_TIME_LIMIT_S = 30 * 24 * 3600.0
 MAX_IMAGE_BYTES = 1 << 30
@@ -106,11 +106,15 @@ def image_bytes(image: Any) -> bytes:
     if isinstance(image, (str, Path)):
         try:
             return Path(image).read_bytes()
-        except OSError as error:
-            raise BadRequest(f"cannot read the image {image}: {error.strerror}", "images") from error
+        except (OSError, ValueError) as error:  # a name with a NUL is no OSError
+            problem = getattr(error, "strerror", error)
+            raise BadRequest(f"cannot read the image {str(image)[:200]}: {problem}", "images") from error
     if hasattr(image, "save"):  # a PIL image, recognised without importing PIL
         buffer = io.BytesIO()
-        (image if image.mode in PNG_MODES else image.convert("RGB")).save(buffer, "PNG")
+        try:
+            (image if image.mode in PNG_MODES else image.convert("RGB")).save(buffer, "PNG")
+        except (OSError, ValueError) as error:  # cut short, closed, without pixels
+            raise BadRequest(f"cannot read an image of size {image.size}: {error}", "images") from error
         return buffer.getvalue()
     raise BadRequest(f"an image is a PIL image, bytes, a path or a data URL, not {type(image).__name__}", "images")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from language_worker.api import SamplingParams, TokenChunk
+from language_worker.api import TokenChunk
+from language_worker.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

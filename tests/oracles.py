@@ -99,12 +99,14 @@ def masked_attention(
     return out, lse
 
 
-def segment_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """Bidirectional attention inside consecutive segments of these lengths."""
+def segment_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int], num_unseen: Sequence[int] = ()
+) -> torch.Tensor:
+    """Bidirectional attention inside consecutive segments of these lengths, of whose last tokens some are not seen."""
     parts, start = [], 0
-    for length in lengths:
-        piece = slice(start, start + length)
-        parts.append(attention(q[piece], k[piece], v[piece]))
+    for i, length in enumerate(lengths):
+        piece, seen = slice(start, start + length), slice(start, start + length - (num_unseen[i] if num_unseen else 0))
+        parts.append(attention(q[piece], k[seen], v[seen]))
         start += length
     return torch.cat(parts)
 

@@ -64,7 +64,10 @@ THIRD_PARTIES: dict[str, tuple[str, ...]] = {
         "language_worker/",
         "transfer/memory/buffers.py",
         "transfer/checkpoint.py",
+        "transfer/checkpoint_quantised.py",
         "transfer/checkpoint_rules.py",
+        "transfer/grouped_weights.py",
+        "transfer/packed_layouts.py",
         "transfer/checkpoint_torch.py",
         "transfer/simulation/content.py",  # the rows that simulated producers write
         "cluster/llm.py",  # logits leave as a tensor

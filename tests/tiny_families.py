@@ -19,7 +19,7 @@ from PIL import Image
 from cluster.prompts import image_bytes
 from tests import tiny_fusion_tree
 from tests.tiny_minimind import LAYOUTS, VARIANTS, make_minimind, minimind_reference
-from tests.tiny_minimind_v import IMAGE_ID, PADDING_ID, make_minimind_v, reference_answer
+from tests.tiny_minimind_v import MARKS, make_minimind_v, reference_answer
 from tests.tiny_models import QWEN2_5_VL_CONFIGS, make_qwen2_5_vl, random_image, reference, reference_inputs
 from tests.tiny_nanochat import (
     NANO_VOCAB,
@@ -130,7 +130,7 @@ def _fusion_tree(layout: str, folder: Path, seed: int) -> Subject:
 def _minimind_v(kind: str, variant: str, layout: str, folder: Path, seed: int) -> Subject:
     shape = MINIMIND_SHAPES[seed % len(MINIMIND_SHAPES)]
     made = make_minimind_v(folder, kind, variant=variant, layout=layout, seed=seed, own_encoder=seed % 2 > 0, **shape)
-    mark = IMAGE_ID if kind == "siglip" else PADDING_ID
+    mark = MARKS[kind]
     images = [random_image(60, 40, seed=seed), random_image(31, 57, seed=seed + 1)]
     stem = [5, mark, mark, 7]  # side by side
 
@@ -181,6 +181,8 @@ FAMILIES: dict[str, Callable[[Path, int], Subject]] = {
     },
     "minimind-v-siglip-pth": partial(_minimind_v, "siglip", "3", "pth"),
     "minimind-v-siglip-moe-bin": partial(_minimind_v, "siglip", "3-moe", "bin"),
+    "minimind-v-naflex-pth": partial(_minimind_v, "naflex", "3", "pth"),
+    "minimind-v-naflex-moe-bin": partial(_minimind_v, "naflex", "3-moe", "bin"),
     "minimind-v-clip-pth": partial(_minimind_v, "clip", "2", "pth"),
     "minimind-v-clip-moe-bin": partial(_minimind_v, "clip", "2-moe", "bin"),
     "qwen2_5_vl": _qwen2_5_vl,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from transfer.errors import ConfigError
 
 MIB = 1024 * 1024
+MAX_WAIT_S = 1_000_000  # 12 days; what polls and sockets wait for is counted in milliseconds of 31 bits
 TRANSPORTS = ("auto", "ipc", "tcp", "inproc")
 
 
@@ -72,8 +73,10 @@ class TransferConfig:
             wrong = not isinstance(value, (int, float)) if kind is float else not isinstance(value, kind)
             if wrong or (isinstance(value, bool) and kind is not bool):
                 raise ConfigError(f"transfer.{field.name} must be {kind.__name__}, not {value!r}")
-            if kind in (int, float) and not (value > 0 and math.isfinite(value)):
+            if kind in (int, float) and not 0 < value < math.inf:
                 raise ConfigError(f"transfer.{field.name} must be positive and finite, not {value!r}")
+            if kind is float and value > MAX_WAIT_S:
+                raise ConfigError(f"transfer.{field.name} is {value} seconds; use at most {MAX_WAIT_S:g}")
         if self.transport not in TRANSPORTS:
             raise ConfigError(f"transfer.transport must be one of {', '.join(TRANSPORTS)}, not {self.transport!r}")
         if not self.host:

@@ -21,8 +21,8 @@ from rich.text import Text
 from cluster.cli.flags import config_from
 from cluster.demo import DIFFUSION_MODEL_DIR, READER_MODEL_DIR, SUMS, Question, answer_to_sums, questions
 from cluster.llm import LLM
-from language_worker.api import SamplingParams
 from language_worker.diffusion_params import DiffusionParams
+from language_worker.sampling_params import SamplingParams
 from language_worker.tokenizer import Tokenizer
 
 MASK_SIGN, END_SIGN = "·", " "

@@ -10,9 +10,9 @@ from typing import Any
 
 from cluster.cli.flags import MODEL_FLAGS, add_flags, config_from
 from cluster.llm import LLM
-from language_worker.api import SamplingParams
 from language_worker.diffusion_params import DiffusionParams
 from language_worker.errors import InvalidRequest
+from language_worker.sampling_params import SamplingParams
 
 
 def add_to(commands: Any, ray_address: str | None) -> None:

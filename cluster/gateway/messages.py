@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
+from cluster.errors import BadRequest
+from cluster.gateway.body import parse_json
 from cluster.gateway.schema import ImagePart, Message, ToolCall
 
 
@@ -40,12 +42,9 @@ def _content(message: Message) -> str | list[dict[str, Any]]:
 
 
 def _tool_call(call: ToolCall) -> dict[str, Any]:
-    """Arguments as a map where they are JSON of one: the templates write them as JSON themselves."""
+    """Arguments as a map where they are JSON of one, as strictly as a body is: the templates write them as JSON
+    themselves, which neither depths that end the stack nor half characters survive."""
     arguments: Any = call.function.arguments
-    try:
-        parsed = json.loads(arguments)
-    except (ValueError, RecursionError):
-        parsed = None
-    if isinstance(parsed, dict):
-        arguments = parsed
+    with suppress(BadRequest):
+        arguments = parse_json(arguments.encode())
     return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}

@@ -9,15 +9,15 @@ from typing import Any
 from cluster.errors import BadRequest, ContextLengthExceeded
 from cluster.gateway.context import GatewayContext
 from cluster.gateway.schema import ChatRequest, CompletionRequest, Sampling
-from language_worker.api import SamplingParams
 from language_worker.diffusion_params import DiffusionParams
 from language_worker.errors import InvalidRequest
+from language_worker.sampling_params import MAX_PRIORITY, SamplingParams
 
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's completions
 _SAME_NAME = (
     "n", "best_of", "seed", "temperature", "top_p", "presence_penalty", "frequency_penalty", "stop",
     "top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids", "allowed_token_ids",
-    "banned_token_ids",
+    "banned_token_ids", "priority",
 )  # fmt: skip
 _FIELD = re.compile(r"\A[a-z_]+")
 
@@ -55,6 +55,11 @@ def completion_sampling(request: CompletionRequest, vocab_size: int) -> Sampling
 def _build(request: Sampling, vocab_size: int, names: dict[str, str], **given: Any) -> SamplingParams:
     values = {name: value for name in _SAME_NAME if (value := getattr(request, name, None)) is not None}
     values["logit_bias"] = _logit_bias(request.logit_bias or {}, vocab_size)
+    if values.get("priority", 0) < 0:
+        raise BadRequest(
+            f"priority is {request.priority}; use 0 to {MAX_PRIORITY}: a client may stand back, not push ahead",
+            "priority",
+        )
     for name in ("stop_token_ids", "allowed_token_ids", "banned_token_ids"):
         check_token_ids(getattr(request, name) or (), vocab_size, name)
     try:

@@ -142,6 +142,7 @@ class Sampling(Strict):
     stop_token_ids: list[int] | None = None
     allowed_token_ids: list[int] | None = None
     banned_token_ids: list[int] | None = None
+    priority: int | None = None
     prompt_logprobs: int | None = None
     diffusion: dict[str, Any] | None = None
 

@@ -19,7 +19,7 @@ from cluster.demo import questions
 from cluster.errors import ConfigError
 from cluster.harness.plan import Oracle
 from cluster.llm import LLM
-from language_worker.api import SamplingParams
+from language_worker.sampling_params import SamplingParams
 
 PLAIN = ("How many digits are there?", "What number is this?", "Tell me more.", "Name a colour.")
 

@@ -95,6 +95,10 @@ def test_empty_means_defaults(tmp_path: Path, text: str) -> None:
         ("gateway: {max_body_bytes: 0}", "gateway.max_body_bytes is 0"),
         ("gateway: {request_timeout_s: .nan}", "gateway.request_timeout_s"),
         ("gateway: {request_timeout_s: .inf}", "gateway.request_timeout_s"),
+        ("gateway: {drain_s: 1.0e+300}", r"gateway.drain_s is 1e\+300; use a positive number of seconds, 1e\+09 at"),
+        ("gateway: {request_timeout_s: 1.0e+16}", "gateway.request_timeout_s"),
+        ("transfer: {tick_s: 3.0e+6}", "transfer.tick_s is 3000000.0 seconds; use at most 1e.06"),
+        ("workers: {health_timeout_s: 1.0e+16}", "workers.health_timeout_s is"),
         ("workers: {language: 0}", "workers.language is 0"),
         ("workers: {num_gpus: -2}", "workers.num_gpus"),
         ("workers: {start_timeout_s: .inf}", "workers.start_timeout_s is inf"),
@@ -151,7 +155,7 @@ def test_a_section_by_its_name_is_merged_in_the_order_given() -> None:
 def test_unknown_flat_names_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"unknown setting blok_size; known here: .*block_size"):
         flat_overrides({}, {"blok_size": 16})
-    with pytest.raises(ConfigError, match="unknown setting language"):
+    with pytest.raises(ConfigError, match="language must be a map of settings, not"):
         flat_overrides({}, {"language": 3})
 
 

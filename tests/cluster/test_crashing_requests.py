@@ -26,8 +26,8 @@ from cluster.handoff import Handoff
 from cluster.model_info import ModelInfo
 from cluster.monitor import WorkerMonitor
 from cluster.served import ServedRequest
-from language_worker.api import SamplingParams
 from language_worker.config import EngineConfig
+from language_worker.sampling_params import SamplingParams
 from language_worker.worker import LanguageWorker
 from tests.cluster.fake_workers import FakeWorker, Names, send_tokens
 from tests.cluster.test_handoff import IMAGES, QUICK, WAIT_S, Loss, MakeRig, Outcome, Rig, _serve, lose, make_rig

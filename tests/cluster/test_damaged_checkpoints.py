@@ -28,6 +28,7 @@ from language_worker.config import EngineConfig
 from language_worker.engine_builder import check_model
 from language_worker.errors import EngineError
 from tests.profiles import IS_SOAK
+from tests.quantised_layouts import Scheme, quantise_folder
 from tests.tiny_llada import make_llada
 from tests.tiny_llada_v import make_llada_v
 from tests.tiny_minimind import make_minimind
@@ -47,6 +48,12 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }  # fmt: skip
 WRONG: tuple[Any, ...] = ("x", "", None, 0, -1, 1.5, 10**400, float("nan"), True, [], ["x"], [None], {}, {"x": 1})
+
+
+def _quantised(plain: Path, scheme: Scheme) -> Path:
+    return quantise_folder(plain, plain.parent, scheme)[0]
+
+
 MAKERS: dict[str, Callable[[Path], object]] = {
     **{family: partial(make_text_model, family=family) for family in ARCHITECTURES},
     "llama-3": partial(make_text_model, family="llama", rope_parameters=LLAMA3),
@@ -58,6 +65,12 @@ MAKERS: dict[str, Callable[[Path], object]] = {
     "llada_v": lambda folder: make_llada_v(folder).folder,
     "minimind-moe": partial(make_minimind, variant="3-moe", layout="bin"),
     "minimind_v": partial(make_minimind_v, kind="siglip", layout="bin"),
+    "minimind_v-naflex": partial(make_minimind_v, kind="naflex", layout="bin"),
+    "llama-gptq": lambda folder: _quantised(make_text_model(folder, "llama"), Scheme(desc_act=True)),
+    "qwen2-compressed": lambda folder: _quantised(
+        make_text_model(folder, "qwen2"), Scheme(method="compressed-tensors")
+    ),
+    "qwen2_5_vl-awq": lambda folder: _quantised(make_qwen2_5_vl(folder), Scheme(method="awq", sym=False)),
     "nanochat": make_hf_nanochat,
     "nanochat-native": partial(make_native_nanochat, generation=4),
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,19 @@ from cluster import LLM, DiffusionParams, SamplingParams
 from cluster.cli.generate import diffusion_from
 from cluster.config import build_config
 from cluster.errors import BadRequest, ConfigError
-from cluster.gateway.app import create_app
 from examples.sums import save_tokenizer
 from language_worker.config import EngineConfig
 from language_worker.engine_builder import build_engine, check_model
 from language_worker.errors import InvalidRequest, ModelNotSupported
-from tests.cluster.gateway.harness import MODEL, events_of, make_context, run
+from tests.cluster.gateway.harness import MODEL, events_of, serve
+from tests.cluster.ledger import await_empty
 from tests.tiny_llada import CONFIG, MASK_ID, TOKENIZER, make_llada
 from tests.tiny_text_models import make_text_model
+from tests.waiting import eventually
 
 SETTINGS = {"dtype": "float32", "device": "cpu", "num_threads": 1, "kv_cache_tokens": 8192}
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+HELD = ("kv_pages_referenced",)
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +42,6 @@ def llm(folder: Path) -> Iterator[LLM]:
     with LLM(model=str(folder), **SETTINGS) as llm:
         yield llm
     torch.set_num_threads(before)
-
-
-def assert_idle(llm: LLM) -> None:
-    """Everything is given back, within a step of the worker's."""
-    deadline_s = time.monotonic() + 60
-    while llm.stats()["language-0"]["kv_pages_referenced"] and time.monotonic() < deadline_s:
-        time.sleep(0.002)
-    assert llm.stats()["language-0"]["kv_pages_referenced"] == 0
 
 
 def test_a_script_gets_tokens_and_counters(llm: LLM) -> None:
@@ -77,7 +70,7 @@ def test_leaving_a_stream_gives_everything_back(llm: LLM) -> None:
     for chunk in llm.stream("12+34", params):
         assert chunk.token_ids
         break
-    assert_idle(llm)
+    await_empty(llm, HELD)
 
 
 def test_images_are_refused(llm: LLM) -> None:
@@ -102,20 +95,15 @@ def test_command_line_settings_become_parameters() -> None:
         diffusion_from(["schedule"])
 
 
-def serve(llm: LLM, folder: Path, main: Any) -> None:
+def over_http(llm: LLM, folder: Path, main: Any) -> None:
     """Run `main(client)` against the gateway in front of the real worker."""
+    serve(llm._workers.handoff, folder, main)
+    await_empty(llm, HELD)
 
-    async def body() -> None:
-        context = make_context(folder, llm._workers.handoff, image_token_id=None, max_model_len=512)  # type: ignore[arg-type]
-        app = create_app(context)
-        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://gateway", timeout=60) as client:
-            await main(client)
-        assert app.state.gateway.num_active == 0
-        app.state.gateway.close()
 
-    run(body())
-    assert_idle(llm)
+def await_begun(llm: LLM, worker: str) -> None:
+    """A request has pages on the worker."""
+    eventually(lambda: llm.stats()[worker]["kv_pages_referenced"], f"no request began on {worker}")
 
 
 def chat(**fields: Any) -> dict[str, Any]:
@@ -135,7 +123,7 @@ def test_chat_streams_blocks_and_counts_forwards(llm: LLM, folder: Path) -> None
         assert "".join(deltas) == whole["choices"][0]["message"]["content"]
         assert events[-2]["usage"]["hops"]["forwards"] == 8 and events[-1] == "[DONE]"
 
-    serve(llm, folder, main)
+    over_http(llm, folder, main)
 
 
 def test_many_requests_with_parameters_of_their_own(llm: LLM, folder: Path) -> None:
@@ -158,21 +146,19 @@ def test_many_requests_with_parameters_of_their_own(llm: LLM, folder: Path) -> N
             alone = await client.post("/v1/chat/completions", json=body)
             assert alone.json()["choices"] == response.json()["choices"], body
 
-    serve(llm, folder, main)
+    over_http(llm, folder, main)
 
 
 def test_a_client_that_leaves_midway_frees_what_it_held(llm: LLM, folder: Path) -> None:
     async def main(client: httpx.AsyncClient) -> None:
         fields = chat(diffusion={"schedule": "static", "block_length": 2}, stream=True, max_tokens=400)
         task = asyncio.create_task(client.post("/v1/chat/completions", json=fields))
-        while llm.stats()["language-0"]["kv_pages_referenced"] == 0:
-            await asyncio.sleep(0.001)
+        await asyncio.to_thread(await_begun, llm, "language-0")
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        while llm.stats()["language-0"]["kv_pages_referenced"]:
-            await asyncio.sleep(0.001)
+        await asyncio.to_thread(await_empty, llm, HELD)
 
-    serve(llm, folder, main)
+    over_http(llm, folder, main)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +178,7 @@ def test_wrong_parameters_are_a_400_that_names_them(
         error = json.loads(response.text)["error"]
         assert response.status_code == 400 and named in error["message"], response.text
 
-    serve(llm, folder, main)
+    over_http(llm, folder, main)
 
 
 @pytest.mark.parametrize("layout", ["own", "llama"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ import pytest
 import torch
 
 from cluster import LLM, DiffusionParams, SamplingParams
-from cluster.gateway.app import create_app
-from tests.cluster.gateway.harness import events_of, make_context, run
-from tests.cluster.test_diffusion_llm import SETTINGS, chat
+from tests.cluster.gateway.harness import events_of, serve
+from tests.cluster.ledger import await_empty
+from tests.cluster.test_diffusion_llm import SETTINGS, await_begun, chat
 from tests.cluster.test_llada_v_llm import asked, expected, sampling
 from tests.tiny_llada import MASK_ID, make_llada
 from tests.tiny_llada_v import IMAGE_ID, Made, make_llada_v
@@ -23,10 +22,11 @@ from tests.tiny_models import random_image
 
 SPLIT = {"prefill": 1, "decode": 1}
 LEDGER = (
-    "transfer_blocks_in_use", "transfer_streams_open", "transfer_tickets_open", "transfer_streams_sending",
-    "kv_pages_referenced", "kv_buffer_rows_reserved", "kv_exports_open", "input_buffer_rows_reserved",
-    "num_requests_running", "num_requests_waiting", "calls_incoming",
+    "transfer_blocks_in_use", "transfer_streams_open", "transfer_tickets_open",
+    "kv_pages_referenced", "kv_buffer_rows_reserved", "input_buffer_rows_reserved", "num_requests_running",
+    "num_requests_waiting", "calls_incoming",
 )  # fmt: skip
+OF_SPLIT = (*LEDGER, "transfer_streams_sending", "kv_exports_open")
 TRANSFER = {"block_size": 8, "default_allocate_tokens": 8, "pool_tokens": 64}
 KINDS: list[dict[str, Any]] = [
     {"schedule": "static", "block_length": 4},
@@ -66,32 +66,10 @@ def split(folder: Path) -> Iterator[LLM]:
         yield llm
 
 
-def await_empty(llm: LLM) -> None:
-    """No page, row, stream or ticket is left on any worker; last acknowledgements may still be on their way."""
-    deadline_s = time.monotonic() + 60
-    while time.monotonic() < deadline_s:
-        left = {name: {k: v[k] for k in LEDGER if v.get(k)} for name, v in llm.stats().items()}
-        if not any(left.values()):
-            return
-        time.sleep(0.002)
-    raise AssertionError(f"left behind: {left}")
-
-
 def over_http(llm: LLM, folder: Path, main: Any) -> Any:
-    """What `main(client)` returns, with the gateway in front of the workers."""
-
-    async def body() -> Any:
-        context = make_context(folder, llm._workers.handoff, image_token_id=None, max_model_len=512)  # type: ignore[arg-type]
-        app = create_app(context)
-        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://gateway", timeout=60) as client:
-            result = await main(client)
-        assert app.state.gateway.num_active == 0
-        app.state.gateway.close()
-        return result
-
-    result = run(body())
-    await_empty(llm)
+    """What `main(client)` returns, with the gateway in front of the workers, on whom nothing is left then."""
+    result = serve(llm._workers.handoff, folder, main)
+    await_empty(llm, OF_SPLIT if "prefill-0" in llm.stats() else LEDGER)
     return result
 
 
@@ -153,13 +131,11 @@ def test_clients_that_leave_midway_leave_nothing(folder: Path, split: LLM) -> No
         ]
         for _ in range(3):
             tasks = [asyncio.create_task(client.post("/v1/chat/completions", json=one)) for one in fields]
-            while split.stats()["decode-0"]["kv_pages_referenced"] == 0:
-                await asyncio.sleep(0.001)
+            await asyncio.to_thread(await_begun, split, "decode-0")
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            while split.stats()["decode-0"]["kv_pages_referenced"]:
-                await asyncio.sleep(0.001)
+            await asyncio.to_thread(await_empty, split, OF_SPLIT)
 
     over_http(split, folder, main)
 
@@ -190,5 +166,5 @@ def test_images_equal_the_reference(made: Made, diffusion: dict[str, Any]) -> No
             assert answer.outputs[0].token_ids == expected(made, ids, images, params.diffusion)
         oracle, ids = made.oracle(*prompts[1])
         logits = llm.logits(asked(*prompts[1]))
-        await_empty(llm)
+        await_empty(llm, OF_SPLIT)
     torch.testing.assert_close(logits.double(), oracle(torch.tensor(ids)), atol=1e-4, rtol=1e-4)

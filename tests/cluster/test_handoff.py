@@ -19,7 +19,8 @@ from cluster.errors import NoWorker, RequestTimeout, WorkerLost
 from cluster.handoff import MAX_ATTEMPTS, Handoff
 from cluster.legs import TOKENS_PER_PART
 from cluster.served import RequestStats, RunningRequest, ServedRequest
-from language_worker.api import SamplingParams, TokenChunk
+from language_worker.api import TokenChunk
+from language_worker.sampling_params import SamplingParams
 from tests.cluster.fake_workers import FakeWorker, Names, end_generate, send_tokens
 from transfer.config import TransferConfig
 from transfer.connection import Connection

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 from PIL import Image
@@ -28,7 +27,7 @@ from language_worker.config import EngineConfig
 from language_worker.engine_builder import check_model
 from language_worker.errors import ModelNotSupported
 from language_worker.models import resolve_model
-from tests.cluster.gateway.harness import MODEL, events_of, make_context, run
+from tests.cluster.gateway.harness import MODEL, client_of, events_of, make_context, run
 from tests.oracles_llada import by_count, by_threshold, generate
 from tests.tiny_llada import END_ID, TURN_ID
 from tests.tiny_llada_v import IMAGE_ID, IMAGE_TOKEN, SIDE, UNSPOKEN, Made, llada_v_tokenizer, make_llada_v
@@ -187,13 +186,11 @@ def test_images_over_http_in_one_answer_and_in_blocks(made: Made) -> None:
         template, image_id = info.chat_template, info.image_token_id
         context = make_context(made.folder, handoff, chat_template=template, image_token_id=image_id, max_model_len=512)
         app = create_app(context)
-        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://gateway", timeout=60) as client:
+        async with client_of(app) as client:
             whole, streamed = await asyncio.gather(
                 client.post("/v1/chat/completions", json=body),
                 client.post("/v1/chat/completions", json=body | {"stream": True}),
             )
-        app.state.gateway.close()
         assert whole.json()["choices"][0]["message"]["content"] == wanted.outputs[0].text
         deltas = [event["choices"][0]["delta"].get("content") or "" for event in events_of(streamed.text)[:-1]]
         assert "".join(deltas) == wanted.outputs[0].text and sum(map(bool, deltas)) > 1

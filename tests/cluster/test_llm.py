@@ -23,6 +23,7 @@ from cluster.errors import BadRequest, ConfigError
 from embedding_worker.errors import BadImage
 from language_worker import delivery
 from language_worker.errors import InvalidRequest, PromptTooLong
+from tests.cluster.ledger import await_empty
 from transfer.errors import EndpointClosed, RemoteFailure
 
 DEMO = Path(cluster.demo.__file__).parent
@@ -32,25 +33,8 @@ QUESTIONS = json.loads((IMAGES / "questions.json").read_text())
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0)
 WARM = 8.0  # the demo model is so sure of its answers that below this samples are all alike
 PLACED = "<|vision_start|><|image_pad|><|vision_end|>"
-LEDGER = (
-    "transfer_blocks_in_use", "transfer_streams_open", "transfer_tickets_open", "transfer_streams_sending",
-    "kv_pages_referenced", "num_requests_running", "num_requests_waiting", "input_buffer_rows_reserved",
-    "calls_incoming", "calls_outgoing", "embed_requests_open", "embed_patches_waiting",
-)  # fmt: skip
+
 SETTINGS: dict[str, Any] = {"dtype": "float32", "device": "cpu", "num_threads": 1, "kv_cache_tokens": 8192}
-
-
-def _await_empty(llm: LLM) -> None:
-    """The ledger comes to zero: what was cancelled is freed within a step."""
-    pause = threading.Event()
-    for _ in range(500):
-        stats = llm.stats()
-        assert {name for worker in stats.values() for name in worker} >= set(LEDGER)
-        left = {(who, name): worker[name] for who, worker in stats.items() for name in LEDGER if worker.get(name)}
-        if not left:
-            return
-        pause.wait(0.01)
-    raise AssertionError(f"left behind: {left}")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +48,7 @@ def shared() -> Iterator[LLM]:
 @pytest.fixture
 def llm(shared: LLM) -> Iterator[LLM]:
     yield shared
-    _await_empty(shared)
+    await_empty(shared)
 
 
 def _image_prompt(file: str, question: str) -> dict[str, Any]:
@@ -248,7 +232,7 @@ def test_64_mixed_requests_at_once_equal_one_by_one(shared: LLM) -> None:
     }  # fmt: skip
     with LLM(model=MODEL, **{**SETTINGS, **tight}) as llm:
         together = llm.generate(prompts, params)
-        _await_empty(llm)
+        await_empty(llm)
         stats = llm.stats()["language-0"]
     assert [_what(output) for output in together] == [_what(output) for output in alone]
     assert max(output.hops.get("grant_rounds", 0) for output in together) > 1, "the pool was never short"
@@ -294,7 +278,7 @@ def test_what_a_worker_refuses_names_the_reason_and_spares_the_next(
         next(llm.stream(prompt, params))
     again = pickle.loads(pickle.dumps(caught.value))
     assert type(again) is type(caught.value) and str(again) == str(caught.value)
-    _await_empty(llm)
+    await_empty(llm)
     assert len(llm.generate(["fine", "fine too"], params)) == 2
 
 
@@ -306,7 +290,7 @@ def test_leaving_a_stream_early_gives_everything_back(llm: LLM) -> None:
             with contextlib.closing(llm.stream(prompt, params)) as stream:  # type: ignore[type-var]
                 for _, _chunk in zip(range(num_taken), stream, strict=False):
                     pass
-            _await_empty(llm)
+            await_empty(llm)
     unstarted = llm.stream("never asked for", params)
     del unstarted
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from cluster import LLM
-from tests.cluster.test_llm import MODEL, SETTINGS, _await_empty, _mixed, _what
+from tests.cluster.ledger import await_empty
+from tests.cluster.test_llm import MODEL, SETTINGS, _mixed, _what
 from tests.memory import resident_bytes
 from tests.profiles import IS_SOAK
 
@@ -18,6 +19,7 @@ NUM_REQUESTS, NUM_CHECKED = (700, 35) if IS_SOAK else (60, 5)  # of a round
 FLAT_BYTES = 32 << 20
 # What a finished request may leave behind. The allocator takes a large piece now and then, but not in every round.
 BYTES_PER_REQUEST = 30 << 10
+LARGE_PAGE = 2 << 20  # in which the kernel may hand out memory: one in every round shows nothing
 CACHES = {"kv_cache_tokens": 1024, "cache_tokens": 512}  # soon full, so that nothing of them is touched late
 
 
@@ -43,5 +45,6 @@ def test_many_mixed_requests_in_flat_memory(llm: LLM, capsys: pytest.CaptureFixt
         for i in rng.sample(range(NUM_REQUESTS), NUM_CHECKED):
             (alone,) = llm.generate([prompts[i]], params[i])
             assert _what(alone) == _what(answers[i]), f"request {i}"
-    _await_empty(llm)
-    assert sum(rises) < FLAT_BYTES and min(rises) < NUM_REQUESTS * BYTES_PER_REQUEST, f"{rises} bytes more"
+    await_empty(llm)
+    most = NUM_REQUESTS * BYTES_PER_REQUEST + LARGE_PAGE
+    assert sum(rises) < FLAT_BYTES and min(rises) < most, f"{rises} bytes more"

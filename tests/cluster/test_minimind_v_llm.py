@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from cluster.prompts import image_bytes
 from embedding_worker.config import EmbedConfig
 from embedding_worker.errors import UnsupportedModel
 from embedding_worker.runner import VisionRunner
-from tests.tiny_minimind_v import IMAGE_ID, PADDING_ID, make_minimind_v, reference_answer
+from tests.tiny_minimind_v import FOLDERS, MARKS, NAFLEX_ROWS, make_minimind_v, reference_answer
 from tests.tiny_models import random_image
 from transfer.checkpoint import CheckpointError
 
@@ -29,6 +30,9 @@ CASES: list[dict[str, Any]] = [
     {"kind": "siglip"},
     {"kind": "siglip", "layout": "bin", "variant": "3-moe"},
     {"kind": "siglip", "own_encoder": True, "tie_word_embeddings": False},
+    {"kind": "naflex"},
+    {"kind": "naflex", "layout": "bin", "variant": "3-moe"},
+    {"kind": "naflex", "as_published": True, "own_encoder": True},
     {"kind": "clip", "variant": "2"},
     {"kind": "clip", "variant": "2-moe", "layout": "bin"},
 ]
@@ -44,7 +48,7 @@ def _threads() -> Iterator[None]:
 @pytest.mark.parametrize("index", range(len(CASES)))
 def test_images_anywhere_equal_the_reference(index: int, tmp_path: Path) -> None:
     made = make_minimind_v(tmp_path, **CASES[index], seed=index)
-    mark = IMAGE_ID if made["kind"] == "siglip" else PADDING_ID
+    mark = MARKS[made["kind"]]
     pictures = [random_image(*size, seed=index) for size in ((90, 57), (64, 64), (33, 120))]
     prompts = [
         ([5, 6, mark, 7, 8], pictures[:1]),
@@ -63,8 +67,8 @@ def test_images_anywhere_equal_the_reference(index: int, tmp_path: Path) -> None
                 llm.generate({"prompt_token_ids": [5, mark], "images": [image_bytes(p) for p in images]}, GREEDY)
 
 
-@pytest.mark.parametrize("kind", ["siglip", "clip"])
-def test_chat_puts_images_into_a_template_that_takes_text(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "num_rows"), [("siglip", 16), ("naflex", NAFLEX_ROWS), ("clip", 49)])
+def test_chat_puts_images_into_a_template_that_takes_text(kind: str, num_rows: int, tmp_path: Path) -> None:
     """Several turns with images, one of them two side by side; what a client spells as the placeholder stays text."""
     made = make_minimind_v(tmp_path, kind, seed=3)
     path = tmp_path / "tokenizer_config.json"
@@ -84,17 +88,18 @@ def test_chat_puts_images_into_a_template_that_takes_text(kind: str, tmp_path: P
     with LLM(model=str(tmp_path), **SETTINGS) as llm:
         (answer,) = llm.chat(messages, GREEDY)
     ids = answer.prompt_token_ids
-    mark = IMAGE_ID if kind == "siglip" else PADDING_ID
+    mark = MARKS[kind]
     assert ids.count(mark) == 3
-    assert answer.num_prompt_tokens == len(ids) - 3 + 3 * (16 if kind == "siglip" else 49)
+    assert answer.num_prompt_tokens == len(ids) - 3 + 3 * num_rows
     _, tokens = reference_answer(made, ids, pictures, mark, 8)
     assert answer.outputs[0].token_ids == tokens
 
 
-def test_every_tensor_of_the_vision_half_is_needed(tmp_path: Path) -> None:
-    make_minimind_v(tmp_path, "siglip")
+@pytest.mark.parametrize(("kind", "num_of_projector"), [("siglip", 6), ("naflex", 4)])
+def test_every_tensor_of_the_vision_half_is_needed(kind: str, num_of_projector: int, tmp_path: Path) -> None:
+    make_minimind_v(tmp_path, kind)
     config = EmbedConfig(device="cpu", dtype="float32")
-    file = next((tmp_path / "siglip2-base-p32-256-ve").glob("*.safetensors"))
+    file = next((tmp_path / FOLDERS[kind]).glob("*.safetensors"))
     stored = load_file(file)
     for name in stored:
         save_file({key: value for key, value in stored.items() if key != name}, file)
@@ -105,7 +110,7 @@ def test_every_tensor_of_the_vision_half_is_needed(tmp_path: Path) -> None:
             VisionRunner.load(tmp_path, config)
         assert any(name.removeprefix("vision_model.") in problem for problem in caught.value.problems)
     save_file({name.removeprefix("vision_model."): value for name, value in stored.items()}, file)
-    assert VisionRunner.check(tmp_path, config) == len(stored) - 1 + 6
+    assert VisionRunner.check(tmp_path, config) == len(stored) - 1 + num_of_projector
     (weights,) = tmp_path.glob("*.pth")
     tensors = torch.load(weights, weights_only=True)
     for name in [name for name in tensors if name.startswith("vision_proj")]:
@@ -114,16 +119,19 @@ def test_every_tensor_of_the_vision_half_is_needed(tmp_path: Path) -> None:
             VisionRunner.load(tmp_path, config)
 
 
-def test_layouts_that_are_not_served_are_named(tmp_path: Path) -> None:
-    make_minimind_v(tmp_path, "siglip")
+def test_an_encoder_of_another_layout_is_named(tmp_path: Path) -> None:
     config = EmbedConfig(device="cpu", dtype="float32")
-    (weights,) = tmp_path.glob("*.pth")
-    tensors = torch.load(weights, weights_only=True)
-    naflex = {name.replace("mlp.1", "mlp.0").replace("mlp.3", "mlp.2"): value for name, value in tensors.items()}
-    torch.save(naflex, weights)
-    with pytest.raises(UnsupportedModel, match="NaFlex"):
-        VisionRunner.load(tmp_path, config)
-    torch.save(tensors, weights)
-    (tmp_path / "siglip2-base-p32-256-ve" / "config.json").unlink()
-    with pytest.raises(UnsupportedModel, match="holds 0 folders with a vision encoder"):
-        VisionRunner.load(tmp_path, config)
+    for kind, other, message in (
+        ("siglip", "naflex", "is SigLIP 2 NaFlex, and the projector is not the one made for it"),
+        ("naflex", "siglip", r"is not SigLIP 2 NaFlex, which the projector \(mlp.0 and mlp.2\) needs"),
+        ("naflex", "clip", r"is not SigLIP 2 NaFlex, which the projector \(mlp.0 and mlp.2\) needs"),
+    ):
+        folder, stranger = tmp_path / f"{kind}-{other}", tmp_path / f"of-{kind}-{other}"
+        make_minimind_v(folder, kind)
+        make_minimind_v(stranger, other)
+        shutil.rmtree(folder / FOLDERS[kind])
+        with pytest.raises(UnsupportedModel, match="holds 0 folders with a vision encoder"):
+            VisionRunner.load(folder, config)
+        shutil.copytree(stranger / FOLDERS[other], folder / FOLDERS[other])
+        with pytest.raises(UnsupportedModel, match=message):
+            VisionRunner.check(folder, config)

@@ -16,7 +16,7 @@ import cluster.demo
 from cluster.errors import BadRequest, ChatTemplateError, InvalidImageUrl
 from cluster.model_info import ModelInfo
 from cluster.prompts import image_bytes, is_conversation, is_single_prompt, request_from_messages, request_from_prompt
-from language_worker.api import SamplingParams
+from language_worker.sampling_params import SamplingParams
 
 DEMO = Path(cluster.demo.__file__).parent
 PARAMS = SamplingParams(max_tokens=3)
@@ -131,6 +131,20 @@ def test_images_that_are_not_there_or_malformed() -> None:
         image_bytes("no such file.png")
     with pytest.raises(InvalidImageUrl):
         image_bytes("data:image/png;base64,@@@")
+    with pytest.raises(BadRequest, match=r"cannot read the image .*null"):
+        image_bytes("no\0file.png")
+    with pytest.raises(BadRequest, match="cannot read the image aaaa") as caught:  # base64 that is no data URL, say
+        image_bytes("a" * 100_000)
+    assert len(str(caught.value)) < 300
+
+
+def test_pil_images_that_cannot_be_read() -> None:
+    closed = Image.new("RGB", (2, 2))
+    closed.close()
+    cut_short = Image.open(io.BytesIO(PNG[: len(PNG) // 2]))
+    for image in (Image.new("RGB", (0, 5)), closed, cut_short):
+        with pytest.raises(BadRequest, match=r"cannot read an image of size \("):
+            image_bytes(image)
 
 
 def test_a_conversation_is_rendered_as_the_reference_does(info: ModelInfo, oracle: Any) -> None:

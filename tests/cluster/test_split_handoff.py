@@ -13,11 +13,12 @@ import pytest
 from cluster.directory import WorkerDirectory
 from cluster.handoff import Handoff
 from cluster.served import RunningRequest, ServedRequest
-from language_worker.api import SamplingParams, TokenLogprob
+from language_worker.api import TokenLogprob
 from language_worker.diffusion_params import DiffusionParams
+from language_worker.sampling_params import SamplingParams
 from tests.cluster.fake_workers import FakeWorker, Names, end_generate, send_tokens
 from tests.e2e.front import Gathered
-from tests.e2e.serving import eventually
+from tests.waiting import eventually
 from transfer.config import TransferConfig
 from transfer.endpoints.endpoint import open_endpoint
 from transfer.errors import RemoteFailure

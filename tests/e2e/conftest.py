@@ -30,7 +30,7 @@ def cluster_tree(**workers: Any) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def ray_token() -> Iterator[None]:
     """A token of this run for the local Ray: without one it writes a file below the home folder. Ray asks for tokens
     unless told otherwise; told by RAY_AUTH_MODE it must be before it is imported, so that one stays unset here.
@@ -41,21 +41,21 @@ def ray_token() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def guarded_head() -> Iterator[RayHead]:
     """A Ray beside the local one, for what users do to a cluster that runs."""
     with ray_head() as head:
         yield head
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def ray_cluster(ray_token: None) -> Iterator[RayCluster]:
     """One embedding and one language worker. Starts the local Ray, and ends it last."""
     with RayCluster(build_config(cluster_tree()).resolve()) as cluster:
         yield cluster
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def serving(ray_cluster: RayCluster) -> Iterator[Serving]:
     with Serving(ray_cluster.url) as serving:
         yield serving

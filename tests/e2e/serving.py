@@ -6,18 +6,17 @@ import base64
 import io
 import json
 import re
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 from PIL import Image
 
 from cluster.demo import MODEL_NAME, questions
+from tests.waiting import eventually
 
 CHAT = "/v1/chat/completions"
 TIMEOUT_S = 60.0
@@ -36,7 +35,6 @@ LEDGER = (
     "num_requests_waiting",
 )
 TOPOLOGIES = ({"embedding", "language"}, {"embedding", "prefill", "decode"}, {"prefill", "decode"})
-T = TypeVar("T")
 _SAMPLE = re.compile(r'^tandem:(\w+)\{worker="([^"]+)"\} (\S+)$', re.MULTILINE)
 
 
@@ -173,16 +171,6 @@ class Serving:
             return {worker: values for worker, values in left.items() if values}
 
         eventually(lambda: not leftovers(), lambda: f"left behind: {leftovers()}")
-
-
-def eventually(condition: Callable[[], T | None], what: Callable[[], str] | str, timeout_s: float = 30.0) -> T:
-    """The first true value of `condition`, asked again and again; AssertionError after `timeout_s`."""
-    deadline, pause = time.monotonic() + timeout_s, threading.Event()
-    while time.monotonic() < deadline:
-        if value := condition():
-            return value
-        pause.wait(0.05)
-    raise AssertionError(what if isinstance(what, str) else what())
 
 
 def ask_demo_question(serving: Serving, index: int = -2) -> None:

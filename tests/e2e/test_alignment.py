@@ -25,7 +25,8 @@ from embedding_worker.worker import EmbeddingWorker
 from language_worker.config import EngineConfig
 from language_worker.worker import LanguageWorker
 from tests.e2e.front import Front
-from tests.e2e.serving import LEDGER, NO_SPECIAL_TOKENS, eventually
+from tests.e2e.serving import LEDGER, NO_SPECIAL_TOKENS
+from tests.waiting import eventually
 from transfer.config import TransferConfig
 from transfer.connection import Connection
 from transfer.endpoints.endpoint import open_endpoint

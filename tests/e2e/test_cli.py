@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from cluster.demo import MODEL_DIR, MODEL_NAME, questions
 from tests.e2e.serve_process import COMMAND, TIMEOUT_S, serve
-from tests.e2e.serving import Serving, ask_demo_question, eventually, long_body
+from tests.e2e.serving import Serving, ask_demo_question, long_body
 from tests.profiles import IS_SOAK
+from tests.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,8 +11,9 @@ import zmq
 from cluster.config import build_config
 from cluster.launch import RayCluster
 from tests.e2e.conftest import cluster_tree
-from tests.e2e.serving import Serving, ask_demo_question, eventually
+from tests.e2e.serving import Serving, ask_demo_question
 from tests.transfer.test_endpoints import WAIT_S, Answers
+from tests.waiting import eventually
 from transfer.config import TransferConfig
 from transfer.endpoints.endpoint import open_endpoint
 from transfer.endpoints.peer_book import KEY_BYTES

@@ -20,9 +20,10 @@ import pytest
 
 from cluster.actors import WorkerHealth
 from cluster.launch import RayCluster
-from tests.e2e.serving import Serving, Streamed, ask_demo_question, chat_body, eventually, long_body, png
+from tests.e2e.serving import Serving, Streamed, ask_demo_question, chat_body, long_body, png
 from tests.e2e.test_topologies import check_topology
 from tests.tiny_models import random_image
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.ray
 

@@ -21,7 +21,6 @@ import yaml
 
 from cluster.demo import IMAGE_DIR, MODEL_DIR, questions
 from tests.e2e.ray_head import BIN, ROOT, RayHead, free_ports
-from tests.e2e.serving import eventually
 from tests.helm.rendering import (
     CHART,
     Object,
@@ -33,6 +32,7 @@ from tests.helm.rendering import (
     tandem_configs,
 )
 from tests.profiles import IS_SOAK
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.ray
 

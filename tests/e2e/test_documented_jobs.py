@@ -13,8 +13,9 @@ import pytest
 
 from cluster.demo import MODEL_DIR, questions
 from tests.e2e.ray_head import BIN, JOB_S, ROOT, RayHead, free_ports
-from tests.e2e.serving import Serving, chat_body, eventually
+from tests.e2e.serving import Serving, chat_body
 from tests.profiles import IS_SOAK
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.ray
 

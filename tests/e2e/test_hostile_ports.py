@@ -14,7 +14,7 @@ from cluster.directory import WorkerAddress
 from cluster.model_info import ModelInfo
 from cluster.prompts import request_from_messages
 from cluster.served import ServedRequest
-from language_worker.api import SamplingParams
+from language_worker.sampling_params import SamplingParams
 from tests.e2e.front import Front
 from tests.e2e.worker_process import WorkerProcess
 from tests.transfer.hostile import (

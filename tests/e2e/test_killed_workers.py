@@ -17,8 +17,9 @@ import pytest
 
 from cluster.config import build_config
 from cluster.launch import RayCluster
-from tests.e2e.serving import Serving, eventually
+from tests.e2e.serving import Serving
 from tests.tiny_text_models import make_text_model
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.ray
 

@@ -130,7 +130,7 @@ def test_deepstack_equals_the_reference(index: int, tmp_path: Path, processes: d
     _check_equal(folder, _cases(folder, qwen3_vl_reference(folder), index), index, processes)
 
 
-@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("index", range(6))
 def test_minimind_v_equals_the_reference(index: int, tmp_path: Path, processes: dict[str, WorkerProcess]) -> None:
     """Two images side by side, in every layout; text alone and behind them."""
     name = [name for name in FAMILIES if name.startswith("minimind-v")][index]

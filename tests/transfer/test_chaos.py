@@ -22,9 +22,6 @@ from transfer.errors import ConfigError, LocalProtocolError
 WAIT_S = 20.0
 DATA = bytes(range(256)) * 2000
 
-# Sockets that earlier tests left to the garbage collector may be found here.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 
 class Upstream:
     """Accepts links, keeps what each brings, echoes it when asked to, and notes how each ends."""
@@ -364,3 +361,29 @@ def test_a_taken_port_is_a_config_error() -> None:
         pytest.raises(ConfigError, match=r"cannot listen on 127\.0\.0\.1:"),
     ):
         ChaosProxy(f"127.0.0.1:{taken.getsockname()[1]}", "127.0.0.1:1")
+
+
+@pytest.mark.parametrize("turns", range(8))
+def test_a_link_that_is_cut_while_it_ends_closes_both_its_sockets(turns: int) -> None:
+    """A proxy that is closed cancels every link, also one that was on its way out."""
+
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as upstream:
+            relay = Relay(
+                FaultPlan(Faults()), (socket.AF_INET, upstream.getsockname()), None, asyncio.Event(), Counter()
+            )
+            near, other = socket.socketpair()
+            with other:
+                link = Link(relay, near)
+                task = asyncio.create_task(link.run())
+                while not link._pumps:
+                    await asyncio.sleep(0)
+                task.cancel()
+                for _ in range(turns):  # of the loop: in one of them it waits for its pumps to end
+                    await asyncio.sleep(0)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                assert link._far is not None
+                assert near.fileno() == link._far.fileno() == -1
+
+    asyncio.run(main())

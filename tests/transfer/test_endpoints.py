@@ -20,6 +20,7 @@ import torch
 import zmq
 
 from tests.transfer.virtual import PLANES, Consumer, assert_rows_equal, make_rows
+from tests.waiting import eventually
 from transfer.config import TransferConfig
 from transfer.connection import Connection
 from transfer.endpoints.contract import Endpoint
@@ -52,13 +53,7 @@ QUICK = replace(CONFIG, peer_timeout_s=0.6)  # for those that are to lose a peer
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    """Poll until true; fails after WAIT_S."""
-    stop = threading.Event()
-    for _ in range(int(WAIT_S / 0.005)):
-        if condition():
-            return
-        stop.wait(0.005)
-    raise AssertionError("waited in vain")
+    eventually(condition, "waited in vain", WAIT_S)
 
 
 @dataclass

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.transfer.segment_values import LAYOUT, TICKET_ID, fill, filling_of, first_bytes
+from tests.waiting import eventually
 from transfer.errors import ConfigError, PeerLost, RemoteProtocolError, TicketRejected, TransferError
 from transfer.memory import segment_passing, segment_server
 from transfer.memory.segment_passing import (
@@ -43,10 +43,7 @@ LIMIT_S = 20.0
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
     """AssertionError after LIMIT_S; for effects in another thread or process."""
-    end = time.monotonic() + LIMIT_S
-    while not condition():
-        assert time.monotonic() < end, f"waited {LIMIT_S} s for {what}"
-        time.sleep(0.002)
+    eventually(condition, f"waiting for {what}", LIMIT_S)
 
 
 def descriptors() -> int:
@@ -54,16 +51,6 @@ def descriptors() -> int:
     trying to reach somebody."""
     gc.collect()
     return sum(not _is_internet_socket(int(name)) for name in os.listdir("/proc/self/fd"))
-
-
-def nothing_is_left(descriptors_before: int, mappings_before: int = 1 << 30) -> bool:
-    """Soon: threads of earlier tests may have a file open for a moment, what is leaked here stays."""
-    deadline = time.monotonic() + 20
-    while descriptors() > descriptors_before or mappings() > mappings_before:
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def _is_internet_socket(descriptor: int) -> bool:
@@ -76,9 +63,27 @@ def _is_internet_socket(descriptor: int) -> bool:
         return True  # the folder's own, or closed meanwhile
 
 
+@pytest.fixture(autouse=True, scope="module")
+def others_are_not_searched() -> Iterator[None]:
+    """Objects of earlier tests are collected once, and then left out of every collection here: there are millions."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def mappings() -> int:
     gc.collect()
     return Path("/proc/self/maps").read_text().count("/memfd:tandem-")
+
+
+def expect_nothing_left(descriptors_before: int, mappings_before: int = sys.maxsize) -> None:
+    """Soon: threads of earlier tests may open a file for a moment, or close one; what is leaked here stays."""
+    eventually(
+        lambda: descriptors() <= descriptors_before and mappings() <= mappings_before,
+        lambda: f"{descriptors()} descriptors ({descriptors_before} before), {mappings()} mappings ({mappings_before})",
+        LIMIT_S,
+    )
 
 
 class Host:
@@ -136,7 +141,7 @@ def host(tmp_path: Path) -> Iterator[Host]:
     host = Host(tmp_path / "run")
     yield host
     host.close()
-    assert nothing_is_left(*before), (before, descriptors(), mappings())
+    expect_nothing_left(*before)
     assert not [*(tmp_path / "run").iterdir()], "no file is left"
 
 
@@ -398,7 +403,7 @@ def test_whoever_answers_without_the_ticket_gets_no_rows_and_leaves_no_descripto
     with pytest.raises(error):
         fetch(str(tmp_path / "s.sock"), Ticket.issue("test"), 5)
     impostor.close()
-    assert nothing_is_left(before), (before, descriptors())
+    expect_nothing_left(before)
 
 
 @pytest.mark.parametrize("num_fds", [0, 2, 4])
@@ -411,7 +416,7 @@ def test_a_proven_answer_needs_exactly_one_descriptor(
     with pytest.raises(RemoteProtocolError, match=f"{num_fds} descriptors"):
         fetch(str(tmp_path / "s.sock"), ticket, 5)
     impostor.close()
-    assert nothing_is_left(before), (before, descriptors())
+    expect_nothing_left(before)
 
 
 def test_waiting_is_bounded(tmp_path: Path) -> None:
@@ -426,7 +431,7 @@ def test_waiting_is_bounded(tmp_path: Path) -> None:
     for path in (tmp_path / "nobody.sock", tmp_path, "/" + "long" * 40):
         with pytest.raises(PeerLost):
             fetch(str(path), Ticket.issue("test"), 5)
-    assert nothing_is_left(before), (before, descriptors())
+    expect_nothing_left(before)
 
 
 # -- the folder ---------------------------------------------------------------------------------------------------
@@ -439,7 +444,7 @@ def test_a_folder_open_to_others_is_refused(tmp_path: Path) -> None:
         SegmentServer(tmp_path / "open")
     with pytest.raises(ConfigError, match="at most"):
         SegmentServer(tmp_path / ("deep" * 30))
-    assert nothing_is_left(before), (before, descriptors())
+    expect_nothing_left(before)
 
 
 def test_socket_files_of_the_dead_are_removed_and_those_of_the_living_stay(tmp_path: Path) -> None:
@@ -514,7 +519,7 @@ def test_a_killed_sender_leaves_nothing_at_the_receiver(tmp_path: Path) -> None:
     assert first_bytes(host.segment) == [1, 2, 3, 4, 5], "what was sealed is still there"
     assert host.segment.is_sealed(range(5), filling_of(host.ticket))
     host.close()
-    assert nothing_is_left(*before), (before, descriptors(), mappings())
+    expect_nothing_left(*before)
     assert not [*(tmp_path / "run").iterdir()]
 
 
@@ -534,7 +539,7 @@ def test_a_killed_receiver_leaves_nothing_at_the_sender_and_no_file_after_the_ne
     fill(segment, ticket)  # the kernel keeps the memory while we map it: no signal
     segment.close()
     fetched.close()
-    assert nothing_is_left(*before), (before, descriptors(), mappings())
+    expect_nothing_left(*before)
     assert [file.name for file in folder.iterdir()] == [Path(path).name], "the dead cannot clean up"
     with pytest.raises(PeerLost):
         fetch(path, ticket, int(generation))

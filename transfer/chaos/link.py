@@ -75,8 +75,10 @@ class Link:
         finally:
             for pump in self._pumps:
                 pump.cancel()
-            await asyncio.gather(*self._pumps, return_exceptions=True)
-            await self._close()
+            try:
+                await asyncio.gather(*self._pumps, return_exceptions=True)
+            finally:  # cancelled a second time: a link that ends while the proxy is closed
+                await self._close()
 
     def discard(self) -> None:
         """End a link that was never run."""

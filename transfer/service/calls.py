@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias
 
 from transfer.connection import Connection, Frame
-from transfer.errors import LocalProtocolError, Overloaded, TransferError, error_code
+from transfer.errors import EndpointClosed, LocalProtocolError, Overloaded, PeerLost, TransferError, error_code
 from transfer.protocol.messages import Body, Call, End, Fail, Message, Part, Parts
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ class IncomingCalls:
             try:
                 self._sender.send(call.connection, End(call_id=call.call_id, num_parts=call.num_parts, body=body))
             except TransferError as problem:
-                logger.warning("the end of a %r call did not leave: %s", call.method, problem)
+                _log_unsent("the end", call, problem)
                 error = problem
         if error is not None:
             self._tell_failure(call, error_code(error), str(error))
@@ -164,7 +164,7 @@ class IncomingCalls:
             failed = self._send_numbered(connection, alive, frames)
         for call, error in failed:
             if self._claim(call):
-                logger.warning("a partial answer of a %r call did not leave: %s", call.method, error)
+                _log_unsent("a partial answer", call, error)
                 self._tell_failure(call, error_code(error), str(error))
                 self._forget(call)
                 self._cancel_later(call)
@@ -240,7 +240,7 @@ class IncomingCalls:
         try:
             self._sender.send(call.connection, Fail(call_id=call.call_id, code=code, message=message))
         except TransferError as error:
-            logger.warning("a %r call's failure did not leave: %s", call.method, error)
+            _log_unsent("the failure", call, error)
 
     def _claim(self, call: IncomingCall) -> bool:
         """Whether the one who asks is the first to end this call."""
@@ -257,3 +257,9 @@ class IncomingCalls:
             if not calls:
                 del self._calls[call.connection]
             self._num_calls -= 1
+
+
+def _log_unsent(what: str, call: IncomingCall, error: TransferError) -> None:
+    """Where the caller is gone, or this end is closed, nobody misses it."""
+    level = logging.INFO if isinstance(error, PeerLost | EndpointClosed) else logging.WARNING
+    logger.log(level, "%s of a %r call did not leave: %s", what, call.method, error)

@@ -166,20 +166,39 @@ def make_context(folder: Path, handoff: FakeHandoff, **changes: Any) -> GatewayC
 
 
 @asynccontextmanager
+async def client_of(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the application in this process, which is closed on leaving."""
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+    try:
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway", timeout=60) as client:
+            yield client
+    finally:
+        app.state.gateway.close()
+
+
+@asynccontextmanager
 async def gateway(folder: Path, script: Script | None = None, **changes: Any) -> AsyncIterator[Gateway]:
     """A running gateway; on leaving, every script has ended and everything that was taken is back."""
     handoff = FakeHandoff(script if script is not None else replying(*REPLY))
     app = create_app(make_context(folder, handoff, **changes))
-    state = app.state.gateway
-    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-    try:
-        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
-            yield Gateway(app, client, handoff)
-        await asyncio.to_thread(handoff.join)
-        assert state.num_active == 0
-        assert state.budget.used == 0
-    finally:
-        state.close()
+    async with client_of(app) as client:
+        yield Gateway(app, client, handoff)
+    await asyncio.to_thread(handoff.join)
+    assert app.state.gateway.num_active == 0
+    assert app.state.gateway.budget.used == 0
+
+
+def serve(handoff: Any, folder: Path, main: Callable[[httpx.AsyncClient], Coroutine[Any, Any, T]]) -> T:
+    """What `main(client)` returns, with the gateway in front of workers that serve text alone."""
+
+    async def body() -> T:
+        app = create_app(make_context(folder, handoff, image_token_id=None, max_model_len=512))
+        async with client_of(app) as client:
+            result = await main(client)
+        assert app.state.gateway.num_active == 0
+        return result
+
+    return run(body())
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:

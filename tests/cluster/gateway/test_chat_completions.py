@@ -126,6 +126,7 @@ def test_every_sampling_parameter_reaches_the_handoff(tmp_path: Path) -> None:
         "n": 2, "seed": 7, "temperature": 0.5, "top_p": 0.9, "presence_penalty": 0.1, "frequency_penalty": -0.2,
         "stop": ["x", "y"], "top_k": 5, "min_p": 0.05, "repetition_penalty": 1.1, "min_tokens": 2, "ignore_eos": True,
         "stop_token_ids": [3, 4], "allowed_token_ids": [3, 9], "banned_token_ids": [4], "prompt_logprobs": 2,
+        "priority": 7,
     }  # fmt: skip
 
     async def main() -> None:

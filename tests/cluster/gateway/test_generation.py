@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cluster.errors import SlowReader
 from cluster.gateway.generation import Generation
 from cluster.served import ServedRequest
-from language_worker.api import SamplingParams
+from language_worker.sampling_params import SamplingParams
 from tests.cluster.gateway.harness import FakeHandoff, Running, chunk, run, stats_for
 
 

@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 
 from cluster.config import build_config, flat_overrides
 from cluster.gateway.app import create_app
 from cluster.local import LocalWorkers
-from tests.cluster.gateway.harness import MODEL, events_of, make_context, run
+from tests.cluster.gateway.harness import MODEL, client_of, events_of, make_context, run
 from tests.cluster.gateway.test_tools import TEMPLATE, TOOL
 from tests.tiny_minimind import make_minimind, minimind_reference
 
@@ -46,15 +45,13 @@ def test_a_pth_with_an_adapter_answers_in_chat(tmp_path: Path) -> None:
 
     async def ask(handoff: Any, **fields: Any) -> tuple[str, list[int]]:
         app = create_app(make_context(tmp_path, handoff, image_token_id=None))
-        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+        async with client_of(app) as client:
             asked = {"model": MODEL, "max_tokens": 12, "temperature": 0, "tools": [TOOL], **fields}
             asked["messages"] = [{"role": "user", "content": "What is 1 and 2?"}]
             response = await client.post("/v1/chat/completions", json=asked)
             assert response.status_code == 200, response.text
             kwargs = {name: asked[name] for name in ("model", "messages")}
             ids = (await client.post("/tokenize", json=kwargs)).json()["tokens"]
-            app.state.gateway.close()
             if fields.get("stream"):
                 *chunks, _ = events_of(response.text)
                 deltas = [chunk["choices"][0]["delta"] for chunk in chunks]

@@ -15,7 +15,7 @@ from cluster.config import GatewayConfig, build_config
 from cluster.gateway.app import create_app
 from cluster.gateway.context import GatewayContext
 from cluster.local import LocalWorkers
-from tests.cluster.gateway.harness import assert_error, events_of, run
+from tests.cluster.gateway.harness import assert_error, client_of, events_of, run
 from tests.tiny_nanochat import NANO_IDS, make_scripted_nanochat, nano_ranks
 
 ANSWER_START, PYTHON, PYTHON_END, OUTPUT_END, END = (
@@ -61,13 +61,8 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayContext
 
 
 async def _post(context: GatewayContext, path: str, **body: Any) -> httpx.Response:
-    app = create_app(context)
-    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-    try:
-        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
-            return await client.post(path, json={"model": "nano", "temperature": 0, **body})
-    finally:
-        app.state.gateway.close()
+    async with client_of(create_app(context)) as client:
+        return await client.post(path, json={"model": "nano", "temperature": 0, **body})
 
 
 CHAT = "/v1/chat/completions"

@@ -116,6 +116,33 @@ def test_a_call_without_an_answer_has_null_content(tmp_path: Path) -> None:
     run(main())
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        '{"name": "add", "arguments": {"a": NaN}}',
+        '{"name": "add", "arguments": {"a": -1e999}}',
+        '{"name": "add", "arguments": {"a": "\\ud800"}}',
+        '{"name": "\\udfff"}',
+        '{"name": "add", "arguments": "\\ud800"}',
+    ],
+    ids=["nan", "infinity", "surrogate", "surrogate-name", "surrogate-text"],
+)
+def test_a_call_that_no_client_could_read_is_text(tmp_path: Path, said: str) -> None:
+    """Numbers that JSON has not, and half characters, which do not travel as UTF-8."""
+
+    async def main() -> None:
+        async with gateway(_folder(tmp_path), replying("<tool_call>", said, "</tool_call>")) as server:
+            response = await server.chat(tools=[TOOL])
+            assert response.status_code == 200
+            (answer,) = response.json()["choices"]
+            assert answer["message"]["content"] == f"<tool_call>{said}</tool_call>"
+            assert answer["finish_reason"] == "stop" and "tool_calls" not in answer["message"]
+            *chunks, _ = events_of((await server.chat(tools=[TOOL], stream=True)).text)
+            assert _joined(chunks)["content"] == answer["message"]["content"]
+
+    run(main())
+
+
 def test_reasoning_that_the_prompt_opened(tmp_path: Path) -> None:
     async def main() -> None:
         async with gateway(_folder(tmp_path), replying("Hm.", "\n</think>", "\n\nFour.")) as server:
@@ -147,6 +174,22 @@ def test_a_conversation_with_calls_and_their_results_goes_into_the_template(tmp_
             ids = server.handoff.submitted[-1].request.prompt_token_ids
             special = server.app.state.gateway.context.tokenizer.special_tokens
             assert ids.count(special["<|im_start|>"]) == 5 and ids.count(special["<|im_end|>"]) == 4
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    "arguments", ['{"":' * 500 + "1" + "}" * 500, '{"a": "\\ud800"}', '{"a": NaN}', "[1]"],
+    ids=["deep", "surrogate", "nan", "list"],
+)  # fmt: skip
+def test_arguments_that_are_no_plain_map_go_into_the_template_as_text(tmp_path: Path, arguments: str) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": arguments}}
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+
+    async def main() -> None:
+        async with gateway(_folder(tmp_path), replying("One.")) as server:
+            assert (await server.chat(messages=messages, tools=[TOOL])).status_code == 200
+            assert f'"arguments": {json.dumps(arguments)}}}</tool_call>' in _prompt(server)
 
     run(main())
 

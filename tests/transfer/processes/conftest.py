@@ -1,4 +1,4 @@
-"""The nursery of peers, once per test session; every test ends the peers it started."""
+"""The nursery of peers, once for all of them; every test ends the peers it started."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from tests.transfer.processes.harness import Nursery
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def nursery_process() -> Iterator[Nursery]:
     nursery = Nursery()
     yield nursery

@@ -8,13 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tests.transfer.processes.content import expected_digest
+from tests.waiting import eventually
 from transfer.protocol.ticket import Ticket
 
 ROOT = Path(__file__).parents[3]
@@ -39,11 +38,7 @@ MODES: dict[str, dict[str, Any]] = {"wire": {}, "shared memory": {"shared_memory
 
 def until(condition: Callable[[], Any], what: str, deadline_s: float = WAIT_S) -> None:
     """Poll until true; AssertionError with `what` after `deadline_s`."""
-    end_s = time.monotonic() + deadline_s
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < end_s, f"after {deadline_s:g} s there was still no {what}"
-        pause.wait(0.005)
+    eventually(condition, f"no {what}", deadline_s)
 
 
 class Nursery:
