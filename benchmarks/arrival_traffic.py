@@ -20,7 +20,8 @@ from cluster.config import build_config, flat_overrides
 from cluster.local import LocalWorkers
 from cluster.prompts import request_from_prompt
 from cluster.served import RequestStats
-from language_worker.api import SamplingParams, TokenChunk
+from language_worker.api import TokenChunk
+from language_worker.sampling_params import SamplingParams
 
 WAIT_S = 600.0
 

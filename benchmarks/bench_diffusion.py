@@ -25,12 +25,13 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.report import machine, median, versions, write_json
 from examples.sums import build_tokenizer, save_tokenizer
-from language_worker.api import GenerateRequest, RequestDone, SamplingParams
+from language_worker.api import GenerateRequest, RequestDone
 from language_worker.config import EngineConfig
 from language_worker.diffusion_params import DiffusionParams
 from language_worker.engine import Engine
 from language_worker.engine_builder import build_engine
 from language_worker.models.base import StepInputs
+from language_worker.sampling_params import SamplingParams
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SIZES = {

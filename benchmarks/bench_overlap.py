@@ -26,8 +26,8 @@ from rich.table import Table
 from benchmarks.report import machine, median, versions, write_json
 from benchmarks.serving_models import load_model
 from cluster.model_info import ModelInfo
-from language_worker.api import SamplingParams
 from language_worker.config import EngineConfig
+from language_worker.sampling_params import SamplingParams
 from language_worker.worker import LanguageWorker
 from transfer.config import TransferConfig
 from transfer.endpoints.endpoint import open_endpoint

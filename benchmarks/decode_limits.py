@@ -13,12 +13,13 @@ import torch
 from benchmarks.report import median
 from benchmarks.serving_models import BenchModel
 from kernels.linear import Weight
-from language_worker.api import GenerateRequest, SamplingParams
+from language_worker.api import GenerateRequest
 from language_worker.config import EngineConfig
 from language_worker.engine import Engine
 from language_worker.engine_builder import build_engine
 from language_worker.plan import StepPlan
-from language_worker.runner import StepLogits
+from language_worker.sampling_params import SamplingParams
+from language_worker.step_logits import StepLogits
 
 READ_BYTES = 512 << 20  # larger than any cache
 SAMPLING: dict[str, dict[str, Any]] = {

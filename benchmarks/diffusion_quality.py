@@ -22,8 +22,8 @@ from benchmarks.report import machine, write_json
 from cluster.demo import DIFFUSION_MODEL_DIR
 from cluster.llm import LLM
 from examples.sums import GENERATION_LENGTH, answer_to, draw_question
-from language_worker.api import SamplingParams
 from language_worker.diffusion_params import DiffusionParams
+from language_worker.sampling_params import SamplingParams
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SCHEDULES: dict[str, dict[str, Any]] = {  # the first word is the family

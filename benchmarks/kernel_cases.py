@@ -26,7 +26,6 @@ from kernels.quantised_linear import (
     int8_linear,
     quantise_weight_int4,
     quantise_weight_int8,
-    unpack_int4,
 )
 from kernels.rotary import inverse_frequencies, rotary_cos_sin, rotary_table, rotate
 
@@ -174,12 +173,18 @@ def _linear(sizes: Sizes, dtype: torch.dtype) -> Iterator[Case]:
         )  # fmt: skip
         yield Case(
             f"int4_linear {rows}", lambda x=x: int4_linear(x, packed, group_scales),
-            lambda x=x: F.linear(x, unpack_int4(packed, group_scales, x.dtype)),
+            lambda x=x: F.linear(x, _naive_unpack(packed, group_scales, x.dtype)),
         )  # fmt: skip
         yield Case(
             f"int8_dynamic_linear {rows}", lambda x=x: int8_dynamic_linear(x, numbers, scales),
             lambda x=x: _naive_dynamic(x, numbers, scales),
         )  # fmt: skip
+
+
+def _naive_unpack(packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    halves = packed.view(*scales.shape, -1)
+    numbers = torch.cat((halves & 15, halves >> 4), dim=-1).to(dtype) - 8
+    return (numbers * scales[..., None].to(dtype)).view(len(packed), -1)
 
 
 def _naive_dynamic(x: torch.Tensor, numbers: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -182,7 +182,7 @@ def _selection(sizes: Sizes, dtype: torch.dtype) -> Iterator[Case]:
     if dtype != torch.float32:  # confidences are
         return
     confidence = torch.rand(8, 32, generator=torch.Generator().manual_seed(0))
-    is_open, row = confidence > 0.2, torch.ones(8)
+    is_open, limits = confidence > 0.2, {limit: torch.full((8,), limit) for limit in (3.0, 0.7, 1.5, 2.0)}
 
     def ranked() -> tuple[torch.Tensor, torch.Tensor]:
         return confidence.masked_fill(~is_open, -torch.inf).sort(dim=1, descending=True, stable=True)
@@ -207,10 +207,10 @@ def _selection(sizes: Sizes, dtype: torch.dtype) -> Iterator[Case]:
         values, order = confidence.masked_fill(~is_open, torch.inf).sort(dim=1, stable=True)
         return chosen(values.cumsum(1) <= 2.0, order)
 
-    yield Case("select_count 8 x 32", lambda: select_count(confidence, is_open, 3 * row), naive_count)
-    yield Case("select_threshold 8 x 32", lambda: select_threshold(confidence, is_open, 0.7 * row), naive_threshold)
-    yield Case("select_factor 8 x 32", lambda: select_factor(confidence, is_open, 1.5 * row), naive_factor)
-    yield Case("select_entropy 8 x 32", lambda: select_entropy(confidence, is_open, 2.0 * row), naive_entropy)
+    yield Case("select_count 8 x 32", lambda: select_count(confidence, is_open, limits[3.0]), naive_count)
+    yield Case("select_threshold 8 x 32", lambda: select_threshold(confidence, is_open, limits[0.7]), naive_threshold)
+    yield Case("select_factor 8 x 32", lambda: select_factor(confidence, is_open, limits[1.5]), naive_factor)
+    yield Case("select_entropy 8 x 32", lambda: select_entropy(confidence, is_open, limits[2.0]), naive_entropy)
 
 
 def _state_space(sizes: Sizes, dtype: torch.dtype) -> Iterator[Case]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy
 import torch
@@ -20,6 +19,7 @@ from torch.nn import functional
 from examples.augment import PictureBatch
 from examples.digits import CELL, COLOURS, HEIGHT, KINDS, QUESTIONS, Kind
 from examples.sums import END_OF_TURN, SPECIAL_TOKENS
+from examples.vocabulary import Vocabulary
 from language_worker.models.llada_v import SYSTEM_PROMPT
 
 SIDE, PATCH = 60, 10
@@ -55,20 +55,8 @@ def build_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-@lru_cache(maxsize=1)
-def tokenizer() -> Tokenizer:
-    return build_tokenizer()
-
-
-@lru_cache(maxsize=4096)
-def encode(text: str) -> tuple[int, ...]:
-    return tuple(tokenizer().encode(text).ids)
-
-
-def token_id(token: str) -> int:
-    found = tokenizer().token_to_id(token)
-    assert found is not None
-    return int(found)
+VOCABULARY = Vocabulary(build_tokenizer)
+tokenizer, encode, token_id = VOCABULARY.tokenizer, VOCABULARY.encode, VOCABULARY.token_id
 
 
 def prompt_ids(question: str, num_rows: int) -> list[int]:

@@ -10,21 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from examples.augment import CELLS_HIGH
 from examples.demo_tokenizer import NO_PICTURE, SMALL_TALK, SYSTEM_PROMPT, build_tokenizer
 from examples.digits import KINDS, QUESTIONS, Kind
 from examples.train.masks import IGNORED, answer_spans, next_token_labels
+from examples.vocabulary import Vocabulary
 
 OPENING = f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n"
 CLOSING = "<|im_end|>\n<|im_start|>assistant\n"
 ANSWER_OPENS, ANSWER_ENDS = "<|im_start|>assistant\n", "<|im_end|>"
+VOCABULARY = Vocabulary(build_tokenizer)
+tokenizer, encode, token_id = VOCABULARY.tokenizer, VOCABULARY.encode, VOCABULARY.token_id
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,22 +45,6 @@ class TextBatch:
     media_mask: Tensor
     labels: Tensor
     lengths: Tensor
-
-
-@lru_cache(maxsize=1)
-def tokenizer() -> Tokenizer:
-    return build_tokenizer()
-
-
-@lru_cache(maxsize=4096)
-def encode(text: str) -> tuple[int, ...]:
-    return tuple(tokenizer().encode(text).ids)
-
-
-def token_id(token: str) -> int:
-    found = tokenizer().token_to_id(token)
-    assert found is not None
-    return int(found)
 
 
 def picture_turns(rng: numpy.random.Generator, number: str, colour: str) -> list[Turn]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import device_tests, memory_cases, model_cases
+from benchmarks.gpu import device_tests, memory_cases, model_cases, step_cases
 from benchmarks.gpu.case import Case, Setting
 from benchmarks.gpu.measure import Ceilings, ceilings, microseconds
 from benchmarks.report import machine, versions, write_json
@@ -62,7 +62,11 @@ class Row:
         return (*shown, peer, f"{peer_us:.1f}", f"{peer_us / self.us:.2f}")
 
 
-GROUPS: tuple[Callable[[Setting], Iterator[Case]], ...] = (*memory_cases.GROUPS, *model_cases.GROUPS)
+GROUPS: tuple[Callable[[Setting], Iterator[Case]], ...] = (
+    *memory_cases.GROUPS,
+    *model_cases.GROUPS,
+    *step_cases.GROUPS,
+)
 
 
 def all_cases(setting: Setting, groups: Sequence[Callable[[Setting], Iterator[Case]]] = GROUPS) -> Iterator[Case | Row]:

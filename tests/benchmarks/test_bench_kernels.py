@@ -20,7 +20,7 @@ NO_OPS = {
     # what prepares arguments once, and layouts of weights that the loader chooses
     "kv_slots", "inverse_frequencies", "rotary_cos_sin", "mrope_cos_sin", "rotary_2d_cos_sin", "rotary_table",
     "quantise_weight_int8", "quantise_weight_int4", "unpack_int4", "sums_bytes_exactly", "packed_int4_linear",
-    "packed_int8_dynamic_linear", "argmax_rows",
+    "packed_int8_dynamic_linear", "pack_int4", "argmax_rows",
 }  # fmt: skip
 
 
