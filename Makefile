@@ -19,7 +19,7 @@ test: $(VENV)/.development ## lint, types and the whole test suite
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations 30
 
 soak: $(VENV)/.development ## the suite with its full counts (long)
 	TANDEM_TEST_PROFILE=soak $(BIN)/python -m pytest --timeout 7200 -o faulthandler_timeout=7000
