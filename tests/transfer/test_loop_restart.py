@@ -33,12 +33,14 @@ def test_a_loop_that_dies_is_started_anew_and_the_stream_comes_whole(
     consumer = Consumer(receiver, ticket.stream_id)
     consumer.on_complete = lambda stats: done.set()  # type: ignore[method-assign]
     deaths: list[int] = []
+    died = threading.Event()
     run_posted = endpoint._run_posted  # type: ignore[attr-defined]
 
     def dying(*arguments: Any) -> None:
         run_posted(*arguments)
         if 16 * len(deaths) < consumer.num_rows < 300 and len(deaths) < 3:
             deaths.append(consumer.num_rows)
+            died.set()
             raise RuntimeError("the loop dies here")
 
     monkeypatch.setattr(endpoint, "_run_posted", dying)
@@ -49,6 +51,8 @@ def test_a_loop_that_dies_is_started_anew_and_the_stream_comes_whole(
         stream = sender.open(ticket, endpoint.address, endpoint.public_key, PLANES)
         stream.announce(300)
         for row in range(0, 300, 50):
+            if row == 150:  # the rest is written once the loop has died in the middle
+                assert died.wait(60)
             stream.write(row, {name: rows[row : row + 50].clone() for name, rows in data.items()})
         assert done.wait(60)
         stream.result(60)
