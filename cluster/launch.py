@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 WATCH_INTERVAL_S = 1.0
 CALL_TIMEOUT_S = 10.0
+START_CALL_S = 60.0  # while nothing is served yet
 CLOSE_S = 15.0  # beyond what the gateway's requests may take
 JOIN_S = 30.0
 GATEWAY = "gateway"
@@ -133,11 +134,11 @@ class RayCluster:
         )
         on_status(f"loading {config.model.served_model_name} into {len(self._actors) - 1} workers")
         self._await_workers()
-        self._allow_peers()
+        self._allow_peers(START_CALL_S)
         addresses = self._addresses()
         served = self._actors[GATEWAY].serve.remote(config.gateway, addresses, self._max_model_len())
         try:
-            port = ray.get(served, timeout=CALL_TIMEOUT_S)
+            port = ray.get(served, timeout=START_CALL_S)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None  # the gateway's own: the port is taken
         self.config = dataclasses.replace(config, gateway=dataclasses.replace(config.gateway, port=port))
@@ -184,20 +185,21 @@ class RayCluster:
     def _max_model_len(self) -> int:
         return min(h.max_model_len for h in self._known.values() if h.address.kind != "embedding")
 
-    def _allow_peers(self) -> None:
+    def _allow_peers(self, timeout_s: float = CALL_TIMEOUT_S) -> None:
         """Everyone may connect to everyone of this cluster (public keys only leave a process)."""
-        gateway = ray.get(self._actors[GATEWAY].health.remote(), timeout=CALL_TIMEOUT_S)
+        gateway = ray.get(self._actors[GATEWAY].health.remote(), timeout=timeout_s)
         keys = [key for key in (gateway.public_key, *(a.public_key for a in self._addresses())) if key]
         if keys:
             skipped = (GATEWAY, *self._restarting)
             allowed = [a.allow.remote(keys) for name, a in self._actors.items() if name not in skipped]
-            ray.get(allowed, timeout=CALL_TIMEOUT_S)
+            ray.get(allowed, timeout=timeout_s)
 
     # -- watching ---------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
         asked: dict[str, tuple[Any, float]] = {}
-        while not self._stopping.wait(WATCH_INTERVAL_S):
+        while (away_s := self._pause()) is not None:
+            asked = {name: (ref, since_s + away_s) for name, (ref, since_s) in asked.items()}
             for name, actor in list(self._actors.items()):
                 if self._has_ended(name):
                     self._restarting.add(name)
@@ -218,6 +220,15 @@ class RayCluster:
                 self._tell_gateway()
             except ray.exceptions.RayError as error:  # told again in the next round
                 logger.warning("the gateway could not be told of its workers: %s", type(error).__name__)
+
+    def _pause(self) -> float | None:
+        """Until the next round; None: there is none. What it took longer, when this process was stopped, say, in
+        seconds: nobody could answer then.
+        """
+        begun = time.monotonic()
+        if self._stopping.wait(WATCH_INTERVAL_S):
+            return None
+        return max(0.0, time.monotonic() - begun - WATCH_INTERVAL_S)
 
     def _patience_s(self, name: str) -> float:
         """How long an answer may take. Ray holds a call until a restarted actor has loaded its model."""

@@ -12,6 +12,10 @@ import os
 import sys
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("fixed", derandomize=True, deadline=None)  # the same examples in every run
+settings.load_profile("fixed")
 
 EXIT_S = 120.0  # a process that has not ended so long after its last test hangs
 

@@ -11,7 +11,7 @@ T = TypeVar("T")
 PAUSE_S = 0.005
 
 
-def eventually(condition: Callable[[], T | None], what: Callable[[], str] | str, timeout_s: float = 30.0) -> T:
+def eventually(condition: Callable[[], T | None], what: Callable[[], str] | str, timeout_s: float = 120.0) -> T:
     """The first true value of `condition`, asked again and again; AssertionError with `what` after `timeout_s`."""
     deadline, pause = time.monotonic() + timeout_s, threading.Event()
     while True:

@@ -315,6 +315,7 @@ sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.timeout(960)
 def test_processors_without_wide_registers_take_loops_that_are_right_too() -> None:
     """The same judges, on a library that is compiled without them."""
     judged = [

@@ -131,7 +131,8 @@ def test_a_damaged_library_is_made_again(home: Path, damaged: bytes, caplog: pyt
     made = Path(_printed(script, home))
     made.write_bytes(damaged)
     assert library.library() == made
-    assert made.stat().st_size > 1000 and not caplog.records
+    assert made.stat().st_size > 1000
+    assert not [record for record in caplog.records if record.name.startswith("kernels")]
 
 
 def test_a_cache_that_cannot_be_written_to_is_done_without(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +23,12 @@ HELPER = "step helper"
 
 def helpers() -> list[Path]:
     """Folders of the threads."""
-    return [name.parent for name in Path("/proc/self/task").glob("*/comm") if name.read_text().strip() == HELPER]
+    found = []
+    for name in Path("/proc/self/task").glob("*/comm"):
+        with suppress(OSError):  # a thread of somebody else has ended
+            if name.read_text().strip() == HELPER:
+                found.append(name.parent)
+    return found
 
 
 def num_helpers() -> int:
@@ -64,7 +70,12 @@ def test_any_number_of_helpers_gives_the_same_bits(stored: str, dtype: torch.dty
     for num_threads in (2, 3, 7, 2):
         for _ in range(10):
             expect_equal(model, case, alone, num_threads)
-    eventually(lambda: num_helpers() >= 6, "a thread has its name once it runs")
+
+    def have_come() -> bool:
+        expect_equal(model, case, alone, 7)  # a step that is not shared, as some are on a busy machine, calls nobody
+        return num_helpers() >= 6
+
+    eventually(have_come, "not all helpers came")
 
 
 def test_helpers_take_parts_fall_asleep_and_wake_again() -> None:

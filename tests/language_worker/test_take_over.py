@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ import torch
 
 from language_worker.worker import LanguageWorker
 from tests.language_worker.helpers import GREEDY, Media, drive, make_engine, request
-from tests.language_worker.test_worker import ENGINE, NAMES, PAD, WAIT_S, Answer, Client
+from tests.language_worker.test_worker import ENGINE, NAMES, PAD, PATIENT, WAIT_S, Answer, Client
+from tests.waiting import eventually
 from transfer.config import TransferConfig
 from transfer.endpoints.endpoint import open_endpoint
 from transfer.errors import TransferError
@@ -30,7 +30,7 @@ class Rig:
     """A worker that computes every row as it comes, and two clients of it."""
 
     def __init__(self, folder: Path) -> None:
-        transfer = TransferConfig(block_size=BLOCK, default_allocate_tokens=BLOCK, pool_tokens=64)
+        transfer = TransferConfig(block_size=BLOCK, default_allocate_tokens=BLOCK, pool_tokens=64, **PATIENT)
         config = dataclasses.replace(ENGINE, min_partial_chunk=1)
         self.worker = LanguageWorker(folder, config, transfer, open_endpoint(f"inproc://worker-{next(NAMES)}"))
         self.worker.start()
@@ -57,12 +57,10 @@ class Rig:
         return answer.wait()
 
     def await_computed(self, num_tokens: int) -> None:
-        pause = threading.Event()
-        for _ in range(2000):
-            if self.worker.stats()["computed_tokens_total"] >= num_tokens:
-                return
-            pause.wait(0.01)
-        raise AssertionError(f"{self.worker.stats()} instead of {num_tokens} computed tokens")
+        eventually(
+            lambda: self.worker.stats()["computed_tokens_total"] >= num_tokens,
+            lambda: f"{self.worker.stats()} instead of {num_tokens} computed tokens",
+        )
 
 
 @pytest.fixture

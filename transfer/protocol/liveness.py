@@ -9,13 +9,17 @@ from transfer.connection import Connection
 
 
 class Liveness:
-    """Watches peers with open calls. Silence of `ping_s` asks for a ping, silence of `lost_s` is a loss."""
+    """Watches peers with open calls. Silence of `ping_s` asks for a ping, silence of `lost_s` is a loss.
+
+    Between two checks at most `ping_s` of silence counts: who was stopped for longer has heard nobody.
+    """
 
     def __init__(self, ping_s: float, lost_s: float) -> None:
         self._ping_s = ping_s
         self._lost_s = lost_s
         self._heard: dict[Connection, float] = {}
         self._pinged: dict[Connection, float] = {}
+        self._checked: float | None = None
 
     def heard(self, connection: Connection, now: float) -> None:
         """Something came from a peer."""
@@ -27,6 +31,10 @@ class Liveness:
         for gone in self._heard.keys() - watched:
             del self._heard[gone]
             self._pinged.pop(gone, None)
+        away = now - (now if self._checked is None else self._checked) - self._ping_s
+        self._checked = now
+        if away > 0:
+            self._heard = {connection: heard + away for connection, heard in self._heard.items()}
         ping, lost = [], []
         for connection in watched:
             silent = now - self._heard.setdefault(connection, now)
