@@ -17,7 +17,9 @@ from transfer.endpoints.endpoint import open_endpoint
 from transfer.service.calls import IncomingCall
 from transfer.service.service import Service
 
-WAIT_S = 20.0
+WAIT_S = 120.0
+PATIENT = TransferConfig(peer_timeout_s=600.0)  # nobody is lost because a machine is slow
+METHODS = ("generate", "prefill", "embed", "reissue")
 
 
 class Names:
@@ -36,11 +38,11 @@ class FakeWorker:
     def __init__(self, kind: WorkerKind, name: str | None = None) -> None:
         self.name = name or Names.fresh(kind)
         address = f"inproc://{Names.fresh(self.name)}"
-        self.service = Service(open_endpoint(address), TransferConfig())
+        self.service = Service(open_endpoint(address), PATIENT)
         self.entry = WorkerAddress(name=self.name, kind=kind, address=address)
-        self._calls: dict[str, queue.SimpleQueue[IncomingCall]] = defaultdict(queue.SimpleQueue)
+        self._calls: dict[str, queue.SimpleQueue[IncomingCall]] = {method: queue.SimpleQueue() for method in METHODS}
         self._cancelled: dict[IncomingCall, threading.Event] = defaultdict(threading.Event)
-        for method in ("generate", "prefill", "embed", "reissue"):
+        for method in METHODS:
             self.service.register(method, self._on_call)
         self.service.start()
 

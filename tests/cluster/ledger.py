@@ -12,7 +12,7 @@ LEDGER = (
     "kv_pages_referenced", "num_requests_running", "num_requests_waiting", "input_buffer_rows_reserved",
     "calls_incoming", "calls_outgoing", "embed_requests_open", "embed_patches_waiting",
 )  # fmt: skip
-TIMEOUT_S = 60.0
+TIMEOUT_S = 120.0
 
 
 def await_empty(llm: LLM, names: Sequence[str] = LEDGER) -> None:

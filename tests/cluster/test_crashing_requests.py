@@ -29,10 +29,9 @@ from cluster.served import ServedRequest
 from language_worker.config import EngineConfig
 from language_worker.sampling_params import SamplingParams
 from language_worker.worker import LanguageWorker
-from tests.cluster.fake_workers import FakeWorker, Names, send_tokens
+from tests.cluster.fake_workers import PATIENT, FakeWorker, Names, send_tokens
 from tests.cluster.test_handoff import IMAGES, QUICK, WAIT_S, Loss, MakeRig, Outcome, Rig, _serve, lose, make_rig
 from tests.tiny_text_models import make_text_model
-from transfer.config import TransferConfig
 from transfer.endpoints.endpoint import open_endpoint
 from transfer.protocol.messages import Parts
 from transfer.service.service import Service
@@ -330,7 +329,7 @@ def test_a_deadline_that_passed_before_the_wait_began_ends_it(
 
 
 def test_the_gateway_answers_it_with_an_error_that_is_final_and_counts_the_attempts() -> None:
-    service = Service(open_endpoint(f"inproc://{Names.fresh('gateway')}"), TransferConfig())
+    service = Service(open_endpoint(f"inproc://{Names.fresh('gateway')}"), PATIENT)
     config = GatewayConfig(host="127.0.0.1", port=0)
     server = GatewayServer(config, "model", ModelInfo.load(str(MODEL_DIR)), 512, service)
     with ExitStack() as stack:
@@ -367,7 +366,7 @@ class Engines:
         self.broken: list[str] = []
         self.may_break = threading.Event()
         addresses = [self._start(stack, folder, f"language-{i}") for i in range(count)]
-        self.service = Service(open_endpoint(f"inproc://{Names.fresh('front')}"), TransferConfig())
+        self.service = Service(open_endpoint(f"inproc://{Names.fresh('front')}"), PATIENT)
         stack.callback(self.service.close)
         self.service.start()
         directory = WorkerDirectory(self.service)
@@ -377,7 +376,7 @@ class Engines:
     def _start(self, stack: ExitStack, folder: Path, name: str) -> WorkerAddress:
         endpoint = open_endpoint(f"inproc://{Names.fresh(name)}")
         config = EngineConfig(dtype="float32", kv_cache_tokens=2048, max_model_len=256)
-        worker = LanguageWorker(folder, config, TransferConfig(), endpoint)
+        worker = LanguageWorker(folder, config, PATIENT, endpoint)
         stack.callback(worker.close)
         plan = worker._engine.scheduler.plan
 

@@ -11,6 +11,7 @@ import httpx
 import pytest
 import torch
 
+import cluster.attempt
 from cluster import LLM, DiffusionParams, SamplingParams
 from tests.cluster.gateway.harness import events_of, serve
 from tests.cluster.ledger import await_empty
@@ -73,7 +74,10 @@ def over_http(llm: LLM, folder: Path, main: Any) -> Any:
     return result
 
 
-def test_many_requests_get_the_answers_of_one_worker(folder: Path, together: LLM, split: LLM) -> None:
+def test_many_requests_get_the_answers_of_one_worker(
+    folder: Path, together: LLM, split: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster.attempt, "FIGURES_GRACE_S", 60.0)  # figures of every leg, however late
     bodies = [
         chat(diffusion=KINDS[i % 5], seed=i, temperature=[0, 0.9][i % 2], max_tokens=8 + i % 3 * 8, n=1 + i % 4 // 3)
         for i in range(32)

@@ -9,12 +9,10 @@ from queue import Queue
 import pytest
 
 from cluster.directory import WorkerAddress, WorkerDirectory
-from tests.cluster.fake_workers import FakeWorker, Names
+from tests.cluster.fake_workers import PATIENT, WAIT_S, FakeWorker, Names
 from transfer.endpoints.endpoint import open_endpoint
 from transfer.errors import RemoteFailure
 from transfer.service.service import Service
-
-WAIT_S = 20.0
 
 
 def _worker(name: str, address: str | None = None, kind: str = "language") -> WorkerAddress:
@@ -23,7 +21,7 @@ def _worker(name: str, address: str | None = None, kind: str = "language") -> Wo
 
 @pytest.fixture
 def service() -> Iterator[Service]:
-    service = Service(open_endpoint(f"inproc://{Names.fresh('front')}"))
+    service = Service(open_endpoint(f"inproc://{Names.fresh('front')}"), PATIENT)
     service.start()
     yield service
     service.close()

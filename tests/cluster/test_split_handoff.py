@@ -16,10 +16,9 @@ from cluster.served import RunningRequest, ServedRequest
 from language_worker.api import TokenLogprob
 from language_worker.diffusion_params import DiffusionParams
 from language_worker.sampling_params import SamplingParams
-from tests.cluster.fake_workers import FakeWorker, Names, end_generate, send_tokens
+from tests.cluster.fake_workers import PATIENT, WAIT_S, FakeWorker, Names, end_generate, send_tokens
 from tests.e2e.front import Gathered
 from tests.waiting import eventually
-from transfer.config import TransferConfig
 from transfer.endpoints.endpoint import open_endpoint
 from transfer.errors import RemoteFailure
 from transfer.protocol.ticket import Ticket
@@ -28,7 +27,6 @@ from transfer.service.service import Service
 PREFILLED = {"prefill_ms": 1.0, "prefill_preemptions": 0, "kv_blocks": 1, "kv_bytes": 64, "kv_grant_rounds": 1}
 EMBEDDED = {"encode_ms": 1.5, "rows": 4, "blocks": 1, "bytes": 64, "grant_rounds": 1}
 SAMPLING = SamplingParams(max_tokens=3, temperature=0.0, seed=7)
-WAIT_S = 20.0
 
 
 class Rig:
@@ -39,7 +37,7 @@ class Rig:
         self.prefill = [FakeWorker("prefill", f"prefill-{i}") for i in range(num)]
         self.decode = [FakeWorker("decode", f"decode-{i}") for i in range(num)]
         self.workers = [self.embedding, *self.prefill, *self.decode]
-        self.service = Service(open_endpoint(f"inproc://{Names.fresh('front')}"), TransferConfig())
+        self.service = Service(open_endpoint(f"inproc://{Names.fresh('front')}"), PATIENT)
         self.service.start()
         self.directory = WorkerDirectory(self.service)
         self.directory.replace([worker.entry for worker in self.workers])

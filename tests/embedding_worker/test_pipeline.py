@@ -20,7 +20,7 @@ from embedding_worker.runner import VisionRunner
 from tests.embedding_worker.images import BAD, png
 from tests.tiny_models import make_qwen2_5_vl
 
-WAIT_S = 30.0
+WAIT_S = 120.0
 
 
 class GatedRunner:

@@ -99,7 +99,7 @@ class Rig:
 
     def __init__(self, folder: Path, address: Callable[[str], str], **config: Any) -> None:
         name = f"rig-{next(_names)}"
-        transfer = TransferConfig(**config)
+        transfer = TransferConfig(**{"peer_timeout_s": 600.0, **config})
         self.worker = EmbeddingWorker(
             folder, EmbedConfig(device="cpu"), transfer, open_endpoint(address(f"{name}-worker"), transfer)
         )

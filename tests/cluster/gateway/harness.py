@@ -170,7 +170,7 @@ async def client_of(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the application in this process, which is closed on leaving."""
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     try:
-        async with httpx.AsyncClient(transport=transport, base_url="http://gateway", timeout=60) as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway", timeout=240) as client:
             yield client
     finally:
         app.state.gateway.close()
@@ -205,7 +205,7 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     """Run a test's coroutine under a bound."""
 
     async def bounded() -> T:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(240):
             return await main
 
     return asyncio.run(bounded())

@@ -180,7 +180,8 @@ def test_what_a_server_may_answer(tmp_path: Path, name: str) -> None:
             error = assert_error(await gate.chat(**asking(INLINE, f"http://127.0.0.1:{server.port}/a")), 400, code)
             assert error["param"] == "image 1"
             assert not gate.handoff.submitted
-            assert len(server.heads) == (MAX_REDIRECTS + 1 if "itself" in name else 1)
+            num_asked = len(server.heads)
+            assert num_asked == (MAX_REDIRECTS + 1 if "itself" in name else 1) or (sent is None and not num_asked)
             again = await gate.chat(**asking(INLINE))
             assert again.status_code == 200, "the next request is unharmed"
 
