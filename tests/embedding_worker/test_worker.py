@@ -21,6 +21,7 @@ from embedding_worker.runner import VisionRunner
 from embedding_worker.worker import EmbeddingWorker
 from tests.embedding_worker.images import BAD, png
 from tests.tiny_models import make_qwen2_5_vl
+from tests.waiting import eventually
 from transfer.config import TransferConfig
 from transfer.endpoints.endpoint import open_endpoint
 from transfer.errors import RemoteFailure, TransferError
@@ -296,7 +297,7 @@ def test_a_receiver_that_gives_up_ends_the_call(make_rig: Any, expected: Any) ->
 
 
 def test_closing_the_worker_fails_open_calls_and_is_idempotent(make_rig: Any) -> None:
-    rig = make_rig()
+    rig = make_rig(block_size=4, default_allocate_tokens=4, pool_tokens=4)  # not all rows fit
     consumer = rig.embed(*MEDIA, admit=False)
     assert consumer.announced.wait(WAIT_S)
     assert rig.worker.is_healthy
@@ -306,6 +307,19 @@ def test_closing_the_worker_fails_open_calls_and_is_idempotent(make_rig: Any) ->
     assert consumer.stream_over.wait(WAIT_S)
     assert consumer.stream_error is not None
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("embed-")]
+
+
+def test_rows_that_have_all_come_outlive_their_worker(make_rig: Any, expected: Any) -> None:
+    rig = make_rig()
+    consumer = rig.embed(*MEDIA, admit=False)
+    rows = expected(*MEDIA)
+    num_blocks = -(-len(rows) // rig.service.config.block_size)
+    eventually(lambda: rig.receiver.stats()["transfer_blocks_received_total"] == num_blocks, "rows are missing")
+    rig.worker.close()
+    assert consumer.call_over.wait(WAIT_S) and consumer.call_error is not None
+    rig.receiver.admit(consumer.stream_id)
+    assert consumer.stream_over.wait(WAIT_S) and consumer.stream_error is None
+    torch.testing.assert_close(consumer.rows, rows, rtol=0, atol=2e-5)
 
 
 # -- taking over ------------------------------------------------------------------------------------------------------

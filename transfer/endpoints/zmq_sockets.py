@@ -5,6 +5,7 @@ Knows frames, not what they mean, and no threads: a socket belongs to the thread
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence
 
@@ -19,6 +20,7 @@ from transfer.protocol.wire_fields import MAX_FRAMES
 
 HIGH_WATER_MARK = 256  # messages inside ZeroMQ per peer; the rest waits in our own, byte-bounded outboxes
 COPY_BYTES = 65536  # larger frames are sent from where they lie; smaller ones are cheaper to copy than to keep
+MAX_KEEPALIVE_COUNT, MAX_KEEPALIVE_S = 127, 32767  # tcp(7); beyond them a connection cannot be made at all
 _NOW, _MORE, _IS_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE), int(zmq.MORE)  # enums are slow per message
 
 
@@ -62,11 +64,13 @@ def _notice_dead_hosts(sock: zmq.Socket[bytes], config: TransferConfig) -> None:
     connection drops while its input is paused, by a full queue or by a key that is still being checked. And they would
     cut off a peer that is only stopped for a while.
     """
-    interval_s = max(1, int(config.ping_interval_s))
+    least_s = math.ceil(config.peer_timeout_s / MAX_KEEPALIVE_COUNT)
+    interval_s = min(max(1, int(config.ping_interval_s), least_s), MAX_KEEPALIVE_S)
+    count = min(max(1, int(config.peer_timeout_s / interval_s)), MAX_KEEPALIVE_COUNT)
     sock.setsockopt(zmq.TCP_KEEPALIVE, 1)
     sock.setsockopt(zmq.TCP_KEEPALIVE_IDLE, interval_s)
     sock.setsockopt(zmq.TCP_KEEPALIVE_INTVL, interval_s)
-    sock.setsockopt(zmq.TCP_KEEPALIVE_CNT, max(1, int(config.peer_timeout_s / interval_s)))
+    sock.setsockopt(zmq.TCP_KEEPALIVE_CNT, count)
     sock.setsockopt(zmq.TCP_MAXRT, int(config.peer_timeout_s * 1000))
 
 
