@@ -24,7 +24,8 @@ from transfer.config import TransferConfig
 from transfer.endpoints.endpoint import open_endpoint
 from transfer.service.service import Service
 
-WAIT_S = 60.0
+WAIT_S = 120.0
+PATIENT = {"peer_timeout_s": 90.0}  # nobody is lost because a machine is slow
 
 
 @dataclass
@@ -100,7 +101,7 @@ class Front:
 def open_workers(
     stack: ExitStack,
     model: str,
-    transfer: dict[str, int],
+    transfer: Mapping[str, float],
     transport: str,
     processes: Mapping[str, WorkerProcess],
     **configs: dict[str, Any],
@@ -110,7 +111,7 @@ def open_workers(
     addresses = {
         name: f"ipc://{sockets}/{name}" if transport == "ipc" else "tcp://127.0.0.1:0" for name in ("front", *configs)
     }
-    curve = transport == "curve"
+    curve, transfer = transport == "curve", {**PATIENT, **transfer}
     front = Front(addresses["front"], TransferConfig(**transfer), curve=curve)  # type: ignore[arg-type]
     stack.callback(front.close)
     workers, keys = [], [front.public_key]

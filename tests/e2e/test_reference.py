@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from tests.tiny_families import FAMILIES
 from tests.tiny_models import QWEN2_5_VL_CONFIGS, make_qwen2_5_vl, random_image, reference, reference_inputs
 from tests.tiny_qwen3_vl import QWEN3_VL_CONFIGS, make_qwen3_vl, qwen3_vl_reference
 from tests.tiny_tokenizer import TOKEN_IDS
+from tests.waiting import eventually
 
 TOLERANCE = 1e-4
 NUM_NEW = 8
@@ -207,14 +207,12 @@ def _check_hops(case: Case, sink: Gathered, *, block_size: int, default_allocate
 
 def _await_empty(language: WorkerProcess) -> None:
     """The ledger of the language worker comes to zero: its last acknowledgements may still be on their way."""
-    pause = threading.Event()
-    for _ in range(200):
+
+    def left() -> dict[str, Any]:
         stats = language.ask("stats")
-        left = {name: stats[name] for name in LEDGER if stats[name]}
-        if not left:
-            return
-        pause.wait(0.02)
-    raise AssertionError(f"left behind: {left}")
+        return {name: stats[name] for name in LEDGER if stats[name]}
+
+    eventually(lambda: not left(), lambda: f"left behind: {left()}")
 
 
 def test_every_pair_of_grant_and_block_size_is_run() -> None:

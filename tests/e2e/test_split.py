@@ -7,7 +7,6 @@ in turn. `test_topologies` does the same with processes.
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,6 +26,7 @@ from tests.e2e.front import Front
 from tests.tiny_models import QWEN2_5_VL_CONFIGS, make_qwen2_5_vl, random_image, reference, reference_inputs
 from tests.tiny_text_models import make_text_model
 from tests.tiny_tokenizer import TOKEN_IDS
+from tests.waiting import eventually
 from transfer.config import TransferConfig
 from transfer.endpoints.endpoint import open_endpoint
 from transfer.errors import RemoteFailure
@@ -43,6 +43,7 @@ LEDGER = (
 )  # fmt: skip
 LACKING = {"prefill": set(), "decode": {"kv_exports_open", "transfer_streams_sending"}}  # figures, by kind of worker
 NAMES = itertools.count()
+WAIT_S = 120.0
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,16 +56,14 @@ def _one_thread() -> Iterator[None]:
 
 def _await_empty(stats_of: Any) -> None:
     """No page, row, stream or ticket is left anywhere; last acknowledgements may still be on their way."""
-    pause = threading.Event()
-    for _ in range(500):
+
+    def left() -> dict[str, dict[str, Any]]:
         figures = stats_of()
         for kind, stats in figures.items():
             assert kind.startswith("embedding") or set(LEDGER) - stats.keys() <= LACKING[kind.split("-")[0]], kind
-        left = {worker: {name: stats[name] for name in LEDGER if stats.get(name)} for worker, stats in figures.items()}
-        if not any(left.values()):
-            return
-        pause.wait(0.02)
-    raise AssertionError(f"left behind: {left}")
+        return {worker: {name: stats[name] for name in LEDGER if stats.get(name)} for worker, stats in figures.items()}
+
+    eventually(lambda: not any(left().values()), lambda: f"left behind: {left()}")
 
 
 @pytest.mark.parametrize(("index", "page_size"), [(0, 4), (3, 32), (7, 4)])
@@ -147,7 +146,7 @@ class Pair:
         self, stack: ExitStack, folder: Path, scheme: str, *, decode: Mapping[str, Any] | None = None, **engine: Any
     ) -> None:
         """engine: settings of both workers; decode: what the decode worker has instead."""
-        transfer = TransferConfig(block_size=8, default_allocate_tokens=8, pool_tokens=64, peer_timeout_s=60.0)
+        transfer = TransferConfig(block_size=8, default_allocate_tokens=8, pool_tokens=64, peer_timeout_s=90.0)
         self.workers: dict[str, LanguageWorker] = {}
         self.front = Front(self._address(scheme), transfer)
         stack.callback(self.front.close)
@@ -200,32 +199,34 @@ def test_a_request_over_either_transport(scheme: str, folder: Path) -> None:
 
 
 def test_cancels_leave_nothing_on_either_side(scheme: str, folder: Path) -> None:
-    long = SamplingParams(max_tokens=300, temperature=0.0, ignore_eos=True)
+    long = SamplingParams(max_tokens=900, temperature=0.0, ignore_eos=True)
     with ExitStack() as stack:
         pair = Pair(stack, folder, scheme, max_prefill_chunk=4, max_num_seqs=2)
         flights = [pair.ask(f"r{i}", sampling=long) for i in range(8)]
-        assert flights[0][0].first_chunk.wait(60)
+        assert flights[0][0].first_chunk.wait(WAIT_S)
         for _, running in flights:  # some answer, some are handed over, some are computed, some wait
             running.cancel()
         for sink, _ in flights:
-            assert sink.over.wait(60)
-            assert isinstance(sink.error, RemoteFailure) and sink.error.code == "Cancelled"
+            assert sink.over.wait(WAIT_S)
+            is_whole = sink.error is None and len(sink.tokens()) == 900  # before it was cancelled
+            assert is_whole or (isinstance(sink.error, RemoteFailure) and sink.error.code == "Cancelled"), sink.error
+        assert any(sink.error is not None for sink, _ in flights)
         _await_empty(pair.stats)
         pair.ask("after")[0].finish()
 
 
 @pytest.mark.parametrize("victim", ["prefill", "decode"])
 def test_a_worker_that_stops_leaves_nothing_at_the_other(victim: str, scheme: str, folder: Path) -> None:
-    long = SamplingParams(max_tokens=300, temperature=0.0, ignore_eos=True)
+    long = SamplingParams(max_tokens=800, temperature=0.0, ignore_eos=True)
     with ExitStack() as stack:
         pair = Pair(stack, folder, scheme, max_prefill_chunk=1, max_num_seqs=2)
         flights = [pair.ask(f"r{i}", length=200, sampling=long) for i in range(10)]
-        assert flights[0][0].first_chunk.wait(60)
+        assert flights[0][0].first_chunk.wait(WAIT_S)
         pair.workers.pop(victim).close()
         for sink, _ in flights:
-            assert sink.over.wait(60), "a request did not end"
-            is_whole = sink.error is None and len(sink.tokens()) == 300  # it needed the prefill worker no more
-            assert isinstance(sink.error, WorkerLost) or (is_whole and victim == "prefill"), sink.error
+            assert sink.over.wait(WAIT_S), "a request did not end"
+            is_whole = sink.error is None and len(sink.tokens()) == 800  # it needed the worker no more
+            assert isinstance(sink.error, WorkerLost) or is_whole, sink.error
         assert any(isinstance(sink.error, WorkerLost) for sink, _ in flights)
         _await_empty(pair.stats)
 
@@ -241,7 +242,7 @@ def test_room_for_kv_is_given_whole_and_oldest_first(folder: Path) -> None:
             sink.finish()
             assert sink.tokens() == alone.tokens()
         refused = pair.ask("long", length=102)[0]
-        assert refused.over.wait(60)
+        assert refused.over.wait(WAIT_S)
         assert isinstance(refused.error, RemoteFailure) and refused.error.code == "PromptTooLong"
         _await_empty(pair.stats)
 
@@ -255,7 +256,7 @@ def _outcome(folder: Path, **settings: Any) -> tuple[Any, list[int]]:
     with ExitStack() as stack:
         pair = Pair(stack, folder, "inproc", **settings)
         sink, _ = pair.ask("a")
-        assert sink.over.wait(60)
+        assert sink.over.wait(WAIT_S)
         _await_empty(pair.stats)
         return sink.error, sink.tokens()
 

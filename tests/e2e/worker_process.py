@@ -25,7 +25,7 @@ from transfer.endpoints.contract import Endpoint
 from transfer.endpoints.endpoint import open_endpoint
 
 ROOT = Path(__file__).parents[2]
-WAIT_S = 60.0
+WAIT_S = 120.0
 
 
 class WorkerProcess:
