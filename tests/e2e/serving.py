@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from cluster.demo import MODEL_NAME, questions
 from tests.waiting import eventually
 
 CHAT = "/v1/chat/completions"
-TIMEOUT_S = 60.0
+TIMEOUT_S = 240.0  # between two events of a stream, too
 NO_SPECIAL_TOKENS = {str(i): -100.0 for i in range(403, 411)}  # of the shipped model
 LEDGER = (
     "transfer_blocks_in_use",
@@ -150,16 +150,27 @@ class Serving:
             figures.setdefault(worker, {})[name] = float(value)
         return figures
 
+    def settled(self, kinds: Collection[str] = ()) -> dict[str, dict[str, float]]:
+        """The plain figures of each worker once all of these kinds (none named: all) are up: one that answers too late
+        for the page is on it without its figures.
+        """
+
+        def read() -> dict[str, dict[str, float]] | None:
+            figures = self.metrics()
+            named = [values for worker, values in figures.items() if not kinds or worker.split("-")[0] in kinds]
+            return figures if named and all(values["worker_up"] for values in named) else None
+
+        return eventually(read, lambda: f"a worker that does not answer: {self.metrics()}")
+
     def await_empty_ledger(self) -> None:
         """Every worker answers and holds nothing: the last acknowledgements may still be on their way."""
 
         def leftovers() -> dict[str, dict[str, float]]:
-            figures = self.metrics()
+            figures = self.settled()
             assert {name.split("-")[0] for name in figures} in TOPOLOGIES, figures
             required = {name for name in figures if not name.startswith("embedding")}
-            up = {name: figures[name].keys() for name in required if figures[name]["worker_up"]}
-            missing = {name: set(LEDGER) - names for name, names in up.items()}
-            for name in up:
+            missing = {name: set(LEDGER) - figures[name].keys() for name in required}
+            for name in required:
                 if not name.startswith("prefill"):
                     missing[name].discard("kv_exports_open")
             assert not any(missing.values()), f"{missing} of {figures}"
@@ -167,7 +178,6 @@ class Serving:
                 worker: {k: v for k, v in values.items() if (k in LEDGER or k.endswith("requests_open")) and v}
                 for worker, values in figures.items()
             }
-            left |= {worker: {"worker_up": 0} for worker, values in figures.items() if not values["worker_up"]}
             return {worker: values for worker, values in left.items() if values}
 
         eventually(lambda: not leftovers(), lambda: f"left behind: {leftovers()}")

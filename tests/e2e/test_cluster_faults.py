@@ -5,6 +5,7 @@ A worker is stopped (SIGSTOP) before it is killed where a test needs requests th
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import signal
@@ -20,14 +21,17 @@ import pytest
 
 from cluster.actors import WorkerHealth
 from cluster.launch import RayCluster
+from tests.e2e.conftest import SILENCE_S
 from tests.e2e.serving import Serving, Streamed, ask_demo_question, chat_body, long_body, png
 from tests.e2e.test_topologies import check_topology
 from tests.tiny_models import random_image
 from tests.waiting import eventually
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
-HEALED_S = 60.0
+HEALED_S = 200.0
+BEGUN_S = 120.0
+NUM_TRIES = 5  # to deal a fault in the middle of what it is to hit
 NUM_STREAMS = 12
 NUM_TOKENS = 200
 
@@ -82,6 +86,18 @@ def _stopped(worker: WorkerHealth) -> Iterator[None]:
             os.kill(worker.pid, signal.SIGCONT)
 
 
+@contextmanager
+def _impatient(cluster: RayCluster) -> Iterator[None]:
+    """Who is silent for longer than a peer may be is replaced, meanwhile."""
+    before = cluster.config
+    workers = dataclasses.replace(before.workers, health_timeout_s=SILENCE_S)
+    cluster.config = dataclasses.replace(before, workers=workers)
+    try:
+        yield
+    finally:
+        cluster.config = before
+
+
 def _await_new_process(cluster: RayCluster, old: WorkerHealth) -> None:
     name = old.address.name
     eventually(lambda: cluster.workers[name].pid != old.pid, f"{name} was not replaced", HEALED_S)
@@ -95,7 +111,7 @@ def _await_used(serving: Serving, name: str, pool: ThreadPoolExecutor, body: Cal
     def is_used() -> bool:
         for future in [pool.submit(serving.ask, body(next(seeds))) for _ in range(8)]:
             future.result()
-        return serving.metrics()[name].get(figure, 0) > 0
+        return serving.settled()[name].get(figure, 0) > 0
 
     eventually(is_used, f"{name} is back but not used", HEALED_S)
 
@@ -107,6 +123,11 @@ def _picture(seed: int) -> bytes:
 
 def _num_pending(futures: list[Future[Any]]) -> int:
     return sum(not future.done() for future in futures)
+
+
+def _await_fewer_pending(futures: list[Future[Any]], limit: int) -> int:
+    eventually(lambda: _num_pending(futures) <= limit, "the other worker answers its share")
+    return _num_pending(futures)
 
 
 def test_two_workers_of_each_kind_answer_as_one_process_does(wide_cluster: RayCluster) -> None:
@@ -126,33 +147,47 @@ def test_a_language_worker_is_killed_under_load(
     expected_short = list(pool.map(wide_serving.text, short))
     assert len(set(expected)) > NUM_STREAMS // 2
 
-    begun = [threading.Event() for _ in bodies]
-    long_bodies = [{**body, "max_tokens": 1500} for body in bodies]
-    streams = [pool.submit(wide_serving.stream, b, e.set) for b, e in zip(long_bodies, begun, strict=True)]
-    for event in begun:
-        assert event.wait(30), "a stream did not begin"
-    victim = wide_cluster.workers["language-0"]
-    with _stopped(victim):
-        waiting = [pool.submit(wide_serving.text, body) for body in short]
-        eventually(lambda: _num_pending(waiting) <= len(short) // 2, "the other worker answers its share")
-        num_unanswered = _num_pending(waiting)
-        _kill(victim)
+    for _ in range(NUM_TRIES):  # its streams may be over, or everything handed to the other worker, before it is dead
+        victim = wide_cluster.workers["language-0"]
+        outcomes, short_answers, num_unanswered = _kill_while_it_streams(victim, wide_serving, pool, bodies, short)
+        assert short_answers == expected_short  # no token had left: tried again elsewhere
+        for streamed, text in zip(outcomes, expected, strict=True):
+            _check_whole(streamed, text)
+        num_taken_over = sum(streamed.usage["hops"].get("attempts", 1) > 1 for streamed in outcomes if streamed.usage)
+        _await_new_process(wide_cluster, victim)
+        _await_up(wide_serving)
+        if num_unanswered and num_taken_over:
+            break
     assert num_unanswered > 0, "no request was left waiting for the worker when it died"
-
-    assert [future.result() for future in waiting] == expected_short  # no token had left: tried again elsewhere
-    outcomes = [future.result() for future in streams]
-    for streamed, text in zip(outcomes, expected, strict=True):
-        _check_whole(streamed, text)
-    num_taken_over = sum(streamed.usage["hops"].get("attempts", 1) > 1 for streamed in outcomes if streamed.usage)
     assert 0 < num_taken_over < NUM_STREAMS, "the worker that died served some of the streams, not all"
     page = wide_serving.client.get("/metrics").text
     (num_anew,) = re.findall(r'^tandem:request_attempts_total\{reason="PeerLost"\} (\S+)$', page, re.MULTILINE)
     assert float(num_anew) >= num_taken_over
-
-    _await_new_process(wide_cluster, victim)
-    _await_up(wide_serving)
     plain = lambda seed: chat_body(f"What number is this? {seed}", max_tokens=4)  # noqa: E731
     _await_used(wide_serving, "language-0", pool, plain, "worker_request_success_total")
+
+
+def _kill_while_it_streams(
+    victim: WorkerHealth,
+    serving: Serving,
+    pool: ThreadPoolExecutor,
+    bodies: list[dict[str, Any]],
+    short: list[dict[str, Any]],
+) -> tuple[list[Streamed], list[str], int]:
+    """The streams of longer answers to `bodies`, begun before; the answers to `short`, asked when it was stopped; and
+    how many of these had not come when it died.
+    """
+    begun = [threading.Event() for _ in bodies]
+    long_bodies = [{**body, "max_tokens": 1500} for body in bodies]
+    streams = [pool.submit(serving.stream, b, e.set) for b, e in zip(long_bodies, begun, strict=True)]
+    for event in begun:
+        assert event.wait(BEGUN_S), "a stream did not begin"
+    with _stopped(victim):
+        waiting = [pool.submit(serving.text, body) for body in short]
+        num_unanswered = _await_fewer_pending(waiting, len(short) // 2)
+        _kill(victim)
+    answers = [future.result() for future in waiting]
+    return [future.result() for future in streams], answers, num_unanswered
 
 
 def _check_whole(streamed: Streamed, text: str) -> None:
@@ -166,18 +201,20 @@ def _check_whole(streamed: Streamed, text: str) -> None:
 def test_an_embedding_worker_is_killed_under_load(
     wide_cluster: RayCluster, wide_serving: Serving, pool: ThreadPoolExecutor
 ) -> None:
-    bodies = [chat_body("What number is this?", _picture(1000 + i)) for i in range(16)]
-    victim = wide_cluster.workers["embedding-0"]
-    with _stopped(victim):
-        waiting = [pool.submit(wide_serving.text, body) for body in bodies]
-        eventually(lambda: _num_pending(waiting) < len(bodies), "the other worker answers its share")
-        num_unanswered = _num_pending(waiting)
-        _kill(victim)
+    for i in range(NUM_TRIES):  # everything may be handed to the other worker before it is dead
+        bodies = [chat_body("What number is this?", _picture(1000 + 16 * i + j)) for j in range(16)]
+        victim = wide_cluster.workers["embedding-0"]
+        with _stopped(victim):
+            waiting = [pool.submit(wide_serving.text, body) for body in bodies]
+            num_unanswered = _await_fewer_pending(waiting, len(bodies) - 1)
+            _kill(victim)
+        answers = [future.result() for future in waiting]
+        _await_new_process(wide_cluster, victim)
+        _await_up(wide_serving)
+        assert answers == list(pool.map(wide_serving.text, bodies))
+        if num_unanswered:
+            break
     assert num_unanswered > 0, "no request was left waiting for the worker when it died"
-    answers = [future.result() for future in waiting]
-    _await_new_process(wide_cluster, victim)
-    _await_up(wide_serving)
-    assert answers == list(pool.map(wide_serving.text, bodies))
     pictured = lambda seed: chat_body("What number is this?", _picture(50_000 + seed), max_tokens=4)  # noqa: E731
     _await_used(wide_serving, "embedding-0", pool, pictured, "embed_items_encoded")
 
@@ -192,9 +229,10 @@ def test_a_stopped_embedding_worker_is_replaced_and_hinders_nobody(
     with _stopped(victim):
         pictured = [pool.submit(wide_serving.text, body) for body in pictures]
         assert list(pool.map(wide_serving.text, texts)) == expected
+        answers = [future.result() for future in pictured]  # at the other worker, at once or after SILENCE_S
         assert wide_cluster.workers["embedding-0"].pid == victim.pid and _is_running(victim.pid)
-        answers = [future.result() for future in pictured]  # at the other worker, at once or after a timeout
-        _await_new_process(wide_cluster, victim)
+        with _impatient(wide_cluster):
+            _await_new_process(wide_cluster, victim)
     eventually(lambda: not _is_running(victim.pid), "the stopped process was not ended")
     _await_up(wide_serving)
     assert answers == list(pool.map(wide_serving.text, pictures))
@@ -209,9 +247,8 @@ class Tally:
 
     def _read(self) -> Counter[str]:
         totals: Counter[str] = Counter()
-        for name, figures in self._serving.metrics().items():
+        for name, figures in self._serving.settled(kinds=("language",)).items():
             if name.startswith("language"):
-                assert figures["worker_up"], f"{name} does not answer"
                 totals.update({key: int(value) for key, value in figures.items() if key.endswith("_total")})
         return totals
 
