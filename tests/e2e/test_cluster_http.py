@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from cluster.demo import IMAGE_DIR, MODEL_NAME, questions
-from tests.e2e.serving import Serving, Streamed, ask_demo_question, chat_body, long_body, png
+from tests.e2e.serving import TIMEOUT_S, Serving, Streamed, ask_demo_question, chat_body, long_body, png
 from tests.tiny_models import random_image
 
 pytestmark = pytest.mark.ray
@@ -35,7 +35,7 @@ SIZES = (
 
 @pytest.fixture
 def client(serving: Serving) -> Any:
-    with openai.OpenAI(base_url=serving.url + "/v1", api_key="none", max_retries=0, timeout=60) as client:
+    with openai.OpenAI(base_url=serving.url + "/v1", api_key="none", max_retries=0, timeout=TIMEOUT_S) as client:
         yield client
 
 
@@ -120,7 +120,7 @@ def test_the_curl_command_of_the_readme(serving: Serving) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=TIMEOUT_S,
         env=os.environ | {"NO_PROXY": "127.0.0.1"},
     )
     assert result.returncode == 0, result.stderr
@@ -218,15 +218,15 @@ def test_64_mixed_requests_at_once_answer_as_they_do_alone(serving: Serving) -> 
     started = threading.Barrier(len(mixed))
 
     def run(request: Mixed) -> None:
-        started.wait(30)
+        started.wait(TIMEOUT_S)
         request.run(serving)
 
-    before = serving.metrics()["language-0"]
+    before = serving.settled()["language-0"]
     with ThreadPoolExecutor(len(mixed)) as pool:
         for future in [pool.submit(run, request) for request in mixed]:
             future.result()
     serving.await_empty_ledger()
-    after = serving.metrics()["language-0"]
+    after = serving.settled()["language-0"]
     num_done = after["worker_request_success_total"] - before["worker_request_success_total"]
     assert num_done == 56, "a cancelled request went on to its end"
     ask_demo_question(serving)

@@ -42,9 +42,10 @@ def test_a_split_cluster_does_sums(ray_cluster: RayCluster) -> None:
             assert answer["choices"][0]["message"]["content"] == answer_to_sums(question)
             hops = answer["usage"]["hops"]
             assert (hops["prefill_worker"], hops["language_worker"]) == ("prefill-0", "decode-0")
-            assert (hops["kv_bytes"] > 0) == (body["diffusion"].get("kv_policy") != "none")
+            if "kv_bytes" in hops:  # else the prefill worker's figures came after the last token
+                assert (hops["kv_bytes"] > 0) == (body["diffusion"].get("kv_policy") != "none")
         assert serving.stream(bodies[0]).text == answer_to_sums(SUMS[0])
-        assert serving.metrics()["decode-0"]["kv_tokens_imported_total"] > 0
+        assert serving.settled()["decode-0"]["kv_tokens_imported_total"] > 0
         serving.await_empty_ledger()
 
 
