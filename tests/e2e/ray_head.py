@@ -22,15 +22,19 @@ from tests.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-START_S = 60.0
+START_S = 180.0
+PORTS = range(21_000, 30_000)  # above those that Ray's workers and the chart's take, below those the system hands out
 JOB_S = 200.0
 
 
 def free_ports(count: int) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
+    """Random ones of those that nobody gets without asking for them: bound later, they are still free."""
+    ports: list[int] = []
+    while len(ports) < count:
+        port = PORTS.start + secrets.randbelow(len(PORTS))
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            ports += [port] * (port not in ports)
     return ports
 
 
@@ -52,7 +56,7 @@ class RayHead:
             done = subprocess.run(full, cwd=cwd, env=self.environment, capture_output=True, text=True, timeout=JOB_S)
             return None if "No available agent" in done.stderr else done  # the head answers before its agent is up
 
-        return eventually(run, "the head's job agent did not come up", 60.0)
+        return eventually(run, "the head's job agent did not come up", START_S)
 
 
 @contextmanager
