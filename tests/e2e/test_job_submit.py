@@ -15,24 +15,28 @@ from tests.e2e.ray_head import RayHead
 pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).parents[2]
-MARKER = '\nprint(f"code at {__file__}", flush=True)\n'
+MARKER = """
+import os, pathlib, sys
+pathlib.Path({folder!r}, str(os.getpid())).write_text(f"{{sys.argv[0]}}\\n{{__file__}}")
+"""
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of the tracked tree with what a real one has beside it, and whose code says where it runs."""
-    folder = tmp_path / "checkout"
+    """A copy of the tracked tree with what a real one has beside it, and whose code writes where it runs."""
+    folder, places = tmp_path / "checkout", tmp_path / "places"
+    places.mkdir()
     copy_tree(folder)
     for big in (".venv/lib/big.so", ".mypy_cache/big.json"):  # beyond Ray's cap, if it were uploaded
         (folder / big).parent.mkdir(parents=True)
         with open(folder / big, "wb") as file:
             file.truncate(600 * 1024 * 1024)
     with open(folder / "cluster" / "actors.py", "a") as file:
-        file.write(MARKER)
+        file.write(MARKER.format(folder=str(places)))
     return folder
 
 
-def test_the_demo_runs_as_a_job(guarded_head: RayHead, checkout: Path) -> None:
+def test_the_demo_runs_as_a_job(guarded_head: RayHead, checkout: Path, tmp_path: Path) -> None:
     result = guarded_head.submit("python", "-m", "cluster", "demo", cwd=checkout)
     log = re.sub(r"\x1b\[[0-9;]*m", "", result.stdout)
     assert result.returncode == 0, log + result.stderr
@@ -42,8 +46,8 @@ def test_the_demo_runs_as_a_job(guarded_head: RayHead, checkout: Path) -> None:
         assert re.search(rf"{question.image.name} {re.escape(question.text)} {question.answer} right", log), log
     assert "connecting to Ray at" in log, "the job must join the cluster it was submitted to"
     # the job and its actors run what was uploaded, not what happens to be installed
-    places = re.findall(r"^(\(.*?pid=\d+\) )?code at (\S+)", log, re.MULTILINE)  # Ray prefixes what actors print
-    assert {bool(prefix) for prefix, _ in places} == {False, True}, log
+    places = [file.read_text().split("\n") for file in (tmp_path / "places").iterdir()]
+    assert {Path(program).name for program, _ in places} == {"__main__.py", "default_worker.py"}, places
     assert all("/working_dir_files/_ray_pkg_" in path for _, path in places), places
 
 
