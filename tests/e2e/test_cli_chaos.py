@@ -81,7 +81,7 @@ def test_it_relays_http_and_prints_what_it_did_when_told_to_stop(
 ) -> None:
     report = tmp_path / "report.json"
     with chaos(server, "--delay", "5", "--corrupt", "0", "--json", str(report)) as (url, process):
-        assert httpx.get(url).content == BODY
+        assert httpx.get(url, timeout=TIMEOUT_S).content == BODY
         out = _stop(process, number)
     assert len(out.splitlines()) == 1 and "links 1," in out and "never fired" not in out
     record = json.loads(report.read_text())
@@ -92,8 +92,8 @@ def test_it_relays_http_and_prints_what_it_did_when_told_to_stop(
 def test_a_cut_answer_is_a_broken_answer_and_the_next_one_is_whole(server: str) -> None:
     with chaos(server, "--cut-after", "20K", "--direction", "down", "--throttle", "100M") as (url, process):
         with pytest.raises(httpx.RemoteProtocolError):
-            httpx.get(url)
-        assert httpx.get(url).content == BODY
+            httpx.get(url, timeout=TIMEOUT_S)
+        assert httpx.get(url, timeout=TIMEOUT_S).content == BODY
         out = _stop(process, signal.SIGTERM)
     assert "cut 1," in out and "cut after 1" in out
 
