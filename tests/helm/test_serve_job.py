@@ -89,9 +89,9 @@ def server() -> Server:
 
 @pytest.fixture
 def supervise(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
-    """The script's main; its pauses last no time."""
+    """The script's main; its pauses last no time, and a slow machine has time for the last of the log."""
     script = runpy.run_path(str(CHART / "files" / "serve_job.py"))
-    settings = {"JobSubmissionClient": server.client, "POLL_S": 0.0}
+    settings = {"JobSubmissionClient": server.client, "POLL_S": 0.0, "LAST_LOG_S": 60.0}
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def main(version: str = "v1", **more: Any) -> int:
