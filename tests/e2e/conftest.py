@@ -14,6 +14,7 @@ from cluster.launch import RayCluster
 from tests.e2e.ray_head import RayHead, ray_head
 from tests.e2e.serving import Serving
 
+TOKEN = secrets.token_hex(32)  # one for the whole process: Ray keeps the first, and this Ray may be started twice
 SILENCE_S = 15.0  # after which a peer of the wide cluster counts as lost
 
 
@@ -40,7 +41,7 @@ def ray_token() -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_AUTH_MODE", raising=False)
-        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        patch.setenv("RAY_AUTH_TOKEN", TOKEN)
         yield
 
 
