@@ -6,8 +6,16 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.transfer.patience import allow_for_handshakes
 from tests.transfer.virtual import Pair
 from transfer.memory.segments import is_supported
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _segments_may_take_their_time() -> Iterator[None]:
+    before = allow_for_handshakes()
+    yield
+    allow_for_handshakes(before)
 
 
 @pytest.fixture

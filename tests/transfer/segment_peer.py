@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
+from tests.transfer.patience import allow_for_handshakes
 from tests.transfer.segment_values import LAYOUT, TICKET_ID, fill, first_bytes
 from transfer.memory.segment_passing import fetch
 from transfer.memory.segment_server import SegmentOffer, SegmentServer
@@ -18,6 +19,7 @@ from transfer.protocol.ticket import Ticket
 
 def main() -> None:
     role, place, secret = sys.argv[1:]
+    allow_for_handshakes()
     ticket = Ticket(stream_id=TICKET_ID, epoch=1, owner="test", secret=bytes.fromhex(secret))
     if role == "serve":
         segment: Segment = OwnedSegment(LAYOUT)

@@ -15,6 +15,7 @@ import sys
 
 import torch
 
+from tests.transfer.patience import allow_for_handshakes
 from tests.transfer.processes.peer import serve
 
 
@@ -22,6 +23,7 @@ def main(descriptor: int) -> None:
     """Fork peers until the input ends."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a peer: the kernel forgets it at once
     torch.set_num_threads(1)
+    allow_for_handshakes()
     with socket.socket(fileno=descriptor) as requests:
         while True:
             data, descriptors, _, _ = socket.recv_fds(requests, 1, 1)
