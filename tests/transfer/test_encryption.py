@@ -10,7 +10,8 @@ from contextlib import suppress
 import pytest
 import zmq
 
-from tests.transfer.test_endpoints import CONFIG, WAIT_S, Answers, CuttingProxy, wait_for
+from tests.transfer.clocks import HandClock
+from tests.transfer.test_endpoints import CONFIG, TIMED, WAIT_S, Answers, CuttingProxy, wait_for
 from tests.transfer.virtual import PLANES, Consumer, assert_rows_equal, make_rows
 from transfer.endpoints.addresses import is_loopback, tcp_host
 from transfer.endpoints.endpoint import open_endpoint
@@ -42,10 +43,11 @@ class Worker:
     """A service with both sides of streams, at an address that others could reach; curve is left to the default."""
 
     def __init__(self, host: str) -> None:
-        self.service = Service(open_endpoint(f"tcp://{host}:0", CONFIG), CONFIG)
+        self.clock = HandClock(runs=True)
+        self.service = Service(open_endpoint(f"tcp://{host}:0", TIMED), TIMED, clock=self.clock)
         self.endpoint = self.service.endpoint
-        self.receiver = StreamReceiver(self.service, CONFIG, PLANES)
-        self.sender = StreamSender(self.service, CONFIG)
+        self.receiver = StreamReceiver(self.service, TIMED, PLANES)
+        self.sender = StreamSender(self.service, TIMED)
         self.service.register("echo", lambda call: call.end(call.body))
         self.service.start()
 
@@ -112,8 +114,9 @@ def test_a_worker_that_nobody_was_told_of_gets_nothing_and_is_counted(pair: tupl
         answers = stranger.ask(two)
         connection = stranger.endpoint.connect(two.endpoint.address, two.key)
         stranger.service.call(connection, "steal", {}, on_end=Answers().on_end)
-        assert answers.failure().code == "PeerLost"
         wait_for(lambda: two.endpoint.stats()["refused_keys"] > 0)
+        stranger.clock.advance_until(answers.ended.is_set)
+        assert answers.failure().code == "PeerLost"
         assert_works(one, two)
         with pytest.raises(TransferError):
             stream.result(WAIT_S)
@@ -147,6 +150,7 @@ def test_who_listens_at_the_address_without_its_private_key_gets_nothing(pair: t
     try:
         impostor.endpoint.allow([one.key])  # it would gladly take the call
         answers = one.ask(two, address=impostor.endpoint.address, key=two.key)
+        one.clock.advance_until(answers.ended.is_set)
         assert answers.failure().code == "PeerLost"
         assert impostor.endpoint.stats()["messages_received"] == 0
         assert_works(one, two)
