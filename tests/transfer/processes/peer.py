@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from tests.transfer.clocks import HandClock
 from tests.transfer.processes.content import PLANES, Digest, make_rows
 from transfer.chaos.proxy import ChaosProxy, Faults
 from transfer.config import TransferConfig
@@ -31,7 +32,7 @@ from transfer.streams.stream_receiver import StreamReceiver
 from transfer.streams.stream_sender import OutgoingStream, StreamSender
 
 WRITE_ROWS = 100  # the producer's batch
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 class Consumer:
@@ -145,7 +146,8 @@ class Host:
 
     def open(self, address: str, config: dict[str, Any], curve: bool | None = None) -> Any:
         settings = TransferConfig(**{"shared_memory": False, **config})  # faults strike the link, so payload takes it
-        self.service = Service(open_endpoint(address, settings, curve=curve), settings)
+        self.clock = HandClock(runs=True)
+        self.service = Service(open_endpoint(address, settings, curve=curve), settings, clock=self.clock)
         self.receiver = StreamReceiver(self.service, settings, PLANES)
         self.sender = StreamSender(self.service, settings)
         self.service.start()
@@ -207,6 +209,11 @@ class Host:
 
     def sender_lost(self, stream_id: str) -> Any:
         self.receiver.sender_lost(stream_id)
+        return {}
+
+    def advance(self, seconds: float) -> Any:
+        """Set this peer's clock forward."""
+        self.clock.advance(seconds)
         return {}
 
     def restart_loop(self) -> Any:

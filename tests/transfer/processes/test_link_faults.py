@@ -18,10 +18,12 @@ from tests.transfer.processes.content import ROW_BYTES
 from tests.transfer.processes.harness import (
     BLOCK_ROWS,
     CREDIT,
+    STEP_S,
     Nursery,
     Peer,
     assert_arrived,
     assert_ledger_zero,
+    assert_sent,
     until,
 )
 from tests.transfer.processes.zmtp import BlockTap
@@ -33,6 +35,7 @@ NUM_BLOCKS = 40
 TOTAL_ROWS = NUM_BLOCKS * BLOCK_ROWS - 5  # the last block is not full
 SHARES = (0.1, 0.5, 0.9)
 SEED = 20_26
+MAX_MORE = 200  # small streams after the one that is to be cut
 
 
 class Case:
@@ -48,7 +51,7 @@ class Case:
         )
 
     def _should_cut(self, block: Block) -> bool:
-        return block.index == self.cut_index and self.tap.passed[block.index] == 1
+        return block.index == self.cut_index and self.tap.passed[block.stream_id, block.index] == 1
 
 
 @pytest.fixture(params=["tcp", "ipc"])
@@ -77,9 +80,20 @@ def run(receiver: Peer, sender: Peer, cases: list[Case], total_rows: int = TOTAL
     assert_ledger_zero(receiver, sender)
 
 
+def run_until_cut(receiver: Peer, sender: Peer, case: Case) -> None:
+    """More small streams over a link that is to be cut: there may be fewer bytes to a stream than in the clean run."""
+    for _ in range(MAX_MORE):
+        if case.proxy.counts()["cut"]:
+            break
+        more = Ticket.issue("more")
+        receiver.expect(more)
+        sender.send(more, case.proxy.address, case.seed, 1)
+        assert_arrived(receiver, more, case.seed, 1)
+    until(lambda: case.proxy.counts()["cut"] == 1, "cut")
+
+
 def assert_one_window_resent(sender: Peer, case: Case, num_faults: int = 1) -> None:
-    report = sender.produced(case.ticket.stream_id)
-    assert report["end"] == "complete"
+    report = assert_sent(sender, case.ticket)
     assert report["resent"] <= CREDIT * num_faults, f"{report['resent']} blocks were sent again"
     again = sum(count - 1 for count in case.tap.passed.values())
     assert again <= CREDIT * num_faults, f"{again} blocks passed again: {case.tap.passed}"
@@ -123,7 +137,7 @@ def test_the_link_is_cut_at_random_byte_offsets(nursery: Nursery, listen: str) -
                 stack.enter_context(case.proxy)
             run(receiver, sender, cases)
             for case in cases:
-                until(lambda case=case: case.proxy.counts()["cut"] == 1, "cut")  # type: ignore[misc]
+                run_until_cut(receiver, sender, case)
                 assert_one_window_resent(sender, case)
 
 
@@ -143,7 +157,7 @@ def test_the_proxy_is_killed_and_another_takes_its_place(nursery: Nursery, share
     assert_arrived(receiver, ticket, SEED, TOTAL_ROWS)
     assert second.ask("relayed")["bytes_up"] > 0
     assert_ledger_zero(receiver, sender)
-    assert sender.produced(ticket.stream_id)["resent"] <= CREDIT
+    assert assert_sent(sender, ticket)["resent"] <= CREDIT
 
 
 def begin(receiver: Peer, sender: Peer, case: Case, share: float) -> int:
@@ -156,7 +170,7 @@ def begin(receiver: Peer, sender: Peer, case: Case, share: float) -> int:
     return written
 
 
-@pytest.mark.parametrize("peer_timeout_s", [15.0, 0.6], ids=["link stays", "link is given up"])
+@pytest.mark.parametrize("peer_timeout_s", [60.0, 0.6], ids=["link stays", "link is given up"])
 @pytest.mark.parametrize("share", SHARES)
 def test_a_stopped_and_woken_receiver_goes_on(nursery: Nursery, share: float, peer_timeout_s: float) -> None:
     receiver, sender = nursery.peer("receiver"), nursery.peer("sender", peer_timeout_s=peer_timeout_s)
@@ -227,8 +241,7 @@ def test_slow_and_breaking_links(nursery: Nursery) -> None:
 
 
 def test_corrupted_links_never_give_wrong_rows(nursery: Nursery) -> None:
-    receiver = nursery.peer("receiver", idle_timeout_s=5.0)
-    sender = nursery.peer("sender", idle_timeout_s=5.0, peer_timeout_s=0.6)
+    receiver, sender = nursery.peer("receiver"), nursery.peer("sender", peer_timeout_s=0.6)
     num_fired = 0
     with contextlib.ExitStack() as stack:
         faults = Faults(corrupt=0.1, segment_bytes=2000, direction="up")
@@ -237,9 +250,20 @@ def test_corrupted_links_never_give_wrong_rows(nursery: Nursery) -> None:
             stack.enter_context(case.proxy)
             receiver.expect(case.ticket)
             sender.send(case.ticket, case.proxy.address, case.seed, TOTAL_ROWS)
+        ids = [case.ticket.stream_id for case in cases]
+
+        def are_over() -> bool:
+            is_sent, is_received = (
+                all(report["end"] is not None for report in peer.ask(what, stream_ids=ids)["streams"])
+                for peer, what in ((sender, "produced"), (receiver, "consumed"))
+            )
+            if is_sent and not is_received:  # the last word of some came damaged: the receiver goes by their silence
+                receiver.ask("advance", seconds=STEP_S)
+            return is_sent and is_received
+
+        until(are_over, "end of every stream")
         ends: list[str] = []
         for case in cases:
-            until(lambda case=case: receiver.consumed(case.ticket.stream_id)["end"] is not None, "end")  # type: ignore[misc]
             report = receiver.consumed(case.ticket.stream_id)
             ends.append(report["end"])
             assert report["wrong"] is None

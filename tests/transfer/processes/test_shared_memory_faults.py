@@ -28,7 +28,7 @@ def test_a_cut_lifeline_costs_the_segment_and_another_sender_goes_on(nursery: Nu
     nursery.mode = MODES["shared memory"]
     receiver, first, second = nursery.peer("receiver"), nursery.peer("first"), nursery.peer("second")
     ticket, written = Ticket.issue("test"), int(TOTAL_ROWS * share)
-    receiver.expect(ticket, options={"take_over_s": 20.0})
+    receiver.expect(ticket, options={"take_over_s": 600.0})
     first.send(ticket, receiver.address, SEED, TOTAL_ROWS, write=written, content_key=KEY)
     stored = written // BLOCK_ROWS * BLOCK_ROWS
     until(lambda: receiver.consumed(ticket.stream_id)["rows"] == stored, f"first {stored} rows")

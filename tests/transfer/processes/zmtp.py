@@ -74,7 +74,7 @@ class BlockTap:
     """
 
     def __init__(self, should_cut: Callable[[Block], bool] = lambda block: False) -> None:
-        self.passed: Counter[int] = Counter()  # by index
+        self.passed: Counter[tuple[str, int]] = Counter()  # by stream and index
         self.num_probes = 0
         self.bytes_up = 0
         self._should_cut = should_cut
@@ -86,7 +86,7 @@ class BlockTap:
         for end, message in self._readers.setdefault(link, ZmtpReader()).feed(data):
             self.num_probes += isinstance(message, Probe)
             if isinstance(message, Block):
-                self.passed[message.index] += 1
+                self.passed[message.stream_id, message.index] += 1
                 if self._should_cut(message):
                     self.bytes_up += end
                     return end
