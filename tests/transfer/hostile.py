@@ -25,7 +25,7 @@ from transfer.memory.segment_server import SOCKET_PREFIX
 from transfer.protocol.messages import Abort, Call, Close, End, Message
 from transfer.protocol.wire import MAX_HEADER_BYTES, WIRE_VERSION, decode_header, encode_header, frame_header
 
-WAIT_MS = 20_000
+WAIT_MS = 60_000
 LISTENING_TCP, LISTENING_UNIX, STREAM, PACKETS = "0A", "00010000", "0001", "0005"
 Frames = Sequence[bytes]
 

@@ -28,7 +28,7 @@ from transfer.service.service import Service
 CONFIG = TransferConfig(ping_interval_s=0.5, peer_timeout_s=5.0)
 NOTICED_S = 2 * CONFIG.ping_interval_s + CONFIG.ping_interval_s / 2  # two questions, and the tick that asks them
 OF_CALLS = (Call, Parts, End, Fail, Cancel, Awaiting, Unknown, Serving)
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 class FaultyNetwork(VirtualNetwork):
