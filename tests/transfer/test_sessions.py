@@ -171,6 +171,18 @@ def test_liveness_pings_the_silent_and_loses_the_dead() -> None:
     assert liveness.check({one}, 14.0) == ([], [])
 
 
+def test_who_was_stopped_loses_nobody() -> None:
+    """What was said meanwhile is read after the first check; a peer that stays silent is lost all the same."""
+    peer = Connection(endpoint="e", peer="p", key=b"p", outgoing=True)
+    liveness = Liveness(2.0, 10.0)
+    assert liveness.check({peer}, 0.0) == ([], [])
+    assert liveness.check({peer}, 1.0) == ([], [])
+    assert liveness.check({peer}, 100.0) == ([peer], [])
+    assert liveness.check({peer}, 101.0)[1] == []
+    lost_at = next(now for now in range(102, 200) if liveness.check({peer}, float(now))[1])
+    assert lost_at == 107  # 1 + 2 + 7 seconds of listening
+
+
 @pytest.mark.parametrize("tokens", [31, 33, 47, 16, 0])
 def test_the_sender_itself_refuses_a_grant_that_is_not_whole_blocks(tokens: int) -> None:
     session, _ = opened()
