@@ -66,9 +66,9 @@ class FakeWorker:
         """Whether a call waits to be taken."""
         return any(not calls.empty() for calls in self._calls.values())
 
-    def was_cancelled(self, call: IncomingCall) -> bool:
+    def was_cancelled(self, call: IncomingCall, within_s: float = WAIT_S) -> bool:
         """Wait until the caller has cancelled this call."""
-        return self._cancelled[call].wait(WAIT_S)
+        return self._cancelled[call].wait(within_s)
 
     def _on_call(self, call: IncomingCall) -> None:
         call.on_cancel(self._cancelled[call].set)

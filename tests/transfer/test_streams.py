@@ -94,6 +94,19 @@ def test_a_lossy_link_changes_nothing(seed: int, pool_blocks: int, sizes: list[i
     pair.assert_ledger_zero()
 
 
+def test_totals_are_shown_before_anything_was_counted() -> None:
+    """A scraper that first sees a counter at 7 has lost 7 of its rate."""
+    pair = Pair(configure(16, 100, 5))
+    ends = (pair.sender, pair.receiver)
+    before = [{name: n for name, n in end.stats().items() if name.endswith("_total")} for end in ends]
+    assert all(before) and not any(n for totals in before for n in totals.values())
+    pair.transfer(160)
+    pair.network.settle()
+    for end, totals in zip(ends, before, strict=True):
+        after = {name: n for name, n in end.stats().items() if name.endswith("_total")}
+        assert after.keys() == totals.keys() and any(after.values())
+
+
 @pytest.mark.parametrize("kind", ["drop", "repeat", "reorder", "corrupt"])
 def test_each_fault_fires_and_is_survived(kind: str, payload: str) -> None:
     if kind == "corrupt" and payload == "shm":

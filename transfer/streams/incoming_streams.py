@@ -42,6 +42,9 @@ from transfer.service.service import Service
 
 logger = logging.getLogger(__name__)
 
+# Shown from the start: a rate needs the zero before the first.
+TOTALS = ("blocks_received", "revocations", "streams_completed", "streams_failed", "streams_restarted")
+
 
 class StreamListener(Protocol):
     """The consumer of one stream. Called on the I/O thread; must not block.
@@ -121,7 +124,7 @@ class IncomingStreams:
     def __init__(self, service: Service, on_end: Callable[[str], None]) -> None:
         self.by_id: dict[str, IncomingStream] = {}
         self.dropped: Counter[str] = Counter()
-        self.totals: Counter[str] = Counter()
+        self.totals: dict[str, int] = dict.fromkeys(TOTALS, 0)
         self.strays = Strays(self.dropped)
         self.turns = count(1)
         self._service = service

@@ -59,6 +59,7 @@ logger = logging.getLogger(__name__)
 __all__ = ["OutgoingStream", "StreamSender"]
 
 NONCE_BYTES = 16
+TOTALS = ("blocks_sent", "streams_sent", "streams_unsent")  # shown from the start
 
 
 class StreamSender:
@@ -86,7 +87,7 @@ class StreamSender:
         self._use = ConnectionUse()  # guarded by the lock
         self._lock = threading.Lock()
         self._dropped: Counter[str] = Counter()
-        self._totals: Counter[str] = Counter()
+        self._totals: dict[str, int] = dict.fromkeys(TOTALS, 0)
         self._schedule = Schedule()
         self._guest = segments or guest_for(service, config)
         self._slots = OutgoingSlots(service, self._guest, self._run, self._send)
