@@ -23,6 +23,7 @@ FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))  # run as a script, this folder heads the path
 
 from cluster.config import ClusterConfig  # noqa: E402
+from language_worker.errors import EngineError  # noqa: E402
 
 STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
 LABEL = {"type": "string", "maxLength": 63, "pattern": "^([A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?)?$"}
@@ -155,13 +156,35 @@ def _config_schema() -> dict[str, Any]:
     for section in dataclasses.fields(ClusterConfig):
         kind = typing.cast(Any, section.default_factory)
         hints = typing.get_type_hints(kind)
-        settings = {f.name: pydantic.TypeAdapter(hints[f.name]).json_schema() for f in dataclasses.fields(kind)}
+        settings = {
+            f.name: pydantic.TypeAdapter(hints[f.name]).json_schema() | _bounds(kind, f.name, hints[f.name])
+            for f in dataclasses.fields(kind)
+        }
         sections[section.name] = {
             "type": ["object", "null"],
             "additionalProperties": False,
             "properties": settings,
         }
     return {"type": "object", "additionalProperties": False, "properties": sections}
+
+
+def _bounds(section: Any, name: str, hint: Any) -> dict[str, Any]:
+    """The least number that the section's own checks let through, where they refuse what is one less."""
+    kinds = {hint, *typing.get_args(hint)} & {int, float}
+    if not kinds:
+        return {}
+    least = next((value for value in (-2, -1, 0) if _is_accepted(section, name, value)), 1)
+    if least == 1 and float in kinds:
+        return {"exclusiveMinimum": 0}
+    return {"minimum": least} if least > -2 else {}
+
+
+def _is_accepted(section: Any, name: str, value: int) -> bool:
+    try:
+        section(**{name: value})
+    except (ValueError, EngineError):
+        return False
+    return True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import shlex
@@ -84,6 +85,9 @@ REFUSED: dict[str, tuple[str, str]] = {
     "an unknown value": ("gatway.port=9000", "gatway"),
     "an unknown setting": ("config.language.page_sise=16", "page_sise"),
     "an unknown section": ("config.langage.page_size=16", "langage"),
+    "blocks without rows": ("config.transfer.block_size=0", "block_size"),
+    "a cache of negative size": ("config.language.kv_cache_tokens=-1", "kv_cache_tokens"),
+    "no time to answer": ("config.gateway.request_timeout_s=0", "request_timeout_s"),
     "an unknown setting of a group": ("workerGroups.language.replcas=2", "replcas"),
     "an unknown role": ("workerGroups.language.offers.langage=1", "langage"),
     "a group with a reserved name": ("workerGroups.head.replicas=1", "workerGroups"),
@@ -170,6 +174,21 @@ def test_the_schema_and_tandem_agree_on_what_is_unknown() -> None:
     """So that the schema is no looser than the program."""
     with pytest.raises(ConfigError, match="page_sise"):
         build_config({"language": {"page_sise": 16}})
+
+
+def test_the_schema_refuses_no_number_that_tandem_takes() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
+    num_bounds = 0
+    for section, of_section in schema["properties"]["config"]["properties"].items():
+        for name, of_setting in of_section["properties"].items():
+            if "minimum" in of_setting or "exclusiveMinimum" in of_setting:
+                refused = (
+                    of_setting["exclusiveMinimum"] if "exclusiveMinimum" in of_setting else of_setting["minimum"] - 1
+                )
+                with pytest.raises(ConfigError, match=name):
+                    build_config({section: {name: refused}})
+                num_bounds += 1
+    assert num_bounds > 50
 
 
 def test_generated_files_are_up_to_date() -> None:
