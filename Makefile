@@ -3,11 +3,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+# What is never imported needs no bytecode, which would take longer than the rest of an installation.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt --editable
 INPUTS := pyproject.toml constraints.txt
+# Tests that only compute, on one processor mostly: they run behind those that start workers and wait for them.
+COMPUTING := tests/kernels tests/language_worker tests/helm tests/examples
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak lint bench clean
+.PHONY: help demo test test-computing test-serving soak lint bench clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,7 +22,13 @@ test: $(VENV)/.development ## lint, types and the whole test suite
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --durations 30
+	@$(MAKE) --no-print-directory --jobs 2 --keep-going --output-sync test-serving test-computing
+
+test-computing: $(VENV)/.development
+	nice $(BIN)/python -m pytest --durations 15 $(COMPUTING)
+
+test-serving: $(VENV)/.development
+	$(BIN)/python -m pytest --durations 15 $(COMPUTING:%=--ignore %)
 
 soak: $(VENV)/.development ## the suite with its full counts (long)
 	TANDEM_TEST_PROFILE=soak $(BIN)/python -m pytest --timeout 7200 -o faulthandler_timeout=7000
@@ -41,9 +50,9 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.runtime: $(INPUTS) | $(BIN)/python
-	$(PIP) install --quiet --constraint constraints.txt --editable .
+	$(INSTALL) .
 	@touch $@
 
 $(VENV)/.development: $(INPUTS) | $(BIN)/python
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(INSTALL) '.[dev]'
 	@touch $@ $(VENV)/.runtime

@@ -145,7 +145,8 @@ def test_a_wheel_holds_every_module_and_the_demo(tmp_path: Path) -> None:
         masked = [archive.getinfo(f"cluster/demo/{n}/model.safetensors").file_size for n in ("diffusion", "reader")]
     modules = {path.relative_to(ROOT).as_posix() for top in TOP_LEVEL for path in (ROOT / top).rglob("*.py")}
     demo = ROOT / "cluster" / "demo"
-    data = {path.relative_to(ROOT).as_posix() for path in demo.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    files = [path.relative_to(ROOT) for path in demo.rglob("*") if path.is_file()]
+    data = {path.as_posix() for path in files if "__pycache__" not in path.parts}
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "kernels" / "_native").glob("*.[ch]")}
     assert inside == modules | data | sources
     for name in (

@@ -33,11 +33,14 @@ except NativeUnavailable as error:
     print(error)
 """
 
+QUICK = ("-O0", *library.FLAGS[1:])
+
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A home folder of its own, and nothing remembered."""
+    """A home folder of its own, nothing remembered, and a compiler that need not optimise."""
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setattr(library, "FLAGS", QUICK)
     library.library.cache_clear()
     yield tmp_path
     library.library.cache_clear()
@@ -127,8 +130,8 @@ def test_sources_that_do_not_compile_are_a_warning_and_the_torch_path(
 
 @pytest.mark.parametrize("damaged", [b"", b"no library"])
 def test_a_damaged_library_is_made_again(home: Path, damaged: bytes, caplog: pytest.LogCaptureFixture) -> None:
-    script = "from kernels._native import library; print(library.library())"  # another process has nothing loaded
-    made = Path(_printed(script, home))
+    script = f"from kernels._native import library; library.FLAGS = {QUICK}; print(library.library())"
+    made = Path(_printed(script, home))  # by another process: here nothing is loaded
     made.write_bytes(damaged)
     assert library.library() == made
     assert made.stat().st_size > 1000
