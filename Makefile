@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 # What is never imported needs no bytecode, which would take longer than the rest of an installation.
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt --editable
 INPUTS := pyproject.toml constraints.txt
-# Tests that only compute, on one processor mostly: they run behind those that start workers and wait for them.
+# Tests that only compute: they run behind those that start workers and wait for them, and so may take longer.
 COMPUTING := tests/kernels tests/language_worker tests/helm tests/examples
+PATIENT := --timeout 1200 -o faulthandler_timeout=1000
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-computing test-serving soak lint bench clean
@@ -25,7 +26,7 @@ test: $(VENV)/.development ## lint, types and the whole test suite
 	@$(MAKE) --no-print-directory --jobs 2 --keep-going --output-sync test-serving test-computing
 
 test-computing: $(VENV)/.development
-	nice $(BIN)/python -m pytest --durations 15 $(COMPUTING)
+	$(BIN)/python -m tests.behind $(BIN)/python -m pytest --durations 15 $(PATIENT) $(COMPUTING)
 
 test-serving: $(VENV)/.development
 	$(BIN)/python -m pytest --durations 15 $(COMPUTING:%=--ignore %)
