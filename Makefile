@@ -3,8 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# What is never imported needs no bytecode, which would take longer than the rest of an installation.
-INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt --editable
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable
 INPUTS := pyproject.toml constraints.txt
 # Tests that only compute: they run behind those that start workers and wait for them, and so may take longer.
 COMPUTING := tests/kernels tests/language_worker tests/helm tests/examples
