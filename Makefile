@@ -5,9 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable
 INPUTS := pyproject.toml constraints.txt
-# Tests that only compute: they run behind those that start workers and wait for them, and so may take longer.
+# Tests that only compute: they run behind those that start workers and wait for them.
 COMPUTING := tests/kernels tests/language_worker tests/helm tests/examples
-PATIENT := --timeout 1200 -o faulthandler_timeout=1000
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-computing test-serving soak lint bench clean
@@ -25,7 +24,7 @@ test: $(VENV)/.development ## lint, types and the whole test suite
 	@$(MAKE) --no-print-directory --jobs 2 --keep-going --output-sync test-serving test-computing
 
 test-computing: $(VENV)/.development
-	$(BIN)/python -m tests.behind $(BIN)/python -m pytest --durations 15 $(PATIENT) $(COMPUTING)
+	$(BIN)/python -m tests.behind $(BIN)/python -m pytest --durations 15 $(COMPUTING)
 
 test-serving: $(VENV)/.development
 	$(BIN)/python -m pytest --durations 15 $(COMPUTING:%=--ignore %)

@@ -119,7 +119,7 @@ def _compare(
     return [
         {
             "at_once": width,
-            "tokens_per_s": {name: round(rate, 1) for name, rate in rates[width].items()},
+            "tokens_per_s": {name: round(rate, 3) for name, rate in rates[width].items()},
             "ms_per_token": {name: round(median([run.ms_per_token for run in own]), 3) for name, own in by.items()},
             "x_static_batch": round(rates[width]["tandem"] / rates[width]["transformers"], 2),
             "x_one_by_one": round(rates[width]["tandem"] / rates[1]["transformers"], 2),
@@ -165,7 +165,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
     """The crowd, the step, the drafts."""
     crowd = Table(*COLUMNS, title="answers, ends of sequence ignored")
     for case in report["cases"]:
-        rates = case["tokens_per_s"]
+        rates = {name: round(rate, 1) for name, rate in case["tokens_per_s"].items()}
         cells = (rates["tandem"], rates["transformers"], case["x_static_batch"], case["x_one_by_one"])
         crowd.add_row(case["model"], case["dtype"], case["prompts"], str(case["at_once"]), *map(str, cells))
     step = Table(*STEP_COLUMNS, title="a decode step")

@@ -178,7 +178,7 @@ def _case(waiting: Pair, overlapping: Pair, rows: torch.Tensor, pace: float, rou
     *times, hidden = map(median, zip(*measured, strict=True))
     return {
         "transfer": pace,
-        **{name: round(1e3 * value, 2) for name, value in zip(names, times, strict=True)},
+        **{name: round(1e3 * value, 4) for name, value in zip(names, times, strict=True)},
         "hidden_share": round(hidden, 3),
         "equal_answers": len(tokens) == 1,
     }
@@ -188,7 +188,7 @@ def table(report: dict[str, Any]) -> Table:
     """A row for each pace."""
     shown = Table(*COLUMNS, title="first token of one image prompt whose rows come at an even pace")
     for case in report["cases"]:
-        times = [case[name] for name in ("transfer_ms", "at_once_ms", "waiting_ms", "overlapping_ms")]
+        times = [round(case[name], 2) for name in ("transfer_ms", "at_once_ms", "waiting_ms", "overlapping_ms")]
         cells = (f"{case['model']} {case['dtype']}", case["rows"], case["transfer"], *times, case["hidden_share"])
         shown.add_row(*map(str, cells))
     return shown

@@ -24,7 +24,7 @@ def test_every_figure_is_measured_and_reported(tmp_path: Path, capsys: pytest.Ca
     ]
     for case in report["cases"]:
         rates = case["tokens_per_s"]
-        assert case["x_static_batch"] == pytest.approx(rates["tandem"] / rates["transformers"], abs=0.02, rel=0.02)
+        assert case["x_static_batch"] == pytest.approx(rates["tandem"] / rates["transformers"], abs=0.02)
         assert case["equal_answers"] == f"{2 * case['at_once']}/{2 * case['at_once']}", "they did the same work"
     for step in report["steps"]:
         assert step["model_ms"] > 0 and step["host_ms"] > 0

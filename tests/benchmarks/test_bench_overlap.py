@@ -24,5 +24,5 @@ def test_every_pace_is_measured_and_reported(tmp_path: Path, capsys: pytest.Capt
         assert case["equal_answers"] is True, "they did the same work"
         assert case["rows"] == 200 and case["waiting_ms"] > case["transfer_ms"]
         gained = case["waiting_ms"] - case["overlapping_ms"]
-        assert case["hidden_share"] == pytest.approx(gained / case["transfer_ms"], abs=0.02, rel=0.02)
+        assert case["hidden_share"] == pytest.approx(gained / case["transfer_ms"], abs=0.02)
     assert "first token of one image prompt" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.ray
 
 NUM_ASKED = 500
 FIRST_SEED = 7_000_000  # far from every seed that training and its evaluation drew
+SPARE_SEED = 8_000_000
 MIN_EXACT = 0.93
 NUM_CLIENTS = 16
 MAX_TOKENS = 8
@@ -65,11 +67,13 @@ def test_at_least_93_of_100_answers_are_exact(asked: list[Asked], answers: list[
     assert 1 - len(wrong) / NUM_ASKED >= MIN_EXACT, wrong
     # 4 to 12 rows an image in blocks of 4, of which one is granted at first: more than one round but for the smallest.
     # An embedding worker's figures may come after the answer, which does not wait for them: the busier, the more often.
-    told = [answer.hops for answer in answers if "blocks" in answer.hops]
-    assert len(told) >= NUM_ASKED / 2
+    more = (_ask(serving, item) for item in evaluation_set(NUM_ASKED, SPARE_SEED))  # one by one: of a worker at leisure
+    whole = (answer.hops for answer in itertools.chain(answers, more) if "blocks" in answer.hops)
+    told = list(itertools.islice(whole, NUM_ASKED))
+    assert len(told) >= 0.98 * NUM_ASKED
     assert all(hops["blocks"] == -(-hops["rows"] // 4) for hops in told)
     assert all((hops["grant_rounds"] > 1) == (hops["blocks"] > 1) for hops in told)
-    assert sum(hops["grant_rounds"] > 1 for hops in told) > len(told) / 2
+    assert sum(hops["grant_rounds"] > 1 for hops in told) > NUM_ASKED / 2
     serving.await_empty_ledger()
 
 

@@ -20,7 +20,7 @@ from tests.tiny_models import random_image
 
 pytestmark = pytest.mark.ray
 
-BAD_INPUT_TIMEOUT_S = 60.0
+BAD_INPUT_TIMEOUT_S = 2.0
 
 
 def _declared(width: int, height: int) -> bytes:
