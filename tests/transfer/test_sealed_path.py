@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import zmq
 
+from tests.transfer import test_endpoints
 from tests.transfer.test_encryption import RecordingProxy
 from tests.transfer.test_endpoints import WAIT_S, Answers, Bomb, CuttingProxy, wait_for
 from tests.transfer.virtual import PLANES, Consumer, assert_rows_equal, make_rows
@@ -31,14 +32,11 @@ from transfer.streams.stream_receiver import StreamReceiver
 from transfer.streams.stream_sender import OutgoingStream, StreamSender
 from transfer.tensors import SEAL_BYTES
 
-CONFIG = TransferConfig(
-    block_size=16,
+CONFIG = replace(
+    test_endpoints.CONFIG,
     default_allocate_tokens=64,
     pool_tokens=16 * 6,
     credit_window_blocks=4,
-    ping_interval_s=0.1,
-    peer_timeout_s=60.0,
-    tick_s=0.01,
     shared_memory=False,
 )
 BLOCK_BYTES = 6 * 16  # of the larger plane

@@ -14,12 +14,14 @@ from typing import Any
 
 from tests.transfer.processes.content import expected_digest
 from tests.waiting import eventually
+from transfer.chaos.proxy import ChaosProxy
 from transfer.protocol.ticket import Ticket
 
 ROOT = Path(__file__).parents[3]
 WAIT_S = 120.0
 LEDGER_S = 5.0  # the promise: nothing is held any more so soon after the end
 STEP_S = 30.0  # of a clock that is set forward; a stream outlives some of these
+MAX_MORE = 200  # streams over a link until it is cut
 BLOCK_ROWS = 16
 CREDIT = 6
 CONFIG: dict[str, Any] = {
@@ -189,6 +191,19 @@ def assert_sent(sender: Peer, ticket: Ticket) -> dict[str, Any]:
     report = sender.produced(ticket.stream_id)
     assert report["end"] == "complete", report
     return report
+
+
+def run_until_cut(receiver: Peer, sender: Peer, proxy: ChaosProxy, seed: int, **options: Any) -> None:
+    """More small streams over a link that is to be cut: there may be fewer bytes to a stream than in the clean run."""
+    for _ in range(MAX_MORE):
+        if proxy.counts()["cut"]:
+            break
+        more = Ticket.issue("more")
+        receiver.expect(more)
+        sender.send(more, proxy.address, seed, 1, **options)
+        assert_arrived(receiver, more, seed, 1)
+        assert assert_sent(sender, more)["resent"] <= CREDIT
+    until(lambda: proxy.counts()["cut"] == 1, "cut")
 
 
 def pass_time_until(peer: Peer, condition: Callable[[], Any], what: str) -> None:

@@ -15,7 +15,7 @@ from tests.transfer.processes.harness import (
     assert_arrived,
     assert_ledger_zero,
     assert_sent,
-    until,
+    run_until_cut,
 )
 from transfer.chaos.proxy import ChaosProxy, Faults
 from transfer.protocol.ticket import Ticket
@@ -23,7 +23,6 @@ from transfer.protocol.ticket import Ticket
 TOTAL_ROWS = 20 * BLOCK_ROWS - 5
 SEED = 20_26
 NUM_OFFSETS = 100 if IS_SOAK else 8  # each way
-MAX_MORE = 200  # small streams after the one that is to be cut, which may take fewer bytes than the clean one did
 
 
 class Link:
@@ -41,19 +40,6 @@ def run(receiver: Peer, sender: Peer, key: str, links: list[Link]) -> None:
     for link in links:
         assert_arrived(receiver, link.ticket, link.seed, TOTAL_ROWS)
     assert_ledger_zero(receiver, sender)
-
-
-def run_until_cut(receiver: Peer, sender: Peer, key: str, link: Link) -> None:
-    """More streams over a link, until so many bytes have passed that it was cut."""
-    for _ in range(MAX_MORE):
-        if link.proxy.counts()["cut"]:
-            break
-        more = Ticket.issue("more")
-        receiver.expect(more)
-        sender.send(more, link.proxy.address, link.seed, 1, public_key=key)
-        assert_arrived(receiver, more, link.seed, 1)
-        assert assert_sent(sender, more)["resent"] <= CREDIT
-    until(lambda: link.proxy.counts()["cut"] == 1, "cut")
 
 
 def test_an_encrypted_link_is_cut_at_byte_offsets(nursery: Nursery) -> None:
@@ -81,5 +67,5 @@ def test_an_encrypted_link_is_cut_at_byte_offsets(nursery: Nursery) -> None:
             run(receiver, sender, keys["receiver"], links)
             for link in links:
                 assert assert_sent(sender, link.ticket)["resent"] <= CREDIT
-                run_until_cut(receiver, sender, keys["receiver"], link)
+                run_until_cut(receiver, sender, link.proxy, link.seed, public_key=keys["receiver"])
     assert receiver.ask("stats")["transfer_blocks_received_total"] >= 20 * (1 + len(faults))

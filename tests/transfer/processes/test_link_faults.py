@@ -24,6 +24,7 @@ from tests.transfer.processes.harness import (
     assert_arrived,
     assert_ledger_zero,
     assert_sent,
+    run_until_cut,
     until,
 )
 from tests.transfer.processes.zmtp import BlockTap
@@ -35,7 +36,6 @@ NUM_BLOCKS = 40
 TOTAL_ROWS = NUM_BLOCKS * BLOCK_ROWS - 5  # the last block is not full
 SHARES = (0.1, 0.5, 0.9)
 SEED = 20_26
-MAX_MORE = 200  # small streams after the one that is to be cut
 
 
 class Case:
@@ -78,18 +78,6 @@ def run(receiver: Peer, sender: Peer, cases: list[Case], total_rows: int = TOTAL
     for case in cases:
         assert_arrived(receiver, case.ticket, case.seed, total_rows)
     assert_ledger_zero(receiver, sender)
-
-
-def run_until_cut(receiver: Peer, sender: Peer, case: Case) -> None:
-    """More small streams over a link that is to be cut: there may be fewer bytes to a stream than in the clean run."""
-    for _ in range(MAX_MORE):
-        if case.proxy.counts()["cut"]:
-            break
-        more = Ticket.issue("more")
-        receiver.expect(more)
-        sender.send(more, case.proxy.address, case.seed, 1)
-        assert_arrived(receiver, more, case.seed, 1)
-    until(lambda: case.proxy.counts()["cut"] == 1, "cut")
 
 
 def assert_one_window_resent(sender: Peer, case: Case, num_faults: int = 1) -> None:
@@ -137,7 +125,7 @@ def test_the_link_is_cut_at_random_byte_offsets(nursery: Nursery, listen: str) -
                 stack.enter_context(case.proxy)
             run(receiver, sender, cases)
             for case in cases:
-                run_until_cut(receiver, sender, case)
+                run_until_cut(receiver, sender, case.proxy, case.seed)
                 assert_one_window_resent(sender, case)
 
 
